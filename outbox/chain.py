@@ -1,0 +1,189 @@
+"""The chain of one stream: what waits, what is planned, what is in flight, what is stored and not yet marked.
+
+Pure: no IO, no clock; the leader does what the chain says. The invariant: a batch is sent only when the plan that was
+committed last holds its transactions at that very place, and while the chain is in doubt nothing is sent. After any
+failure the window is forgotten and the plan is settled against the stream; only then do new transactions join.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from outbox.batch import Batch, Packing, take
+from outbox.outcome import (
+    BATCH_INCOMPLETE,
+    BATCH_TOO_LARGE,
+    DUPLICATE_ID,
+    REASONS,
+    Duplicate,
+    Meaning,
+    Outcome,
+    Rejected,
+    Stored,
+    Unknown,
+    meaning,
+)
+from outbox.plan import Planned
+from outbox.transaction import Receipt, Transaction, Verdict
+
+CHAINED, SHARED = "chained", "shared"
+
+
+@dataclass(slots=True, kw_only=True)
+class Chain:
+    """One stream's chain. `base` is the sequence up to which everything is settled; `in_doubt` says why to look."""
+
+    stream: str
+    created: str
+    packing: Packing
+    base: int
+    window: int = 4
+    shared: bool = False
+    in_doubt: str | None = "a new leader looks first"
+    blocked: str | None = None
+    waiting: deque[Transaction] = field(default_factory=deque)
+    planned: deque[Transaction] = field(default_factory=deque)
+    in_flight: deque[Batch] = field(default_factory=deque)
+    receipts: list[Receipt] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    dirty: bool = False
+    _alone: set[int] = field(default_factory=set)
+    _careful: bool = False
+
+    @property
+    def plan(self) -> list[Transaction]:
+        """Everything that may be in flight, in order: the first of it follows the sequence `base`."""
+        flying = [transaction for batch in self.in_flight for transaction in batch.transactions]
+        return [*flying, *self.planned]
+
+    @property
+    def tip(self) -> int:
+        """The predicted last sequence of the stream when all that is in flight is stored."""
+        return self.in_flight[-1].last_sequence if self.in_flight else self.base
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing waits, flies or needs to be written down."""
+        return not (self.waiting or self.planned or self.in_flight or self.dirty)
+
+    def entries(self) -> list[Planned]:
+        return [
+            Planned(position=t.position, count=t.count, last_message_id=str(t.events[-1].message_id)) for t in self.plan
+        ]
+
+    def extend(self) -> None:
+        """Let waiting transactions join the plan, as far as the window has room. Nothing joins a chain in doubt."""
+        if self.in_doubt or self.planned:
+            return
+        room = (1 if self.shared or self._alone else self.window) - len(self.in_flight)
+        while room > 0 and self.waiting:
+            joined = take(self.waiting, self.packing)
+            full = len(joined) < len(self.waiting)
+            if self.in_flight and not full:
+                return  # wait for more: what is in flight now costs the server the same as a full batch
+            for _ in joined:
+                self.planned.append(self.waiting.popleft())
+            self.dirty = True
+            room -= 1
+            if not full or self.shared:
+                return
+
+    def launch(self, make_id: Iterable[str]) -> list[Batch]:
+        """The batches to send now, in order; they are in flight from here on. Call it when the plan is committed."""
+        launched: list[Batch] = []
+        ids = iter(make_id)
+        while self.planned and not self.in_doubt and not self.dirty:
+            alone = self.planned[0].position in self._alone
+            if self.in_flight and (alone or self.shared or self._alone or len(self.in_flight) >= self.window):
+                break
+            packing = replace(self.packing, one_transaction=True) if alone else self.packing
+            taken = take(self.planned, packing)
+            batch = Batch(
+                id=next(ids),
+                stream=self.stream,
+                base=self.tip,
+                transactions=tuple(taken),
+                careful=self._careful or alone,
+            )
+            for _ in taken:
+                self.planned.popleft()
+            self.in_flight.append(batch)
+            launched.append(batch)
+        return launched
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take in the outcome of the oldest batch in flight."""
+        batch = self.in_flight[0]
+        match outcome:
+            case Stored() if outcome.stream == self.stream and outcome.sequence == batch.last_sequence:
+                self.in_flight.popleft()
+                self.base = batch.last_sequence
+                self.receipts += batch.receipts()
+                self._alone -= {t.position for t in batch.transactions}
+                self._careful = False
+                self.blocked = None
+                self.dirty = True
+                if self.shared:
+                    self.doubt("the stream has other writers: look before each batch")
+            case Stored():
+                self.doubt(f"the ack says {outcome.stream} {outcome.sequence}, expected {batch.last_sequence}")
+            case Rejected() if meaning(outcome) is Meaning.OFFENCE:
+                self._offence(batch, outcome)
+            case Duplicate():
+                self._offence(batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}"))
+            case Rejected():
+                # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
+                self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
+                if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
+                    self.dirty = True
+                    self.blocked = f"{outcome.description} ({outcome.code})"
+                self.doubt(f"{outcome.description} ({outcome.code})")
+            case Unknown():
+                self.doubt(outcome.why)
+
+    def doubt(self, why: str) -> None:
+        """Forget the window: what was in flight is planned again, in the same order, until the stream was read back."""
+        self.planned = deque(self.plan)
+        self.in_flight.clear()
+        self.in_doubt = why
+
+    def settle(self, stored: int, last: int, *, foreign: bool = False) -> None:
+        """The stream was read back: the first `stored` transactions of the plan are in it, and it ends at `last`."""
+        done = [self.planned.popleft() for _ in range(stored)]
+        if done:
+            self.receipts += Batch(id="", stream=self.stream, base=self.base, transactions=tuple(done)).receipts()
+            self._alone -= {t.position for t in done}
+        if done or foreign or last != self.base:
+            self.dirty = True
+        if foreign and not self.shared:
+            self.shared = True
+        self.base = last
+        self.in_doubt = None
+
+    def written(self) -> tuple[Sequence[Receipt], Sequence[Verdict]]:
+        """Plan, receipts and verdicts are committed; returns the latter two."""
+        written = self.receipts, self.verdicts
+        self.receipts, self.verdicts, self.dirty = [], [], False
+        return written
+
+    def drop(self, position: int) -> None:
+        """A waiting transaction was settled by somebody else, for example set aside by an operator."""
+        self.waiting = deque(t for t in self.waiting if t.position != position)
+
+    def _offence(self, batch: Batch, rejected: Rejected) -> None:
+        # A packed batch convicts nobody: its transactions go one by one, each on a fresh chain.
+        if len(batch.transactions) > 1 and rejected.code == BATCH_TOO_LARGE:
+            half = max(1, batch.count // 2)
+            self.packing = replace(self.packing, max_messages=min(half, self.packing.max_messages))
+        elif not {t.position for t in batch.transactions} <= self._alone:
+            self._alone |= {t.position for t in batch.transactions}
+        else:
+            (guilty,) = batch.transactions
+            detail = f"{rejected.description} ({rejected.code}) by stream {self.stream}"
+            self.verdicts.append(Verdict(position=guilty.position, reason=REASONS[rejected.code], detail=detail))
+            self.in_flight.popleft()
+            self._alone.discard(guilty.position)
+            self.dirty = True
+        self.doubt(f"{rejected.description} ({rejected.code})")

@@ -1,0 +1,91 @@
+"""Settings: by flag, else by environment (`OUTBOX_…`), else by `outbox.toml`, else the default.
+
+Pure but for reading the environment and that file. Unknown names and bad values are reported all at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from outbox.errors import Misconfigured
+from outbox.schema import checked_name
+
+FILE = Path("outbox.toml")
+PREFIX = "OUTBOX_"
+
+
+class BatchMode(StrEnum):
+    """What shares a batch: whole transactions packed together, or one transaction each."""
+
+    PACKED = "packed"
+    TRANSACTION = "transaction"
+
+
+class OnDead(StrEnum):
+    """What a dead letter does to those behind it."""
+
+    CONTINUE = "continue"
+    HALT = "halt"
+
+
+class OnUnrouted(StrEnum):
+    """What becomes of a transaction whose subject is in no stream."""
+
+    WAIT = "wait"
+    DEAD = "dead"
+
+
+# The setting is called schema everywhere; pydantic warns because a deprecated method has that name.
+warnings.filterwarnings("ignore", message='Field name "schema" in "Settings" shadows', category=UserWarning)
+
+
+class Settings(BaseSettings):
+    """All settings. Their names are the environment's without `OUTBOX_`, and the flags' with dashes."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, toml_file=FILE, extra="forbid")
+
+    database_url: str = Field("postgresql:///", description="Postgres connection URL of the outbox's database.")
+    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS URL, or several separated by commas.")
+    nats_credentials: Path | None = Field(None, description="NATS credentials file (.creds).")
+    schema: str = Field("outbox", description="Postgres schema of the outbox.")  # type: ignore[assignment]  # hides a deprecated method
+    batch: BatchMode = Field(BatchMode.PACKED, description="Pack transactions into batches, or one batch each.")
+    max_batch_messages: int = Field(
+        1000, ge=1, description="Messages in one batch, at most. Not over jetstream.limits.batch.max_msgs."
+    )
+    max_batch_bytes: int = Field(8_000_000, ge=1, description="Bytes in one batch, but for one larger transaction.")
+    window: int = Field(
+        4, ge=1, le=40, description="Batches in flight, at most. More helps where the way to NATS is long."
+    )
+    read_ahead_messages: int = Field(8000, ge=1, description="Messages read but not yet sent, at most: bounds memory.")
+    read_ahead_bytes: int = Field(64_000_000, ge=1, description="Bytes read but not yet sent, about: bounds memory.")
+    ack_timeout: float = Field(10.0, gt=0, description="Seconds without an ack until the stream is read back.")
+    on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
+    on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
+
+    @field_validator("schema")
+    @classmethod
+    def _checked_schema(cls, value: str) -> str:
+        try:
+            return checked_name(value)
+        except Misconfigured as error:
+            raise ValueError(error.message) from error
+
+    @property
+    def nats_servers(self) -> list[str]:
+        return [url.strip() for url in self.nats_url.split(",") if url.strip()]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

@@ -1,0 +1,289 @@
+-- Schema version 1. Statements end with a semicolon and an empty line; {schema} is composed, never formatted.
+-- {added}, {sealed} and {place} name this outbox's transaction-local settings, {channel} its notification channel.
+
+CREATE SCHEMA IF NOT EXISTS {schema};
+
+DO $body$
+BEGIN
+  IF current_setting('server_version_num')::int < 140005 THEN
+    RAISE EXCEPTION USING MESSAGE = 'outbox needs PostgreSQL 14.5 or later, this is ' || current_setting('server_version');
+  END IF;
+  IF current_setting('server_encoding') <> 'UTF8' THEN
+    RAISE EXCEPTION USING MESSAGE = 'outbox needs a database with encoding UTF8, this one has ' || current_setting('server_encoding');
+  END IF;
+END
+$body$;
+
+CREATE TABLE {schema}.events (
+  txid       xid8        NOT NULL DEFAULT pg_current_xact_id(),
+  id         bigint      GENERATED ALWAYS AS IDENTITY (CACHE 1),
+  message_id uuid        NOT NULL DEFAULT gen_random_uuid(),
+  subject    text        NOT NULL,
+  headers    jsonb,
+  payload    bytea       NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT events_pkey PRIMARY KEY (txid, id),
+  CONSTRAINT events_subject_has_1_to_255_bytes CHECK (octet_length(subject) BETWEEN 1 AND 255),
+  CONSTRAINT events_headers_are_an_object CHECK (jsonb_typeof(headers) = 'object')
+);
+
+COMMENT ON TABLE {schema}.events IS 'outbox schema version 1. One row per event; append-only.';
+
+CREATE TABLE {schema}.transactions (
+  position       bigint      GENERATED ALWAYS AS IDENTITY (CACHE 1),
+  txid           xid8        NOT NULL,
+  event_count    integer     NOT NULL,
+  sealed_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+  attempts       integer     NOT NULL DEFAULT 0,
+  sent_at        timestamptz,
+  stream         text,
+  first_sequence bigint,
+  last_sequence  bigint,
+  dead_at        timestamptz,
+  dead_reason    text,
+  discarded_at   timestamptz,
+  CONSTRAINT transactions_pkey PRIMARY KEY (position),
+  CONSTRAINT transactions_have_events CHECK (event_count > 0),
+  CONSTRAINT transactions_attempts_not_negative CHECK (attempts >= 0),
+  CONSTRAINT transactions_receipt_is_whole CHECK (num_nonnulls(sent_at, stream, first_sequence, last_sequence) IN (0, 4)),
+  CONSTRAINT transactions_receipt_fits_count CHECK (last_sequence - first_sequence + 1 = event_count),
+  CONSTRAINT transactions_dead_with_reason CHECK (num_nonnulls(dead_at, dead_reason) IN (0, 2)),
+  CONSTRAINT transactions_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
+  CONSTRAINT transactions_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL)
+) WITH (fillfactor = 45);
+
+COMMENT ON TABLE {schema}.transactions IS 'One row per transaction that added events, in commit order; written at commit.';
+
+CREATE INDEX transactions_txid ON {schema}.transactions (txid);
+
+CREATE INDEX transactions_dead ON {schema}.transactions (position) WHERE dead_at IS NOT NULL;
+
+CREATE TABLE {schema}.streams (
+  name              text        NOT NULL,
+  created           text        NOT NULL,
+  mode              text        NOT NULL DEFAULT 'chained',
+  last_sequence     bigint      NOT NULL,
+  plan_base         bigint,
+  plan              bigint[]    NOT NULL DEFAULT ARRAY[]::bigint[],
+  sent_transactions bigint      NOT NULL DEFAULT 0,
+  sent_events       bigint      NOT NULL DEFAULT 0,
+  blocked           text,
+  blocked_since     timestamptz,
+  CONSTRAINT streams_pkey PRIMARY KEY (name),
+  CONSTRAINT streams_mode_is_known CHECK (mode IN ('chained', 'shared')),
+  CONSTRAINT streams_plan_has_a_base CHECK (plan_base IS NOT NULL OR cardinality(plan) = 0),
+  CONSTRAINT streams_blocked_has_a_time CHECK (num_nonnulls(blocked, blocked_since) IN (0, 2))
+) WITH (fillfactor = 20);
+
+COMMENT ON TABLE {schema}.streams IS 'One row per stream that this outbox publishes to: identity, mode, place, plan.';
+
+CREATE TABLE {schema}.relay (
+  singleton         boolean        NOT NULL DEFAULT true,
+  outbox_id         uuid           NOT NULL DEFAULT gen_random_uuid(),
+  system_identifier bigint,
+  epoch             bigint         NOT NULL DEFAULT 0,
+  leader            text,
+  leader_since      timestamptz,
+  cursor            bigint         NOT NULL DEFAULT 0,
+  open_positions    int8multirange NOT NULL DEFAULT int8multirange(),
+  blocked           text,
+  blocked_since     timestamptz,
+  CONSTRAINT relay_pkey PRIMARY KEY (singleton),
+  CONSTRAINT relay_has_one_row CHECK (singleton),
+  CONSTRAINT relay_blocked_has_a_time CHECK (num_nonnulls(blocked, blocked_since) IN (0, 2))
+) WITH (fillfactor = 20);
+
+COMMENT ON TABLE {schema}.relay IS 'One row: who this outbox is, who leads, and how far it has read.';
+
+INSERT INTO {schema}.relay DEFAULT VALUES;
+
+CREATE TABLE {schema}.limits (
+  singleton              boolean NOT NULL DEFAULT true,
+  max_event_bytes        integer NOT NULL DEFAULT 1000000,
+  max_header_bytes       integer NOT NULL DEFAULT 61440,
+  max_transaction_events integer NOT NULL DEFAULT 1000,
+  CONSTRAINT limits_pkey PRIMARY KEY (singleton),
+  CONSTRAINT limits_have_one_row CHECK (singleton),
+  CONSTRAINT limits_are_positive CHECK (least(max_event_bytes, max_header_bytes, max_transaction_events) > 0),
+  CONSTRAINT limits_header_bytes_fit_nats CHECK (max_header_bytes <= 61440)
+);
+
+COMMENT ON TABLE {schema}.limits IS 'One row: what an application may add. Changed by UPDATE; the triggers read it.';
+
+INSERT INTO {schema}.limits DEFAULT VALUES;
+
+CREATE FUNCTION {schema}.subject_problem(subject text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $body$
+  SELECT CASE
+    WHEN subject = '' THEN 'is empty'
+    WHEN octet_length(subject) > 255 THEN 'is longer than 255 bytes'
+    WHEN subject ~ '[\u0001-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
+      THEN 'contains white space or a control character'
+    WHEN subject ~ '[*>]' THEN 'contains a wildcard (* or >)'
+    WHEN left(subject, 1) = '$' THEN 'begins with $, which is reserved'
+    WHEN left(subject, 1) = '.' OR right(subject, 1) = '.' OR position('..' in subject) > 0
+      THEN 'has an empty token'
+  END
+$body$;
+
+CREATE FUNCTION {schema}.header_problem(headers jsonb) RETURNS text
+LANGUAGE sql IMMUTABLE AS $body$
+  SELECT CASE WHEN jsonb_typeof(headers) <> 'object' THEN 'must be an object of strings'
+  ELSE (
+    SELECT min(CASE
+      WHEN jsonb_typeof(h.value) <> 'string' THEN 'value of ' || quote_literal(h.key) || ' is not a string'
+      WHEN h.key !~ '^[!#$&''*+.^_`|~0-9A-Za-z\u0025-]+$' THEN 'name ' || quote_literal(h.key) || ' is not a token'
+      WHEN h.value #>> ARRAY[]::text[] ~ '[\r\n]' THEN 'value of ' || quote_literal(h.key) || ' has a line break'
+      WHEN h.key = 'Nats-TTL' OR (h.key = 'Nats-Rollup' AND h.value = '"sub"') THEN NULL
+      WHEN h.key = 'Nats-Rollup' THEN 'Nats-Rollup may only have the value sub'
+      WHEN lower(h.key) ~ '^(nats|outbox)-' THEN 'name ' || quote_literal(h.key) || ' is reserved'
+    END)
+    FROM jsonb_each(headers) AS h
+  ) END
+$body$;
+
+CREATE FUNCTION {schema}.header_bytes(headers jsonb) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $body$
+  SELECT coalesce(sum(octet_length(h.key) + octet_length(h.value) + 4), 0) + 12 FROM jsonb_each_text(headers) AS h
+$body$;
+
+CREATE FUNCTION {schema}.refuse(message text, hint text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+  RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'outbox: ' || message, HINT = hint;
+END
+$body$;
+
+-- Checks one event and counts it, in a setting that rolls back with a savepoint. Never reads events or transactions.
+CREATE FUNCTION {schema}.check_event() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  mine text := pg_current_xact_id()::text || ':';
+  added text := current_setting({added}, true);
+  allowed {schema}.limits;
+  header_size bigint := 0;
+BEGIN
+  IF NEW.txid <> pg_current_xact_id() THEN
+    PERFORM {schema}.refuse('txid of an event must be that of its transaction', 'Leave out the column txid.');
+  END IF;
+  IF {schema}.subject_problem(NEW.subject) IS NOT NULL THEN
+    PERFORM {schema}.refuse('subject ' || quote_literal(left(NEW.subject, 80)) || ' ' || {schema}.subject_problem(NEW.subject),
+      'A subject is one or more tokens separated by dots, such as orders.created.');
+  END IF;
+  SELECT * INTO allowed FROM {schema}.limits;
+  IF NEW.headers IS NOT NULL THEN
+    IF {schema}.header_problem(NEW.headers) IS NOT NULL THEN
+      PERFORM {schema}.refuse('headers: ' || {schema}.header_problem(NEW.headers),
+        'Headers are an object of strings; of the names in Nats- only Nats-TTL and Nats-Rollup (sub) may be given.');
+    END IF;
+    header_size := {schema}.header_bytes(NEW.headers);
+    IF header_size > allowed.max_header_bytes THEN
+      PERFORM {schema}.refuse('headers of ' || header_size || ' bytes are over the limit of ' || allowed.max_header_bytes,
+        'Shorten them; the limit is max_header_bytes in ' || {limits} || '.');
+    END IF;
+  END IF;
+  IF octet_length(NEW.payload) + header_size > allowed.max_event_bytes THEN
+    PERFORM {schema}.refuse('payload and headers of ' || octet_length(NEW.payload) + header_size
+      || ' bytes are over the limit of ' || allowed.max_event_bytes,
+      'Send a reference instead, or raise max_event_bytes in ' || {limits} || ' and max_payload of nats-server.');
+  END IF;
+  PERFORM set_config({added},
+    mine || CASE WHEN starts_with(added, mine) THEN split_part(added, ':', 2)::bigint + 1 ELSE 1 END, true);
+  RETURN NEW;
+END
+$body$;
+
+-- Runs at commit, while the transaction still holds its locks, and draws its position. Fires per event: all but the
+-- first find the transaction sealed. Events added after sealing seal again, at a new position, in the same row.
+CREATE FUNCTION {schema}.seal() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  mine text := pg_current_xact_id()::text || ':';
+  added text := current_setting({added}, true);
+  sealed text := current_setting({sealed}, true);
+  events bigint;
+  allowed bigint;
+  place tid;
+BEGIN
+  IF added = sealed THEN
+    RETURN NULL;
+  END IF;
+  IF NOT starts_with(coalesce(added, ''), mine) THEN
+    PERFORM {schema}.refuse('the setting ' || {added} || ' was overwritten', 'Leave the settings of outbox alone.');
+  END IF;
+  events := split_part(added, ':', 2)::bigint;
+  SELECT l.max_transaction_events INTO allowed FROM {schema}.limits AS l;
+  IF events > allowed THEN
+    PERFORM {schema}.refuse('the transaction added ' || events || ' events, over the limit of ' || allowed,
+      'Commit in smaller transactions, or raise max_transaction_events in ' || {limits}
+      || ', --max-batch-messages of the relay and jetstream.limits.batch.max_msgs of nats-server.');
+  END IF;
+  IF starts_with(sealed, mine) THEN
+    -- By ctid: a look-up in the index would be a predicate lock that fails strangers under SERIALIZABLE.
+    UPDATE {schema}.transactions AS t SET position = DEFAULT, event_count = events, sealed_at = clock_timestamp()
+     WHERE t.ctid = current_setting({place})::tid AND t.txid = pg_current_xact_id() RETURNING t.ctid INTO place;
+  ELSE
+    INSERT INTO {schema}.transactions AS t (txid, event_count) VALUES (pg_current_xact_id(), events)
+    RETURNING t.ctid INTO place;
+  END IF;
+  IF place IS NULL THEN
+    PERFORM {schema}.refuse('the setting ' || {place} || ' was overwritten', 'Leave the settings of outbox alone.');
+  END IF;
+  PERFORM set_config({sealed}, added, true), set_config({place}, place::text, true);
+  -- NOTIFY serialises commits cluster-wide and makes PREPARE TRANSACTION fail: only to wake a relay that sleeps.
+  IF current_setting('max_prepared_transactions') = '0' AND NOT pg_try_advisory_xact_lock_shared({awake}, {key}) THEN
+    PERFORM pg_notify({channel}, '');
+  END IF;
+  RETURN NULL;
+END
+$body$;
+
+CREATE TRIGGER check_event BEFORE INSERT ON {schema}.events
+  FOR EACH ROW EXECUTE FUNCTION {schema}.check_event();
+
+CREATE CONSTRAINT TRIGGER seal AFTER INSERT ON {schema}.events
+  DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {schema}.seal();
+
+CREATE FUNCTION {schema}.add(subject text, payload bytea, headers jsonb DEFAULT NULL, message_id uuid DEFAULT NULL)
+RETURNS uuid LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  made uuid := coalesce($4, gen_random_uuid());
+BEGIN
+  INSERT INTO {schema}.events (message_id, subject, headers, payload) VALUES (made, $1, $3, $2);
+  RETURN made;
+END
+$body$;
+
+CREATE FUNCTION {schema}.add(subject text, payload text, headers jsonb DEFAULT NULL, message_id uuid DEFAULT NULL)
+RETURNS uuid LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $body$
+  SELECT {schema}.add($1, convert_to($2, 'UTF8'), $3, $4)
+$body$;
+
+CREATE FUNCTION {schema}.add(subject text, payload jsonb, headers jsonb DEFAULT NULL, message_id uuid DEFAULT NULL)
+RETURNS uuid LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $body$
+  SELECT {schema}.add($1, convert_to($2::text, 'UTF8'), $3, $4)
+$body$;
+
+-- By the cursor, the plans and the open positions: the cost does not grow with the number of sent rows.
+CREATE VIEW {schema}.pending AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts
+    FROM {schema}.relay AS r CROSS JOIN LATERAL (
+      SELECT * FROM {schema}.transactions AS beyond WHERE beyond.position > r.cursor
+      UNION ALL
+      SELECT planned.* FROM {schema}.streams AS s CROSS JOIN LATERAL unnest(s.plan) AS p (position)
+        JOIN {schema}.transactions AS planned ON planned.position = p.position WHERE p.position <= r.cursor
+      UNION ALL
+      SELECT opened.* FROM unnest(r.open_positions) AS gap
+        JOIN {schema}.transactions AS opened ON opened.position >= lower(gap) AND opened.position < upper(gap)
+    ) AS t
+   WHERE t.sent_at IS NULL AND t.dead_at IS NULL;
+
+COMMENT ON VIEW {schema}.pending IS 'Transactions that are committed and neither sent nor dead.';
+
+CREATE VIEW {schema}.dead AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts, t.dead_at, t.dead_reason, t.discarded_at
+    FROM {schema}.transactions AS t WHERE t.dead_at IS NOT NULL;
+
+COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, with the reason.';
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;

@@ -1,0 +1,42 @@
+"""Errors, sorted by whose fault they are: the application's event, the operator's configuration, the weather.
+
+Every error says what is wrong and where, and carries its remedy. No IO, no imports from the package.
+"""
+
+from __future__ import annotations
+
+
+class OutboxError(Exception):
+    """Base of all errors of this package. `remedy` is the command or setting that settles it, or empty."""
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
+
+
+class InvalidEvent(OutboxError, ValueError):
+    """The application's event cannot be published as it is. Nothing was sent to the database."""
+
+
+class Misconfigured(OutboxError):
+    """The operator's configuration, or one of the two servers, does not fit. Retrying does not help."""
+
+
+class Halt(OutboxError):
+    """What was found contradicts what is known, and going on could lose or double events. A human must look."""
+
+
+class Weather(OutboxError):
+    """A server cannot be reached or cannot work now. Waited out for ever; spends no attempt."""
+
+
+class Unusable(Weather):
+    """A stream's configuration is in the way. Found at the start it is refused; later it is waited out, loudly."""
+
+
+class Deposed(OutboxError):
+    """Another relay has taken the lead, or the session that held it is gone. Stand by again."""

@@ -1,0 +1,109 @@
+"""An event, and the rules that make it publishable: the same rules, in the same words, as the database's triggers.
+
+Pure values. The writer checks before it asks the server; the triggers check what comes by plain SQL.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from uuid import UUID
+
+from outbox.errors import InvalidEvent
+
+MAX_SUBJECT_BYTES = 255
+MAX_HEADER_BYTES = 61_440
+MAX_EVENT_BYTES = 1_000_000
+
+_BLANK = re.compile("[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_RESERVED = re.compile(r"(nats|outbox)-", re.IGNORECASE)
+ROLLUP = "Nats-Rollup"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What an application adds: `message_id` becomes `Nats-Msg-Id`, `headers` are a mapping of strings."""
+
+    message_id: UUID
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str]
+
+    @property
+    def is_rollup(self) -> bool:
+        """True if storing this message removes the earlier ones of its subject."""
+        return ROLLUP in self.headers
+
+
+def subject_problem(subject: str) -> str | None:
+    """What makes `subject` unpublishable, or None. The words are those of the database."""
+    if not subject:
+        return "is empty"
+    if len(subject.encode(errors="surrogatepass")) > MAX_SUBJECT_BYTES:
+        return f"is longer than {MAX_SUBJECT_BYTES} bytes"
+    if _BLANK.search(subject):
+        return "contains white space or a control character"
+    if "*" in subject or ">" in subject:
+        return "contains a wildcard (* or >)"
+    if subject.startswith("$"):
+        return "begins with $, which is reserved"
+    if subject.startswith(".") or subject.endswith(".") or ".." in subject:
+        return "has an empty token"
+    return None
+
+
+def header_problem(headers: Mapping[str, str]) -> str | None:
+    """What makes `headers` unpublishable, or None. The words are those of the database."""
+    for name, value in headers.items():
+        if not isinstance(value, str):
+            return f"value of '{name}' is not a string"
+        if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+            return f"name '{name}' is not a token"
+        if "\r" in value or "\n" in value:
+            return f"value of '{name}' has a line break"
+        if name == "Nats-TTL" or (name == ROLLUP and value == "sub"):
+            continue
+        if name == ROLLUP:
+            return "Nats-Rollup may only have the value sub"
+        if _RESERVED.match(name):
+            return f"name '{name}' is reserved"
+    return None
+
+
+def header_bytes(headers: Mapping[str, str]) -> int:
+    """Size of the headers on the wire, in bytes: name, value, separator and line end of each, and the first line."""
+    return 12 + sum(len(name.encode()) + len(value.encode()) + 4 for name, value in headers.items())
+
+
+def encode_payload(payload: object) -> bytes:
+    """`bytes` as they are, `str` as UTF-8, anything else as JSON; raises `InvalidEvent` for what JSON cannot hold."""
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return bytes(payload)
+    try:
+        text = payload if isinstance(payload, str) else json.dumps(payload, separators=(",", ":"))
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEvent(
+            f"outbox: payload of type {type(payload).__name__} cannot be encoded: {error}",
+            remedy="give bytes, a str, or a value that json.dumps accepts",
+        ) from error
+
+
+def check_event(event: Event) -> Event:
+    """The event itself, or `InvalidEvent` with what to change. The limits are the defaults of the database's."""
+    if problem := subject_problem(event.subject):
+        raise InvalidEvent(
+            f"outbox: subject {event.subject[:80]!r} {problem}",
+            remedy="a subject is one or more tokens separated by dots, such as orders.created",
+        )
+    if problem := header_problem(event.headers):
+        raise InvalidEvent(
+            f"outbox: headers: {problem}",
+            remedy="headers map strings to strings; of the names in Nats- only Nats-TTL and Nats-Rollup (sub) may be given",
+        )
+    if (size := header_bytes(event.headers)) > MAX_HEADER_BYTES:
+        raise InvalidEvent(f"outbox: headers of {size} bytes are over the limit of {MAX_HEADER_BYTES}")
+    return event

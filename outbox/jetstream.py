@@ -1,0 +1,292 @@
+"""The relay's only hand on NATS: one connection, stream facts, single messages, and batches with windowed acks.
+
+Built on nats-py's public calls. nats-py buffers what is published while it reconnects and sends it later, even what
+its caller has given up: so this connection never reconnects. When it is lost, every batch in flight has the outcome
+`Unknown`, and the leader opens a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from outbox.batch import Batch, messages, wire_bytes
+from outbox.errors import Misconfigured, Unusable, Weather
+from outbox.outcome import MESSAGE_TOO_LARGE, Outcome, Rejected, Unknown, read_reply
+from outbox.plan import Seen
+
+OLDEST_NATS = (2, 12, 1)
+API_SECONDS = 3.0
+STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamInfo:
+    """What the relay needs to know of a stream. `created` is its identity: a re-created stream has another one."""
+
+    name: str
+    created: str
+    last_sequence: int
+    subjects: tuple[str, ...]
+    problem: tuple[str, str] | None
+    max_message_bytes: int | None
+
+    def check(self) -> Self:
+        """The stream itself; raises `Unusable`, with the remedy, if the relay cannot keep its promises with it."""
+        if self.problem is not None:
+            raise Unusable(f"stream {self.name} cannot be used: {self.problem[0]}", remedy=self.problem[1])
+        return self
+
+
+class Refused(Weather):
+    """JetStream's API answered with an error."""
+
+    def __init__(self, code: int, description: str) -> None:
+        super().__init__(f"{description} ({code})")
+        self.code = code
+
+
+class JetStream:
+    """One connection to NATS. When it is lost, `lost` says why, and a new one must be made."""
+
+    def __init__(self, news: Callable[[], None]) -> None:
+        self._news = news
+        self._nc = Client()
+        self._prefix = ""
+        self._tokens = 0
+        self._awaited: dict[str, asyncio.Future[Outcome]] = {}
+        self._outgoing: asyncio.Queue[tuple[str, Batch, str]] = asyncio.Queue()
+        self._sender: asyncio.Task[None] | None = None
+        self.forbidden: str | None = None
+
+    @classmethod
+    async def connect(cls, servers: Sequence[str], news: Callable[[], None], **options: Any) -> Self:
+        """Connect; raises `Weather` if no server answers, `Misconfigured` if it cannot keep the promises.
+
+        `news` is called, without arguments, whenever a reply came in or the connection was lost. `options` are
+        nats-py's, for credentials and TLS.
+        """
+        self = cls(news)
+        try:
+            await self._nc.connect(
+                servers=list(servers),
+                name="outbox relay",
+                allow_reconnect=False,
+                connect_timeout=3,
+                ping_interval=5,
+                max_outstanding_pings=2,
+                error_cb=self._on_error,
+                closed_cb=self._on_closed,
+                **options,
+            )
+        except (nats.errors.Error, OSError, asyncio.TimeoutError) as error:
+            raise Weather(f"NATS cannot be reached: {str(error) or type(error).__name__}") from error
+        if self.version < OLDEST_NATS:
+            version = self._nc.connected_server_version
+            await self.close()
+            raise Misconfigured(
+                f"nats-server {version} has no atomic batches: it would store every message by itself",
+                remedy="upgrade nats-server to 2.12.1 or later (2.12.14, 2.14.4 or 2.15 recommended)",
+            )
+        self._prefix = self._nc.new_inbox()
+        await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
+        self._sender = asyncio.create_task(self._send_in_order())
+        return self
+
+    async def close(self) -> None:
+        """Close the connection; idempotent, blocks for at most two seconds."""
+        if self._sender is not None:
+            self._sender.cancel()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._nc.close(), timeout=2)
+
+    @property
+    def lost(self) -> str | None:
+        """Why the connection is gone, or None while it stands."""
+        if not self._nc.is_closed:
+            return None
+        return str(self._nc.last_error or "the connection was closed")
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        version = self._nc.connected_server_version
+        return (version.major, version.minor, version.patch)
+
+    @property
+    def max_payload(self) -> int:
+        """The most bytes of payload and headers that the server takes; more closes the connection for good."""
+        return self._nc.max_payload
+
+    async def stream_of(self, subject: str) -> str | None:
+        """The stream that takes `subject` by JetStream's own answer, or None if it says that there is none."""
+        names = (await self._request("STREAM.NAMES", {"subject": subject})).get("streams") or []
+        return str(names[0]) if names else None
+
+    async def stream(self, name: str) -> StreamInfo | None:
+        """What the stream's leader says of it now, or None if there is no such stream."""
+        try:
+            return _stream_info(await self._request(f"STREAM.INFO.{name}"))
+        except Refused as refused:
+            if refused.code == STREAM_NOT_FOUND:
+                return None
+            raise
+
+    async def create_stream(self, name: str, subjects: Sequence[str]) -> None:
+        """Create a stream that suits the relay: file storage, atomic batches, new messages refused when it is full."""
+        config = {
+            "name": name,
+            "subjects": list(subjects),
+            "storage": "file",
+            "discard": "new",
+            "allow_atomic": True,
+            "allow_direct": True,
+            "duplicate_window": 120_000_000_000,
+        }
+        try:
+            await self._request(f"STREAM.CREATE.{name}", config)
+        except Refused as refused:
+            raise Misconfigured(f"stream {name} was not created: {refused}", remedy="nats stream info") from refused
+
+    async def look(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
+        """The headers of these messages, read from the stream's leader; None for one that is gone."""
+        found: dict[int, Seen | None] = {}
+        for start in range(0, len(sequences), 256):
+            part = sequences[start : start + 256]
+            found |= zip(part, await asyncio.gather(*(self._message(stream, place) for place in part)), strict=True)
+        return found
+
+    async def _message(self, stream: str, sequence: int) -> Seen | None:
+        try:
+            reply = await self._request(f"STREAM.MSG.GET.{stream}", {"seq": sequence})
+        except Refused as refused:
+            if refused.code == MESSAGE_NOT_FOUND:
+                return None
+            raise
+        return _seen(base64.b64decode(reply["message"].get("hdrs") or ""))
+
+    async def _request(self, call: str, body: object = None) -> dict[str, Any]:
+        payload = json.dumps(body).encode() if body is not None else b""
+        try:
+            reply = await self._nc.request(f"$JS.API.{call}", payload, timeout=API_SECONDS)
+            answer: dict[str, Any] = json.loads(reply.data)
+        except (nats.errors.Error, asyncio.TimeoutError, ValueError) as error:
+            raise Weather(f"JetStream does not answer ({call}): {str(error) or type(error).__name__}") from error
+        if refusal := answer.get("error"):
+            raise Refused(int(refusal.get("err_code", 0)), str(refusal.get("description", "")))
+        return answer
+
+    def send(self, batch: Batch, outbox_id: str) -> asyncio.Future[Outcome]:
+        """Queue a batch for the wire, in order; the future has its outcome. Never blocks; sets no time limit.
+
+        Only the last message asks for a reply, but for a careful batch.
+        """
+        self._tokens += 1
+        token = str(self._tokens)
+        future = self._awaited[token] = asyncio.get_running_loop().create_future()
+        self._outgoing.put_nowait((token, batch, outbox_id))
+        return future
+
+    async def _send_in_order(self) -> None:
+        while True:
+            await self._send(*await self._outgoing.get())
+
+    async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
+        reply = f"{self._prefix}.{token}"
+        built = list(messages(batch, outbox_id))
+        if (largest := max(map(wire_bytes, built))) > self.max_payload:
+            # The server would close the connection for good, and tell nobody why.
+            description = f"message of {largest} bytes is over max_payload, {self.max_payload}"
+            self._tell(token, Rejected(code=MESSAGE_TOO_LARGE, description=description))
+            return
+        try:
+            for message in built:
+                await self._nc.publish(
+                    message.subject,
+                    message.payload,
+                    reply=reply if message.is_last or batch.careful else "",
+                    headers=message.headers,
+                )
+        except (nats.errors.Error, OSError) as error:
+            self._tell(token, Unknown(why=f"not sent in full: {str(error) or type(error).__name__}"))
+
+    async def _on_reply(self, message: Msg) -> None:
+        token = message.subject.rpartition(".")[2]
+        if not message.data and not message.headers:
+            return  # a message in the middle of a careful batch was staged
+        self._tell(token, read_reply(message.data, (message.headers or {}).get("Status")))
+
+    def _tell(self, token: str, outcome: Outcome) -> None:
+        future = self._awaited.pop(token, None)
+        if future is not None and not future.done():
+            future.set_result(outcome)
+            self._news()
+
+    async def _on_error(self, error: Exception) -> None:
+        # A permission violation is only an asynchronous error: to the publisher it looks like silence.
+        if "permissions violation" in str(error).lower():
+            self.forbidden = str(error)
+            self._news()
+
+    async def _on_closed(self) -> None:
+        for token in list(self._awaited):
+            self._tell(token, Unknown(why="the connection was lost"))
+        self._news()
+
+
+def _stream_info(answer: dict[str, Any]) -> StreamInfo:
+    config = answer["config"]
+    size = int(config.get("max_msg_size", -1))
+    return StreamInfo(
+        name=config["name"],
+        created=answer["created"],
+        last_sequence=int(answer["state"]["last_seq"]),
+        subjects=tuple(config.get("subjects") or ()),
+        problem=_problem(config),
+        max_message_bytes=size if size >= 0 else None,
+    )
+
+
+def _problem(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Why the relay cannot keep its promises with a stream of this configuration, and the remedy; or None."""
+    name = config["name"]
+    if config.get("mirror"):
+        return "it is a mirror, which takes no messages", "publish to the stream that it mirrors"
+    if config.get("persist_mode") == "async":
+        return "its persist_mode is async, which excludes atomic batches", f"re-create stream {name} without it"
+    if not config.get("allow_atomic"):
+        return "it lacks allow_atomic", f"nats stream edit {name} --allow-batch"
+    if config.get("no_ack"):
+        return "it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack"
+    return None
+
+
+def _seen(raw: bytes) -> Seen:
+    """The headers that tell whose a stored message is. A hostile header is only a header that does not fit."""
+    headers: dict[str, str] = {}
+    for line in raw.decode(errors="replace").split("\r\n")[1:]:
+        name, _, value = line.partition(":")
+        headers.setdefault(name, value.strip())
+
+    def number(name: str) -> int | None:
+        value = headers.get(name, "")
+        return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
+
+    return Seen(
+        outbox_id=headers.get("Outbox-Id"),
+        message_id=headers.get("Nats-Msg-Id"),
+        position=number("Outbox-Transaction"),
+        number=number("Outbox-Transaction-Sequence"),
+        replayed="Outbox-Replay" in headers,
+    )
+
+

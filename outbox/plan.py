@@ -1,0 +1,126 @@
+"""The plan, and what a look at the stream says about it: how much of it is stored.
+
+Pure. The plan is the order and the place of everything that may be in flight: whole transactions that follow the
+sequence `base`. In a stream with one writer "stored" is arithmetic: what ends at or below the stream's last sequence.
+The messages are the cross-check; they may be gone by limits, rollup or a work queue, but what is there must fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A transaction's entry in the plan, with the message id of its last event."""
+
+    position: int
+    count: int
+    last_message_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The headers of a stored message that tell whose it is; None where it has no such header."""
+
+    outbox_id: str | None
+    message_id: str | None
+    position: int | None
+    number: int | None
+    replayed: bool = False
+
+
+class Look(Enum):
+    """What a look at the stream came to."""
+
+    SETTLED = "the stream stands at the end of a planned transaction"
+    FOREIGN = "somebody else wrote to the stream"
+    APPLYING = "the stream ends inside a transaction: a commit is being applied, or a part of it was lost"
+    WENT_BACK = "the stream ends before the last receipt"
+    IMPOSTOR = "a message of this outbox is where it cannot be"
+    AMBIGUOUS = "the messages that would tell are gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """`stored` transactions of the plan are in the stream; `at` is the sequence that `look` speaks of."""
+
+    look: Look
+    stored: int
+    at: int
+
+
+def ends(base: int, plan: Sequence[Planned]) -> list[int]:
+    """The sequence of each planned transaction's last message."""
+    result = []
+    for entry in plan:
+        base += entry.count
+        result.append(base)
+    return result
+
+
+def wanted(base: int, plan: Sequence[Planned], last: int) -> list[int]:
+    """The sequences to read before `judge`: where transactions end, what follows them, and the stream's tail."""
+    places = [end for end in ends(base, plan) if end <= last]
+    return sorted({*places, *(place + 1 for place in (base, *places[-1:])), last} & set(range(base + 1, last + 1)))
+
+
+def judge(
+    *,
+    outbox_id: str,
+    shared: bool,
+    base: int,
+    plan: Sequence[Planned],
+    last: int,
+    seen: Mapping[int, Seen | None],
+) -> Finding:
+    """How much of the plan is stored in a stream that ends at `last`; `seen` are the messages at `wanted`, or None."""
+    if last < base:
+        return Finding(look=Look.WENT_BACK, stored=0, at=last)
+    places = [end for end in ends(base, plan) if end <= last]
+    confirmed, contradicted = 0, None
+    for index, (entry, place) in enumerate(zip(plan, places, strict=False)):
+        message = seen.get(place)
+        if message is None:
+            continue
+        if _is_end_of(message, entry, outbox_id):
+            confirmed = index + 1
+        elif contradicted is None:
+            contradicted = index
+    if contradicted is not None and contradicted < confirmed:
+        return Finding(look=Look.IMPOSTOR, stored=0, at=places[contradicted])
+    gone = places[confirmed : len(places) if contradicted is None else contradicted]
+    if gone and (shared or contradicted is not None):
+        return Finding(look=Look.AMBIGUOUS, stored=confirmed, at=gone[0])
+    stored = confirmed + len(gone)
+    end = places[stored - 1] if stored else base
+    if last == end:
+        return Finding(look=Look.SETTLED, stored=stored, at=end)
+    return _beyond(outbox_id, plan, stored, end, last, seen)
+
+
+def _beyond(
+    outbox_id: str, plan: Sequence[Planned], stored: int, end: int, last: int, seen: Mapping[int, Seen | None]
+) -> Finding:
+    """What lies between the end of the last stored transaction and the end of the stream."""
+    next_planned = plan[stored].position if stored < len(plan) else None
+    for place in (end + 1, last):
+        message = seen.get(place)
+        if message is None or message.outbox_id != outbox_id or message.replayed:
+            continue
+        planned = {entry.position for entry in plan[stored:]}
+        fits = message.position == next_planned if place == end + 1 else message.position in planned
+        return Finding(look=Look.APPLYING if fits else Look.IMPOSTOR, stored=stored, at=place)
+    return Finding(look=Look.FOREIGN, stored=stored, at=last)
+
+
+def _is_end_of(message: Seen, entry: Planned, outbox_id: str) -> bool:
+    return (
+        message.outbox_id == outbox_id
+        and message.position == entry.position
+        and message.number == entry.count
+        and message.message_id == entry.last_message_id
+        and not message.replayed
+    )

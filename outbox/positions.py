@@ -1,0 +1,119 @@
+"""The cursor and the open positions below it: which positions were read, and which still may appear.
+
+Pure. Positions are drawn within the commit, so a position that is missing below the highest one seen is a commit in
+progress, a prepared transaction, or a rollback. It stays open until it is *proven* empty: it is invisible in a
+snapshot by which every transaction that could own it has ended. A time-out would skip a slow commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+Range = tuple[int, int]  # both ends belong to it
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """The ranges sorted, adjacent and overlapping ones joined."""
+    result: list[Range] = []
+    for low, high in sorted(ranges):
+        if result and low <= result[-1][1] + 1:
+            result[-1] = (result[-1][0], max(high, result[-1][1]))
+        else:
+            result.append((low, high))
+    return result
+
+
+def without(ranges: Iterable[Range], position: int) -> list[Range]:
+    """The ranges without one position."""
+    result: list[Range] = []
+    for low, high in ranges:
+        if low <= position <= high:
+            result += [piece for piece in ((low, position - 1), (position + 1, high)) if piece[0] <= piece[1]]
+        else:
+            result.append((low, high))
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A transaction that holds a write lock on `transactions`: a virtual transaction id, -1/… when prepared."""
+
+    id: str
+
+    @property
+    def prepared(self) -> bool:
+        return self.id.startswith("-1/")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Cohort:
+    """Open positions that were first missed together, and the transactions that could own one of them."""
+
+    ranges: list[Range]
+    owners: frozenset[Holder] | None = None
+    prepared_too: bool = False
+    ended: bool = False
+
+    def observe(self, holders: frozenset[Holder]) -> None:
+        # An owner took its lock before it drew the position, so the first look sees it, or it has ended.
+        if self.owners is None:
+            self.owners = frozenset(holder for holder in holders if not holder.prepared)
+        if not self.owners & holders and not self.prepared_too:
+            # PREPARE gives a transaction a new virtual id: those prepared by now are the second set.
+            self.owners = frozenset(holder for holder in holders if holder.prepared)
+            self.prepared_too = True
+        self.ended = self.prepared_too and not self.owners & holders
+
+
+@dataclass(slots=True)
+class Positions:
+    """How far the leader has read: every position up to `cursor` was seen, is open, or is proven empty."""
+
+    cursor: int = 0
+    _cohorts: list[_Cohort] = field(default_factory=list)
+
+    @classmethod
+    def restored(cls, cursor: int, open_positions: Sequence[Range]) -> Positions:
+        """As a new leader finds them in the database."""
+        cohorts = [_Cohort(ranges=list(open_positions))] if open_positions else []
+        return cls(cursor, cohorts)
+
+    @property
+    def open(self) -> list[Range]:
+        """The open positions, sorted."""
+        return merged(piece for cohort in self._cohorts for piece in cohort.ranges)
+
+    def observe(self, holders: Iterable[Holder]) -> None:
+        """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap."""
+        now = frozenset(holders)
+        for cohort in self._cohorts:
+            cohort.observe(now)
+
+    def read(self, positions: Iterable[int], through: int | None = None) -> None:
+        """Take in a page: sorted, open positions included, read in one snapshot that is younger than the last `observe`.
+
+        `through` is the position up to which the page is complete, None if it holds all that is visible.
+        """
+        proven = [
+            cohort
+            for cohort in self._cohorts
+            if cohort.ended and (through is None or max(high for _, high in cohort.ranges) <= through)
+        ]
+        missed: list[Range] = []
+        for position in positions:
+            if position > self.cursor:
+                if position > self.cursor + 1:
+                    missed.append((self.cursor + 1, position - 1))
+                self.cursor = position
+            else:
+                for cohort in self._cohorts:
+                    cohort.ranges = without(cohort.ranges, position)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.ranges and cohort not in proven]
+        if missed:
+            self._cohorts.append(_Cohort(ranges=missed))
+
+    def reopen(self, ranges: Iterable[Range]) -> None:
+        """Positions that must be looked at again, such as retried dead letters."""
+        if pieces := list(ranges):
+            self._cohorts.append(_Cohort(ranges=pieces))

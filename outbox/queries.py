@@ -1,0 +1,194 @@
+"""Every statement that the relay and the operator's commands run, as constant text; identifiers are composed.
+
+Floor 1: text only. Each has a head comment: which rows, which index, why this form. The relay's session has
+`enable_seqscan` and `enable_bitmapscan` off: an outbox is analysed while it is empty, and the planner must not act on
+it. Plan tests run these very texts on large tables.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from outbox.schema import checked_name
+
+
+def compose(text: str, schema: str) -> bytes:
+    """The statement for one schema, ready for psycopg."""
+    return sql.SQL(text).format(schema=sql.Identifier(checked_name(schema))).as_bytes()
+
+
+# What lies beyond the cursor and in the open positions, sorted by position, in ONE snapshot: in two statements a gap
+# can close in between and its successor overtake it. Whole transactions until `messages` or `bytes` are reached, the
+# first one always. LATERAL with LIMIT keeps both reads on transactions_pkey and events_pkey whatever the statistics
+# say. The LEFT JOIN shows a transaction that has no events; LIMIT event_count + 1 shows one that has too many.
+PAGE = """
+WITH page AS MATERIALIZED (
+  SELECT * FROM (
+    SELECT u.*, sum(u.event_count) OVER (ORDER BY u.position) AS running FROM (
+      SELECT t.* FROM (SELECT %(cursor)s::bigint + 1 AS low, 9223372036854775807 AS high
+                       UNION ALL SELECT * FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[])) AS r
+       CROSS JOIN LATERAL (
+         SELECT position, txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
+           FROM {schema}.transactions WHERE position >= r.low AND position <= r.high
+          ORDER BY position LIMIT %(transactions)s
+       ) AS t
+      ORDER BY t.position LIMIT %(transactions)s
+    ) AS u
+  ) AS v WHERE v.running - v.event_count < %(messages)s
+)
+SELECT position, event_count, pending, message_id, subject, headers, payload FROM (
+  SELECT p.position, p.event_count, p.pending, e.id, e.message_id, e.subject, e.headers::text, e.payload,
+         sum(octet_length(e.payload)) OVER (ORDER BY p.position) AS size, min(p.position) OVER () AS head
+    FROM page AS p LEFT JOIN LATERAL (
+      SELECT * FROM {schema}.events WHERE txid = p.txid AND p.pending ORDER BY txid, id LIMIT p.event_count + 1
+    ) AS e ON true
+) AS s WHERE s.size IS NULL OR s.size <= %(bytes)s OR s.position = s.head
+ORDER BY s.position, s.id
+"""
+
+# The transactions of a plan, by position, with all their events: as PAGE.
+PLANNED = """
+SELECT p.position, t.event_count, t.pending, e.message_id, e.subject, e.headers::text, e.payload
+  FROM unnest(%(positions)s::bigint[]) AS p (position)
+ CROSS JOIN LATERAL (
+   SELECT txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
+     FROM {schema}.transactions WHERE position = p.position ORDER BY position LIMIT 1
+ ) AS t
+  LEFT JOIN LATERAL (
+   SELECT * FROM {schema}.events WHERE txid = t.txid ORDER BY txid, id LIMIT t.event_count + 1
+ ) AS e ON true
+ ORDER BY p.position, e.id
+"""
+
+# Who holds a write lock on transactions: whoever owns a missing position is among them, or has ended. A transaction
+# takes its lock before it draws the position and keeps it to its end; a prepared one appears as -1/xid.
+HOLDERS = """
+SELECT DISTINCT virtualtransaction FROM pg_locks
+ WHERE locktype = 'relation' AND relation = '{schema}.transactions'::regclass AND granted
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+   AND pid IS DISTINCT FROM pg_backend_pid()
+"""
+
+# The barrier, the mark and the verdicts in one commit, under the leader's epoch. Nothing happens unless the epoch is
+# ours and every transaction to settle is still pending, so the count that comes back tells which of the two failed.
+# Runs with synchronous_commit = on: when it returns, all WAL before it is flushed. transactions_pkey throughout.
+COMMIT = """
+WITH lead AS (
+  UPDATE {schema}.relay SET cursor = %(cursor)s, open_positions = %(open)s::int8multirange,
+         blocked = %(blocked)s, blocked_since = CASE WHEN %(blocked)s::text IS NULL THEN NULL
+           WHEN blocked IS NULL THEN now() ELSE blocked_since END
+   WHERE epoch = %(epoch)s AND cardinality(%(settling)s::bigint[]) = (
+     SELECT count(*) FROM {schema}.transactions
+      WHERE position = ANY (%(settling)s::bigint[]) AND sent_at IS NULL AND dead_at IS NULL)
+  RETURNING epoch
+), marked AS (
+  UPDATE {schema}.transactions AS t
+     SET sent_at = clock_timestamp(), stream = m.stream, first_sequence = m.first, last_sequence = m.last
+    FROM lead, unnest(%(positions)s::bigint[], %(streams)s::text[], %(firsts)s::bigint[], %(lasts)s::bigint[])
+         AS m (position, stream, first, last)
+   WHERE t.position = m.position AND t.position = ANY (%(positions)s::bigint[])
+  RETURNING t.stream, t.event_count
+), buried AS (
+  UPDATE {schema}.transactions AS t
+     SET dead_at = clock_timestamp(), dead_reason = d.reason, attempts = t.attempts + 1
+    FROM lead, unnest(%(dead)s::bigint[], %(reasons)s::text[]) AS d (position, reason)
+   WHERE t.position = d.position AND t.position = ANY (%(dead)s::bigint[])
+  RETURNING t.position
+), planned AS (
+  UPDATE {schema}.streams AS s
+     SET mode = p.mode, last_sequence = p.base, plan_base = p.base, plan = p.plan::bigint[],
+         sent_transactions = s.sent_transactions + (SELECT count(*) FROM marked WHERE stream = s.name),
+         sent_events = s.sent_events + (SELECT coalesce(sum(event_count), 0) FROM marked WHERE stream = s.name),
+         blocked = p.blocked, blocked_since = CASE WHEN p.blocked IS NULL THEN NULL
+           WHEN s.blocked IS NULL THEN now() ELSE s.blocked_since END
+    FROM lead, unnest(%(names)s::text[], %(modes)s::text[], %(bases)s::bigint[], %(plans)s::text[], %(blocks)s::text[])
+         AS p (name, mode, base, plan, blocked)
+   WHERE s.name = p.name
+  RETURNING s.name
+)
+SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count(*) FROM buried),
+       (SELECT count(*) FROM planned)
+"""
+
+# The first contact with a stream, under the leader's epoch.
+ADD_STREAM = """
+INSERT INTO {schema}.streams (name, created, last_sequence, plan_base)
+SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch = %(epoch)s
+"""
+
+# Take the lead: a new epoch. Run it only under the lock.
+LEAD = """
+UPDATE {schema}.relay SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(),
+       system_identifier = coalesce(system_identifier, %(cluster)s)
+ WHERE system_identifier IS NULL OR system_identifier = %(cluster)s
+RETURNING outbox_id, epoch, cursor,
+          (SELECT coalesce(array_agg(lower(r)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS r),
+          (SELECT coalesce(array_agg(upper(r) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS r)
+"""
+
+STREAMS = "SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams ORDER BY name"
+
+ANY_PENDING = "SELECT position FROM {schema}.pending LIMIT 1"
+
+# By the partial index transactions_dead.
+FIRST_DEAD = """
+SELECT position FROM {schema}.transactions
+ WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1
+"""
+
+# Keeps the session from idle_session_timeout, and tells whether we still lead.
+PING = "SELECT epoch FROM {schema}.relay"
+
+# Facts that the relay needs to be true before it starts. One row.
+PREFLIGHT = """
+SELECT current_setting('server_version_num')::int, (SELECT system_identifier FROM pg_control_system()),
+       current_setting('max_prepared_transactions')::int, pg_is_in_recovery(),
+       (SELECT max_transaction_events FROM {schema}.limits),
+       (SELECT coalesce(max(s.seqcache), 1) FROM pg_sequence AS s JOIN pg_depend AS d ON d.objid = s.seqrelid
+         WHERE d.classid = 'pg_class'::regclass AND d.deptype = 'i'
+           AND d.refobjid IN ('{schema}.events'::regclass, '{schema}.transactions'::regclass)),
+       obj_description('{schema}.events'::regclass, 'pg_class')
+"""
+
+# Events that no transaction row counts: the application forged the settings of the trigger. Newest ones, by
+# events_pkey backwards and transactions_txid; a slow check, so bounded.
+STRAYS = """
+SELECT e.txid::text, count(*) FROM (
+  SELECT txid FROM {schema}.events ORDER BY txid DESC, id DESC LIMIT 10000
+) AS e
+ WHERE NOT EXISTS (SELECT FROM {schema}.transactions AS t WHERE t.txid = e.txid)
+ GROUP BY e.txid ORDER BY e.txid LIMIT 10
+"""
+
+# What `outbox status` shows. `pending` goes by the cursor, the plans and the open positions, not over sent rows.
+STATUS = """
+SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.blocked_since,
+       obj_description('{schema}.events'::regclass, 'pg_class'),
+       (SELECT count(*) FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       (SELECT count(*) FROM {schema}.pending), (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending),
+       (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending),
+       (SELECT min(position) FROM {schema}.pending),
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL)
+  FROM {schema}.relay AS r
+"""
+
+STATUS_STREAMS = """
+SELECT name, mode, last_sequence, sent_transactions, sent_events, cardinality(plan), blocked, blocked_since
+  FROM {schema}.streams ORDER BY name
+"""
+
+STATUS_DEAD = """
+SELECT position, event_count, dead_at, dead_reason FROM {schema}.dead
+ WHERE discarded_at IS NULL ORDER BY position DESC LIMIT 10
+"""
+
+# Accept a stream as it is now: what was planned for the old one is pending again, at its old position.
+FORGET_STREAM = """
+WITH forgotten AS (DELETE FROM {schema}.streams WHERE name = %(name)s RETURNING plan)
+UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
+  SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange()) FROM forgotten, unnest(plan) AS p)
+ WHERE EXISTS (SELECT FROM forgotten)
+"""

@@ -1,0 +1,96 @@
+"""Reading a stream back: how much of the plan is in it, and whether it still is the stream that the outbox knows.
+
+The decision is `outbox.plan.judge`; this module looks, looks again while a commit is being applied, and halts where
+going on could lose or double events. Called at every change of leader and after every doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outbox.errors import Halt, Weather
+from outbox.jetstream import JetStream, StreamInfo
+from outbox.plan import Finding, Look, Planned, judge, wanted
+
+# A commit is applied message by message, and a new stream leader may lag: look again before halting.
+LOOKS = 25
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the outbox remembers of the stream, and the plan that is to be settled."""
+
+    stream: str
+    created: str
+    shared: bool
+    base: int
+    plan: Sequence[Planned]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """The first `stored` transactions of the plan are in the stream, which ends at `last`."""
+
+    stored: int
+    last: int
+    foreign: bool
+    info: StreamInfo
+
+
+async def settle(jetstream: JetStream, known: Known, outbox_id: str) -> Settlement:
+    """Read the stream back until it tells; raises `Weather` if it cannot be read, `Halt` if it contradicts the plan."""
+    finding, info = await _look(jetstream, known, outbox_id)
+    for _ in range(LOOKS):
+        if finding.look in (Look.SETTLED, Look.IMPOSTOR) or (finding.look is Look.FOREIGN and known.shared):
+            break
+        await asyncio.sleep(LOOK_SECONDS)
+        before = finding
+        finding, info = await _look(jetstream, known, outbox_id)
+        # In a stream that nobody else should write to, a strange message is looked at twice.
+        if finding.look is before.look is Look.FOREIGN and finding.stored == before.stored:
+            break
+    if finding.look in (Look.SETTLED, Look.FOREIGN):
+        foreign = finding.look is Look.FOREIGN
+        return Settlement(stored=finding.stored, last=info.last_sequence, foreign=foreign, info=info)
+    raise _halt(known, finding, info)
+
+
+async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Finding, StreamInfo]:
+    info = await jetstream.stream(known.stream)
+    if info is None:
+        raise Weather(f"stream {known.stream} does not exist")
+    if info.created != known.created:
+        raise Halt(
+            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, "
+            f"known since {known.created}; what was sent to the old one is not in it",
+            remedy=f"if that is meant, accept the stream as it is: outbox rebase --stream {known.stream}",
+        )
+    info.check()
+    places = wanted(known.base, known.plan, info.last_sequence)
+    seen = await jetstream.look(known.stream, places)
+    finding = judge(
+        outbox_id=outbox_id,
+        shared=known.shared,
+        base=known.base,
+        plan=known.plan,
+        last=info.last_sequence,
+        seen=seen,
+    )
+    return finding, info
+
+
+def _halt(known: Known, finding: Finding, info: StreamInfo) -> Halt:
+    found = {
+        Look.WENT_BACK: f"it ends at {info.last_sequence}, before the last receipt at {known.base}",
+        Look.APPLYING: f"it ends inside a transaction at {info.last_sequence}: the server lost a part of the batch",
+        Look.IMPOSTOR: f"at {finding.at} it holds a message of this outbox that cannot be there",
+        Look.AMBIGUOUS: f"the messages at {finding.at} that would tell whether a batch was stored are gone",
+    }[finding.look]
+    return Halt(
+        f"stream {known.stream} contradicts the outbox: {found}",
+        remedy=f"compare: nats stream get {known.stream} {finding.at}; then accept the stream as it is, which sends "
+        f"again what is not known to be stored: outbox rebase --stream {known.stream}",
+    )

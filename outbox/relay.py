@@ -1,0 +1,108 @@
+"""The relay process: stand by for the lock, lead, and begin again whatever dies; for ever, until it is stopped.
+
+Weather is waited out with a back-off that spends no attempt. `Halt` and `Misconfigured` end the relay: going on would
+help nobody. The lock is for liveness; that two leaders do no harm is the plan's and the chain's doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from outbox.backoff import Backoff
+from outbox.config import OnDead, Settings
+from outbox.errors import Deposed, Halt, Weather
+from outbox.jetstream import JetStream
+from outbox.leader import Leader
+from outbox.store import Store
+from outbox.telemetry import Connected, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
+
+STANDBY_SECONDS = 0.2
+
+
+class Relay:
+    """One relay of one outbox. `run` blocks until it is stopped; `stop` is safe to call from a signal handler."""
+
+    def __init__(self, settings: Settings, *, tell: Listener = silent, locked: bool = True) -> None:
+        """`locked=False` leads without the lock; only tests of rival leaders do that."""
+        self._settings, self._tell, self._locked = settings, tell, locked
+        self._stop = asyncio.Event()
+        self._backoff = Backoff()
+
+    def stop(self) -> None:
+        """Ask the relay to finish or abandon what is in flight, mark what was acked, and end. Idempotent."""
+        self._stop.set()
+
+    async def run(self, *, drain: bool = False) -> None:
+        """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`, else never."""
+        while not self._stop.is_set():
+            try:
+                store = await Store.connect(self._settings.database_url, self._settings.schema)
+                async with store:
+                    self._tell(Connected(server="postgres", version=store.version))
+                    if await self._serve(store, drain=drain):
+                        break
+            except (Weather, Deposed) as error:
+                await self._wait_out(error)
+        self._tell(Stopped())
+
+    async def _serve(self, store: Store, *, drain: bool) -> bool:
+        """Stand by and lead on one session; True if drained or stopped."""
+        cluster = await store.preflight(self._settings.max_batch_messages)
+        if not await self._stand_by(store, drain=drain):
+            return True
+        lead = await store.lead(f"{socket.gethostname()}:{os.getpid()}", cluster)
+        if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
+            raise Halt(
+                f"transaction {dead} is a dead letter, and this relay halts on one",
+                remedy=f"if its loss is meant: UPDATE {self._settings.schema}.transactions SET discarded_at = now() "
+                f"WHERE position = {dead}; or start the relay with --on-dead continue",
+            )
+        leader = Leader(
+            store, lead, self._settings, connect=self._connect, tell=self._tell, stop=self._stop, drain=drain
+        )
+        await leader.run()
+        self._backoff = self._backoff.reset()
+        return True
+
+    async def _stand_by(self, store: Store, *, drain: bool) -> bool:
+        """Wait for the lock, polling: a waiting lock request would hold back vacuum. False if stopped meanwhile."""
+        told = False
+        while not self._stop.is_set():
+            if not self._locked or await store.try_lock():
+                self._backoff = self._backoff.reset()
+                return True
+            if not told:
+                told = True
+                self._tell(StandingBy(leader=await store.who_leads()))
+            if drain and not await store.pending():
+                return False
+            await self._sleep(STANDBY_SECONDS)
+        return False
+
+    async def _connect(self, news: Callable[[], None]) -> JetStream:
+        options: dict[str, Any] = {}
+        if self._settings.nats_credentials is not None:
+            options["user_credentials"] = str(self._settings.nats_credentials)
+        return await JetStream.connect(self._settings.nats_servers, news, **options)
+
+    async def _wait_out(self, error: Weather | Deposed) -> None:
+        self._backoff = replace(self._backoff, longest=1.0).failed()
+        delay = self._backoff.delay(random.random())
+        if isinstance(error, Deposed):
+            self._tell(LostLead(why=error.message))
+        else:
+            self._tell(Unreachable(server="postgres", why=error.message, delay=delay))
+        await self._sleep(delay)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, or less if the stop comes."""
+        try:
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        except TimeoutError:
+            pass

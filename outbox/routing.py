@@ -1,0 +1,78 @@
+"""Which stream takes which subject, as JetStream told; remembered until a connection or a chain fails.
+
+Matching a subject to a filter is pure; asking is the only IO. A remembered answer can be out of date: the fence on
+each batch names the stream that is expected, so a wrong one is refused, never misplaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from outbox.errors import Weather
+from outbox.jetstream import JetStream, StreamInfo
+from outbox.transaction import Transaction
+
+REMEMBERED_SUBJECTS = 10_000
+
+
+def matches(subject: str, pattern: str) -> bool:
+    """True if a subject fits a filter such as `orders.*.placed` or `orders.>`."""
+    tokens, parts = subject.split("."), pattern.split(".")
+    for index, part in enumerate(parts):
+        if part == ">":
+            return len(tokens) > index
+        if index >= len(tokens) or part not in ("*", tokens[index]):
+            return False
+    return len(tokens) == len(parts)
+
+
+class Routes:
+    """What is known of subjects and streams."""
+
+    def __init__(self) -> None:
+        self._infos: dict[str, StreamInfo] = {}
+        self._streams: dict[str, str] = {}
+
+    def clear(self) -> None:
+        """Forget everything: ask again."""
+        self._infos.clear()
+        self._streams.clear()
+
+    def info(self, stream: str) -> StreamInfo:
+        return self._infos[stream]
+
+    def streams(self, transaction: Transaction) -> dict[str, str]:
+        """The stream of each of its subjects; call it when none is unknown."""
+        return {event.subject: self._streams[event.subject] for event in transaction.events}
+
+    def unknown(self, transaction: Transaction) -> set[str]:
+        """Its subjects whose stream is not known yet."""
+        return {event.subject for event in transaction.events if not self._find(event.subject)}
+
+    async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
+        """Ask JetStream for the streams of these subjects; None where it says that there is none."""
+        answers: dict[str, str | None] = {}
+        for subject in subjects:
+            answers[subject] = name = self._find(subject) or await jetstream.stream_of(subject)
+            if name is not None and name not in self._infos:
+                info = await jetstream.stream(name)
+                if info is None:
+                    raise Weather(f"stream {name} has just gone")
+                self._infos[name] = info.check()
+            if name is not None:
+                self._remember(subject, name)
+        return answers
+
+    def _find(self, subject: str) -> str | None:
+        if name := self._streams.get(subject):
+            return name
+        for name, info in self._infos.items():
+            if any(matches(subject, pattern) for pattern in info.subjects):
+                self._remember(subject, name)
+                return name
+        return None
+
+    def _remember(self, subject: str, stream: str) -> None:
+        if len(self._streams) >= REMEMBERED_SUBJECTS:
+            del self._streams[next(iter(self._streams))]
+        self._streams[subject] = stream

@@ -1,0 +1,396 @@
+"""The relay's only hand on Postgres: one session that holds the lock, reads pages, and commits what was decided.
+
+Rows become domain values at this door. The session is the leadership: when it is lost, everything read through it is
+dropped. Every method is one round trip and commits by itself; none leaves a transaction open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox import queries, schema
+from outbox.errors import Deposed, Halt, Misconfigured, Weather
+from outbox.event import Event
+from outbox.positions import Holder, Range
+from outbox.transaction import Receipt, Transaction, Verdict
+
+T = TypeVar("T")
+
+# The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
+# and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
+SESSION = {
+    "synchronous_commit": "on",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "jit": "off",
+    "default_transaction_isolation": "read committed",
+    "idle_session_timeout": "5s",
+    "idle_in_transaction_session_timeout": "5s",
+    "statement_timeout": "60s",
+    "tcp_user_timeout": "10s",
+    "client_min_messages": "warning",
+}
+CONNECTION = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+OLDEST_POSTGRES = 140005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """What a new leader finds: its epoch, the outbox's id, the cursor and the open positions."""
+
+    epoch: int
+    outbox_id: UUID
+    cursor: int
+    open_positions: list[Range]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRow:
+    """What the outbox remembers of a stream. `last_sequence` is the last settled one; `plan` are positions."""
+
+    name: str
+    created: str
+    mode: str
+    last_sequence: int
+    plan: list[int]
+    blocked: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Transactions in commit order, and all positions that the page covers, settled ones included."""
+
+    transactions: list[Transaction]
+    positions: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """What one commit writes: how far was read, the receipts and verdicts, and the plan of each changed stream."""
+
+    cursor: int
+    open_positions: Sequence[Range]
+    receipts: Sequence[Receipt]
+    verdicts: Sequence[Verdict]
+    streams: Sequence[StreamRow]
+    blocked: str | None
+
+
+class Store:
+    """One session on the outbox's database; `async with` closes it. Not for concurrent use."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[TupleRow], name: str) -> None:
+        self._connection = connection
+        self._schema = name
+        self._sql: dict[str, bytes] = {}
+        self._warnings: list[str] = []
+        self._listening = False
+        self.polls_only = False
+        connection.add_notice_handler(self._noticed)
+
+    @classmethod
+    async def connect(cls, url: str, name: str = schema.DEFAULT_SCHEMA) -> Self:
+        """Open a session; raises `Weather` if the server cannot be reached."""
+        with translated():
+            connection = await psycopg.AsyncConnection.connect(
+                url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
+            )
+            store = cls(connection, name)
+            settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
+            await connection.execute(f"SELECT {settings}".encode())
+        return store
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.close()
+
+    @property
+    def version(self) -> str:
+        number = self._connection.info.server_version
+        return f"{number // 10000}.{number % 10000}"
+
+    async def preflight(self, max_batch_messages: int) -> int:
+        """The cluster's system identifier, when all that the relay builds on is true; else `Misconfigured`."""
+        with translated():
+            await self._refuse_pooler()
+            number, cluster, max_prepared, standby, max_events, cache, comment = (await self._all("PREFLIGHT"))[0]
+        if standby:
+            raise Weather("the database is in recovery: this server is a standby")
+        if number < OLDEST_POSTGRES:
+            raise Misconfigured(f"PostgreSQL {self.version} is too old", remedy="upgrade to 14.5 or later")
+        if cache != 1:
+            raise Misconfigured(
+                "an identity of the outbox has a cache, which breaks the commit order",
+                remedy=f"ALTER TABLE {self._schema}.transactions ALTER COLUMN position SET CACHE 1; same for events.id",
+            )
+        check_version(comment, self._schema)
+        if max_events > max_batch_messages:
+            raise Misconfigured(
+                f"the database lets a transaction add {max_events} events, the relay's batch takes {max_batch_messages}",
+                remedy=f"start the relay with --max-batch-messages {max_events} (and raise jetstream.limits.batch.max_msgs "
+                f"of nats-server with it), or UPDATE {self._schema}.limits SET max_transaction_events = {max_batch_messages}",
+            )
+        self.polls_only = max_prepared > 0  # NOTIFY makes PREPARE TRANSACTION fail, so the trigger never notifies
+        return int(cluster)
+
+    async def _refuse_pooler(self) -> None:
+        """A pooler in transaction mode breaks session locks silently: the lock would be held by nobody, or by two."""
+        pid = (await (await self._connection.execute("SELECT pg_backend_pid()")).fetchone() or (0,))[0]
+        if pid == self._connection.info.backend_pid:
+            return
+        other = await psycopg.AsyncConnection.connect(self._connection.info.dsn, **_secret(self._connection))
+        async with other:
+            taken = (await (await other.execute("SELECT pg_backend_pid()")).fetchone() or (0,))[0]
+            again = (await (await self._connection.execute("SELECT pg_backend_pid()")).fetchone() or (0,))[0]
+        if taken == pid or again != pid:
+            raise Misconfigured(
+                "the database is behind a pooler in transaction mode, which breaks session locks silently",
+                remedy="give the relay a direct connection, or one pooled in session mode (OUTBOX_DATABASE_URL)",
+            )
+
+    async def try_lock(self) -> bool:
+        """Try to get the leader's lock; never blocks. It is held until the session ends."""
+        return await self._lock("pg_try_advisory_lock", schema.LEADER_LOCK)
+
+    async def lead(self, leader: str, cluster: int) -> Lead:
+        """Begin a new epoch; call it under the lock. Raises `Halt` if this is not the cluster the outbox knows."""
+        rows = await self._all("LEAD", leader=leader, cluster=cluster)
+        if not rows:
+            raise Halt(
+                "this is not the database cluster that the outbox was in: after a restore or a move, transaction ids "
+                "and positions may be handed out again",
+                remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
+            )
+        outbox_id, epoch, cursor, lows, highs = rows[0]
+        return Lead(
+            epoch=epoch, outbox_id=outbox_id, cursor=cursor, open_positions=list(zip(lows, highs, strict=True))
+        )
+
+    async def who_leads(self) -> str:
+        rows = await self._rows(queries.compose("SELECT leader FROM {schema}.relay", self._schema), {})
+        return str(rows[0][0]) if rows and rows[0][0] else "unknown"
+
+    async def pending(self) -> bool:
+        """True if any transaction is committed and neither sent nor dead."""
+        return bool(await self._all("ANY_PENDING"))
+
+    async def first_dead(self) -> int | None:
+        """The lowest position of a dead letter that nobody has discarded, or None."""
+        rows = await self._all("FIRST_DEAD")
+        return int(rows[0][0]) if rows else None
+
+    async def streams(self) -> list[StreamRow]:
+        names = ("name", "created", "mode", "last_sequence", "plan", "blocked")
+        return [StreamRow(**dict(zip(names, row, strict=True))) for row in await self._all("STREAMS")]
+
+    async def page(
+        self, cursor: int, open_positions: Sequence[Range], *, transactions: int, messages: int, size: int
+    ) -> Page:
+        """The next transactions, in one snapshot; `messages` and `size` (bytes) bound it, but for the first one."""
+        rows = await self._all(
+            "PAGE",
+            cursor=cursor,
+            lows=[low for low, _ in open_positions],
+            highs=[high for _, high in open_positions],
+            transactions=transactions,
+            messages=messages,
+            bytes=size,
+        )
+        return _page(rows, self._schema)
+
+    async def planned(self, positions: Sequence[int]) -> list[Transaction]:
+        """The transactions of a plan, in the plan's order; raises `Halt` if one is not there to be sent."""
+        page = _page(await self._all("PLANNED", positions=list(positions)), self._schema)
+        found = {transaction.position: transaction for transaction in page.transactions}
+        if missing := [position for position in positions if position not in found]:
+            raise Halt(
+                f"transaction {missing[0]} is in the plan, but it is gone or no longer pending",
+                remedy="look at it: SELECT * FROM {}.transactions WHERE position = {}".format(self._schema, missing[0]),
+            )
+        return [found[position] for position in positions]
+
+    async def holders(self) -> list[Holder]:
+        """Who may own a missing position now."""
+        return [Holder(id=row[0]) for row in await self._all("HOLDERS")]
+
+    async def commit(self, epoch: int, decisions: Decisions) -> None:
+        """Write the decisions in one durable commit; raises `Deposed` if another relay has taken the lead.
+
+        Every transaction that is visible before it is flushed when it returns (and on the synchronous standbys).
+        """
+        receipts, verdicts, streams = decisions.receipts, decisions.verdicts, decisions.streams
+        settling = [receipt.position for receipt in receipts] + [verdict.position for verdict in verdicts]
+        rows = await self._all(
+            "COMMIT",
+            epoch=epoch,
+            cursor=decisions.cursor,
+            open=_multirange(decisions.open_positions),
+            blocked=decisions.blocked,
+            settling=settling,
+            positions=[receipt.position for receipt in receipts],
+            streams=[receipt.stream for receipt in receipts],
+            firsts=[receipt.first_sequence for receipt in receipts],
+            lasts=[receipt.last_sequence for receipt in receipts],
+            dead=[verdict.position for verdict in verdicts],
+            reasons=[str(verdict) for verdict in verdicts],
+            names=[row.name for row in streams],
+            modes=[row.mode for row in streams],
+            bases=[row.last_sequence for row in streams],
+            plans=["{" + ",".join(map(str, row.plan)) + "}" for row in streams],
+            blocks=[row.blocked for row in streams],
+        )
+        if self._warnings:
+            raise Weather(f"the commit is not known to be durable: {self._warnings.pop()}")
+        if rows[0] == (0, 0, 0, 0):
+            if await self.ping() != epoch:
+                raise Deposed("another relay has taken the lead")
+            raise Halt(
+                f"transactions {min(settling)} to {max(settling)} were to be marked, but not all of them are pending",
+                remedy=f"look for hand-made changes: SELECT * FROM {self._schema}.transactions "
+                f"WHERE position BETWEEN {min(settling)} AND {max(settling)} AND (sent_at, dead_at) IS DISTINCT FROM (NULL, NULL)",
+            )
+        if rows[0] != (1, len(receipts), len(verdicts), len(streams)):
+            raise Halt(f"a commit wrote {rows[0]} rows", remedy="run: outbox status, and report this with its output")
+
+    async def add_stream(self, epoch: int, name: str, created: str, last: int) -> None:
+        """Remember a stream at the first contact."""
+        await self._all("ADD_STREAM", epoch=epoch, name=name, created=created, last=last)
+
+    async def ping(self) -> int:
+        """The current epoch; keeps the session alive."""
+        return int((await self._all("PING"))[0][0])
+
+    async def strays(self) -> list[tuple[str, int]]:
+        """Transaction ids with events that no row of transactions counts, and how many events each has."""
+        return [(row[0], row[1]) for row in await self._all("STRAYS")]
+
+    async def fall_asleep(self) -> bool:
+        """Ask to be notified of the next commit; False while somebody is between sealing and commit: read on."""
+        if self.polls_only:
+            return False
+        if not self._listening:
+            with translated():
+                await self._connection.execute(f'LISTEN "{schema.channel(self._schema)}"'.encode())
+            self._listening = True
+        return await self._lock("pg_try_advisory_lock", schema.AWAKE_LOCK)
+
+    async def wake_up(self) -> None:
+        """Stop being notified: commits are cheaper while the relay is busy."""
+        await self._lock("pg_advisory_unlock", schema.AWAKE_LOCK)
+
+    @contextlib.contextmanager
+    def watched(self, readable: Callable[[], None]) -> Iterator[None]:
+        """Call `readable` when the server says something unasked: a notification, or that the session is over."""
+        loop, file = asyncio.get_running_loop(), self._connection.fileno()
+        loop.add_reader(file, readable)
+        try:
+            yield
+        finally:
+            loop.remove_reader(file)
+
+    async def _lock(self, function: str, purpose: int) -> bool:
+        statement = f"SELECT {function}(%(purpose)s::int, %(key)s::int)".encode()
+        rows = await self._rows(statement, {"purpose": purpose, "key": schema.lock_key(self._schema)})
+        return bool(rows[0][0])
+
+    async def _all(self, query: str, **parameters: Any) -> list[TupleRow]:
+        text = self._sql.get(query)
+        if text is None:
+            text = self._sql[query] = queries.compose(getattr(queries, query), self._schema)
+        return await self._rows(text, parameters)
+
+    async def _rows(self, text: bytes, parameters: dict[str, Any]) -> list[TupleRow]:
+        with translated():
+            cursor = self._connection.cursor(binary=True)
+            await cursor.execute(text, parameters)
+            return await cursor.fetchall() if cursor.description else []
+
+    def _noticed(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
+        if diagnostic.sqlstate == "01000":
+            self._warnings.append(diagnostic.message_primary or "")
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """psycopg's errors, by whose fault they are: an outage is weather, a missing table or grant the operator's."""
+    try:
+        yield
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise Weather(_masked(error)) from error
+    except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:
+        raise Weather(_masked(error)) from error
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
+        raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise Misconfigured(_masked(error), remedy="outbox migrate --relay-role ROLE") from error
+
+
+def check_version(comment: str | None, name: str) -> None:
+    """Raise `Misconfigured` unless the schema in the database is the one that this package was written for."""
+    found = schema.version_of(comment)
+    if found < schema.VERSION:
+        raise Misconfigured(
+            f"schema {name} is at version {found}, this relay needs {schema.VERSION}", remedy="outbox migrate"
+        )
+    if found > schema.VERSION:
+        raise Misconfigured(
+            f"schema {name} is at version {found}, this relay knows {schema.VERSION}", remedy="upgrade outbox-relay"
+        )
+
+
+def _page(rows: Sequence[TupleRow], name: str) -> Page:
+    transactions: list[Transaction] = []
+    positions: list[int] = []
+    events: list[Event] = []
+    for index, (position, count, pending, message_id, subject, headers, payload) in enumerate(rows):
+        if subject is not None:
+            loaded = json.loads(headers) if headers else {}
+            events.append(Event(message_id=message_id, subject=subject, payload=payload, headers=loaded))
+        if index + 1 < len(rows) and rows[index + 1][0] == position:
+            continue
+        positions.append(position)
+        if pending:
+            if len(events) != count:
+                raise Halt(
+                    f"transaction {position} has {count} events, but {'only ' if len(events) < count else ''}"
+                    f"{len(events)} are in {name}.events: it is never published in part",
+                    remedy=f"find out who changed the table; to set it aside: UPDATE {name}.transactions SET dead_at = "
+                    f"now(), dead_reason = 'invalid-event: count' WHERE position = {position}",
+                )
+            size = sum(len(event.payload) + 200 for event in events)
+            transactions.append(Transaction(position=position, events=tuple(events), size=size))
+        events = []
+    return Page(transactions=transactions, positions=positions)
+
+
+def _multirange(ranges: Sequence[Range]) -> str:
+    return "{" + ",".join(f"[{low},{high}]" for low, high in ranges) + "}"
+
+
+def _kept(url: str) -> dict[str, Any]:
+    """Connection parameters of ours that the URL does not set itself."""
+    given = psycopg.conninfo.conninfo_to_dict(url)
+    return {key: value for key, value in CONNECTION.items() if key not in given}
+
+
+def _secret(connection: psycopg.AsyncConnection[TupleRow]) -> dict[str, Any]:
+    return {"password": connection.info.password} if connection.info.password else {}
+
+
+def _masked(error: psycopg.Error) -> str:
+    """The server's words on one line; a URL's password never gets out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)
