@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
 from outbox.batch import Batch, Packing, take
 from outbox.outcome import (
@@ -132,7 +133,9 @@ class Chain:
             case Rejected() if meaning(outcome) is Meaning.OFFENCE:
                 self._offence(batch, outcome)
             case Duplicate():
-                self._offence(batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}"))
+                self._offence(
+                    batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}")
+                )
             case Rejected():
                 # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
                 self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
@@ -142,6 +145,8 @@ class Chain:
                 self.doubt(f"{outcome.description} ({outcome.code})")
             case Unknown():
                 self.doubt(outcome.why)
+            case _:
+                assert_never(outcome)
 
     def doubt(self, why: str) -> None:
         """Forget the window: what was in flight is planned again, in the same order, until the stream was read back."""

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     def nats_servers(self) -> list[str]:
         return [url.strip() for url in self.nats_url.split(",") if url.strip()]
 
+    @property
+    def nats_options(self) -> dict[str, str]:
+        """Further arguments of nats-py's `connect`."""
+        return {"user_credentials": str(self.nats_credentials)} if self.nats_credentials else {}
+
     @classmethod
     def settings_customise_sources(
         cls,

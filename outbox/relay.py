@@ -12,7 +12,6 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from outbox.backoff import Backoff
 from outbox.config import OnDead, Settings
@@ -86,10 +85,7 @@ class Relay:
         return False
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
-        options: dict[str, Any] = {}
-        if self._settings.nats_credentials is not None:
-            options["user_credentials"] = str(self._settings.nats_credentials)
-        return await JetStream.connect(self._settings.nats_servers, news, **options)
+        return await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
 
     async def _wait_out(self, error: Weather | Deposed) -> None:
         self._backoff = replace(self._backoff, longest=1.0).failed()

@@ -174,9 +174,7 @@ class Store:
                 remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
             )
         outbox_id, epoch, cursor, lows, highs = rows[0]
-        return Lead(
-            epoch=epoch, outbox_id=outbox_id, cursor=cursor, open_positions=list(zip(lows, highs, strict=True))
-        )
+        return Lead(epoch=epoch, outbox_id=outbox_id, cursor=cursor, open_positions=list(zip(lows, highs, strict=True)))
 
     async def who_leads(self) -> str:
         rows = await self._rows(queries.compose("SELECT leader FROM {schema}.relay", self._schema), {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
 from outbox.transaction import Verdict
 
@@ -148,3 +149,40 @@ Listener = Callable[[Happening], None]
 
 def silent(_: Happening) -> None:
     """The listener that does nothing."""
+
+
+def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one line for each happening
+    """What happened, as one line for people."""
+    match happening:
+        case StandingBy(leader=leader):
+            return f"standing by: {leader} leads"
+        case TookLead(epoch=epoch):
+            return f"leading, epoch {epoch}"
+        case LostLead(why=why):
+            return f"lost the lead: {why}"
+        case Unreachable(server=server, why=why, delay=delay):
+            return f"{server} cannot be reached, next try in {delay:.1f} s: {why}"
+        case Connected(server=server, version=version):
+            return f"connected to {server} {version}"
+        case PageRead(transactions=transactions, events=events):
+            return f"read {transactions} transactions, {events} events"
+        case BatchSent(stream=stream, base=base, transactions=transactions, messages=messages):
+            return f"{stream}: sent {transactions} transactions, {messages} messages after sequence {base}"
+        case InDoubt(stream=stream, why=why):
+            return f"{stream}: in doubt, reading the stream back: {why}"
+        case Settled(stream=stream, last_sequence=last, stored=stored, remaining=remaining):
+            return f"{stream}: settled at sequence {last}, {stored} planned transactions stored, {remaining} to send"
+        case Shared(stream=stream, sequence=sequence):
+            return f"{stream}: has other writers (at {sequence}): one batch in flight from now on"
+        case Marked(transactions=transactions, last_position=position):
+            return f"marked {transactions} transactions, to position {position}"
+        case Died(verdict=verdict):
+            return f"transaction {verdict.position} is a dead letter: {verdict}"
+        case Blocked(stream=stream, why=why):
+            return f"{stream or 'outbox'}: blocked: {why}"
+        case Slept():
+            return "asleep until a commit"
+        case Stopped():
+            return "stopped"
+        case _:
+            assert_never(happening)

@@ -1,0 +1,140 @@
+"""What operators ask and order: the state of an outbox, and accepting a moved database or a re-created stream.
+
+Each function opens its own connection, does one thing, commits and closes. The relay is not needed for any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from outbox import queries, schema
+from outbox.errors import Misconfigured
+from outbox.store import check_version, translated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamStatus:
+    """One stream as the outbox knows it; `mode` is chained or shared, `planned` counts what may be in flight."""
+
+    name: str
+    mode: str
+    last_sequence: int
+    sent_transactions: int
+    sent_events: int
+    planned: int
+    blocked: str | None
+    blocked_since: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A transaction that was set aside."""
+
+    position: int
+    event_count: int
+    dead_at: datetime
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The state of an outbox. Ages are in seconds, by the database's clock."""
+
+    schema: str
+    schema_version: int
+    outbox_id: UUID
+    leader: str | None
+    leader_since: datetime | None
+    epoch: int
+    cursor: int
+    blocked: str | None
+    blocked_since: datetime | None
+    pending_transactions: int
+    pending_events: int
+    oldest_pending_seconds: float | None
+    oldest_pending_position: int | None
+    sent_transactions: int
+    sent_events: int
+    dead_transactions: int
+    dead: list[DeadLetter]
+    streams: list[StreamStatus]
+
+
+def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
+    """Read the state; its cost grows with what is pending, not with what was sent. Raises `Weather`, `Misconfigured`."""
+    with _connected(url) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
+        row = connection.execute(queries.compose(queries.STATUS, name), keys).fetchone()
+        assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
+        check_version(row[7], name)
+        streams = [
+            StreamStatus(**dict(zip(StreamStatus.__slots__, each, strict=True)))
+            for each in connection.execute(queries.compose(queries.STATUS_STREAMS, name))
+        ]
+        dead = [
+            DeadLetter(position=position, event_count=count, dead_at=at, reason=reason)
+            for position, count, at, reason in connection.execute(queries.compose(queries.STATUS_DEAD, name))
+        ]
+    return Status(
+        schema=name,
+        schema_version=schema.version_of(row[7]),
+        outbox_id=row[0],
+        epoch=row[1],
+        leader=row[2] if row[8] else None,
+        leader_since=row[3] if row[8] else None,
+        cursor=row[4],
+        blocked=row[5],
+        blocked_since=row[6],
+        pending_transactions=row[9],
+        pending_events=row[10],
+        oldest_pending_seconds=row[11],
+        oldest_pending_position=row[12],
+        sent_transactions=sum(stream.sent_transactions for stream in streams),
+        sent_events=sum(stream.sent_events for stream in streams),
+        dead_transactions=row[13],
+        dead=dead,
+        streams=streams,
+    )
+
+
+def accept_stream(url: str, name: str, stream: str) -> None:
+    """Accept a stream as it is now: what was planned for it and not known to be stored is sent again. Commits.
+
+    A relay that leads is deposed by it and begins anew. Raises `Misconfigured` if the outbox does not know the stream.
+    """
+    with _connected(url) as connection:
+        done = connection.execute(queries.compose(queries.FORGET_STREAM, name), {"name": stream})
+        if done.rowcount != 1:
+            raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
+
+
+def rebase(url: str, name: str = schema.DEFAULT_SCHEMA) -> UUID:
+    """Take a restored or moved database as the outbox's new home; returns its new id. Commits, blocks writers meanwhile.
+
+    What the database does not know as sent is sent (again). Raises `Misconfigured` while a relay leads.
+    """
+    with _connected(url) as connection:
+        key = schema.lock_key(name)
+        free = connection.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", [schema.LEADER_LOCK, key]).fetchone()
+        if free != (True,):
+            raise Misconfigured("a relay leads this outbox", remedy="stop every relay of it first")
+        connection.execute(queries.compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", name))
+        for statement in queries.REBASE:
+            connection.execute(queries.compose(statement, name))
+        row = connection.execute(queries.compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
+        assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
+        return UUID(str(row[0]))
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[psycopg.Connection[Any]]:
+    with translated(), psycopg.connect(url, connect_timeout=5, application_name="outbox") as connection:
+        yield connection

@@ -1,0 +1,164 @@
+"""`outbox migrate`: bring the database to a schema version, print the SQL, find drift, grant to roles.
+
+Alembic with its version table inside the outbox's own schema, so that it never meets the application's history. One
+migration at a time: a transaction-level advisory lock makes a second one wait.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import psycopg
+import sqlalchemy as sa
+from alembic.config import Config
+from psycopg import sql
+
+from outbox import queries, schema
+from outbox.errors import Misconfigured
+from outbox.store import translated
+
+MIGRATION_LOCK = 0x0B0C_0003
+
+
+def scripts() -> Path:
+    """The folder of Alembic revisions: inside the wheel, or beside the package in a working copy."""
+    shipped = Path(__file__).parent / "_migrations"
+    return shipped if shipped.exists() else Path(__file__).parent.parent / "migrations"
+
+
+def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION) -> tuple[int, int]:
+    """Bring schema `name` to version `to`, 0 for none at all; returns the versions before and after.
+
+    Commits, all or nothing. Raises `Misconfigured` where the application's own Alembic history owns the outbox.
+    """
+    _known(to)
+    with _connected(url) as connection:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK}, {schema.lock_key(name)})")
+        before = installed(_raw(connection), name)
+        if before and not _owns(_raw(connection), name):
+            raise Misconfigured(
+                f"schema {name} was made by an application's own Alembic history, at version {before}",
+                remedy=f"write a revision there: outbox.schema.upgrade(op, since={before}, schema={name!r})",
+            )
+        config = _config(name)
+        config.attributes["connection"] = connection
+        move = alembic.command.upgrade if to >= before else alembic.command.downgrade
+        move(config, _revision(to))
+        if to == 0:
+            _sweep(_raw(connection), name)
+        connection.commit()
+        return before, installed(_raw(connection), name)
+
+
+def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION) -> str:
+    """The SQL that `migrate` runs on an empty database, for other tools. Needs no connection."""
+    _known(to)
+    config = _config(name)
+    config.output_buffer = io.StringIO()
+    alembic.command.upgrade(config, _revision(to), sql=True)
+    return config.output_buffer.getvalue()
+
+
+def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
+    """What differs from the current schema version: nothing, that it is behind, or every line that has drifted.
+
+    Compares with a copy that is created in a transaction and rolled back; needs CREATE on the database.
+    """
+    with _connected(url) as connection:
+        raw = _raw(connection)
+        found = installed(raw, name)
+        if found != schema.VERSION:
+            return [f"schema {name} is at version {found}, not {schema.VERSION}: outbox migrate"]
+        copy = f"{name[:30]}_{secrets.token_hex(8)}"
+        for version in range(1, schema.VERSION + 1):
+            for statement in schema.statements(version, "up", copy):
+                raw.execute(statement.encode())
+        wanted = {_as_if(line, copy, name) for line in _fingerprint(raw, copy)}
+        actual = {line.replace('"', "") for line in _fingerprint(raw, name)}
+        connection.rollback()
+    missing = [f"missing: {_short(line)}" for line in sorted(wanted - actual)]
+    return missing + [f"unexpected: {_short(line)}" for line in sorted(actual - wanted)]
+
+
+def grant(url: str, name: str, **roles: str | None) -> None:
+    """Give existing roles what they need; see `outbox.schema.grants`. Commits."""
+    with translated(), psycopg.connect(url) as connection:
+        for statement in schema.grants(name, **roles):
+            connection.execute(statement.encode())
+
+
+def installed(connection: psycopg.Connection[Any], name: str) -> int:
+    """The schema version in the database, 0 if there is none."""
+    events = f"{schema.checked_name(name)}.events"
+    row = connection.execute("SELECT obj_description(to_regclass(%s), 'pg_class')", [events]).fetchone()
+    return schema.version_of(row[0] if row else None)
+
+
+def _owns(connection: psycopg.Connection[Any], name: str) -> bool:
+    table = f"{name}.alembic_version"
+    row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table]).fetchone()
+    return bool(row and row[0])
+
+
+def _sweep(connection: psycopg.Connection[Any], name: str) -> None:
+    """After the last downgrade: the version table, and the schema if nothing else is in it."""
+    names = {"schema": sql.Identifier(name)}
+    connection.execute(sql.SQL("DROP TABLE IF EXISTS {schema}.alembic_version").format(**names))
+    left = connection.execute(
+        "SELECT count(*) FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n' "
+        "AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
+        [name],
+    ).fetchone()
+    if left == (0,):
+        connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {schema}").format(**names))
+
+
+def _fingerprint(connection: psycopg.Connection[Any], name: str) -> Iterator[str]:
+    for row in connection.execute(queries.FINGERPRINT, {"schema": name}):
+        yield row[0]
+
+
+def _as_if(line: str, copy: str, name: str) -> str:
+    line = line.replace(copy, name).replace('"', "")
+    return line.replace(str(schema.lock_key(copy)), str(schema.lock_key(name)))
+
+
+def _short(line: str) -> str:
+    flat = re.sub(r"\s+", " ", line)
+    return flat if len(flat) <= 160 else flat[:157] + "..."
+
+
+def _known(version: int) -> None:
+    if not 0 <= version <= schema.VERSION:
+        raise Misconfigured(f"there is no schema version {version}", remedy=f"choose 0 to {schema.VERSION}")
+
+
+def _revision(version: int) -> str:
+    return f"{version:04}" if version else "base"
+
+
+def _config(name: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["schema"] = schema.checked_name(name)
+    return config
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[sa.Connection]:
+    engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=sa.NullPool)
+    with translated(), engine.connect() as connection:
+        yield connection
+
+
+def _raw(connection: sa.Connection) -> psycopg.Connection[Any]:
+    raw: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
+    return raw
