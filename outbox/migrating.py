@@ -81,7 +81,7 @@ def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
             for statement in schema.statements(version, "up", copy):
                 raw.execute(statement.encode())
         wanted = {_as_if(line, copy, name) for line in _fingerprint(raw, copy)}
-        actual = {line.replace('"', "") for line in _fingerprint(raw, name)}
+        actual = {_as_if(line, name, name) for line in _fingerprint(raw, name)}
         connection.rollback()
     missing = [f"missing: {_short(line)}" for line in sorted(wanted - actual)]
     return missing + [f"unexpected: {_short(line)}" for line in sorted(actual - wanted)]
@@ -126,8 +126,8 @@ def _fingerprint(connection: psycopg.Connection[Any], name: str) -> Iterator[str
 
 
 def _as_if(line: str, copy: str, name: str) -> str:
-    line = line.replace(copy, name).replace('"', "")
-    return line.replace(str(schema.lock_key(copy)), str(schema.lock_key(name)))
+    line = line.replace(copy, name).replace(str(schema.lock_key(copy)), str(schema.lock_key(name)))
+    return re.sub(r"[ ]+", " ", line.replace('"', ""))
 
 
 def _short(line: str) -> str:

