@@ -170,6 +170,10 @@ class Leader:
                     return
                 await self._wait()
             await self._finish()
+        except Halt:
+            # What contradicts a plan may be the work of a newer leader: it took the lead before it sent anything.
+            await self._check_lead()
+            raise
         finally:
             await self._close()
 

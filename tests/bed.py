@@ -28,7 +28,7 @@ from outbox.config import Settings
 from outbox.relay import Relay
 
 T = TypeVar("T")
-PATIENCE = 60.0
+PATIENCE = 25.0
 
 
 def until(condition: Callable[[], T], *, patience: float = PATIENCE, what: str = "") -> T:
@@ -197,6 +197,8 @@ class ThreadRelay:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         error = self.stop()
+        if kind is not None:
+            print("the relay's last happenings:", *self.happenings[-25:], repr(error), sep="\n  ")
         if kind is None and error is not None:
             raise error
 

@@ -34,7 +34,8 @@ def home() -> Iterator[Path]:
     """A short-lived directory that the servers' unprivileged user can reach."""
     directory = Path(tempfile.mkdtemp(prefix="outbox-tests-"))
     yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+    if not os.environ.get("OUTBOX_TESTS_KEEP"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _postgres(home: Path, version: str, **settings: str) -> Postgres:
@@ -78,6 +79,9 @@ def clone(server: Postgres) -> str:
     name = f"test_{next(numbers)}"
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE template".encode())
+    # A copy of a database is the same outbox: give it an identity of its own.
+    with psycopg.connect(server.url(name), autocommit=True) as connection:
+        connection.execute("UPDATE outbox.relay SET outbox_id = gen_random_uuid()")
     return server.url(name)
 
 

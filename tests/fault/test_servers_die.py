@@ -1,0 +1,73 @@
+"""What dies is a server. Promises 1 to 3 and 5: whole, once, in order; an outage is waited out, by the same relay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outbox import migrating
+from outbox.config import Settings
+from outbox.embedded import Nats, Postgres
+from outbox.telemetry import Marked
+from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.workload import LEDGER, Writers, check
+
+
+def sent(url: str) -> int:
+    return int(value(url, "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL"))
+
+
+def test_nats_server_is_killed_five_times_under_load(database: str, workplace: Path) -> None:
+    """Fault: SIGKILL and restart of nats-server, file storage."""
+    with Nats(workplace / "nats") as server:
+        assert isinstance(server, Nats)
+        broker = Broker(server.url)
+        broker.create_stream("S", "s.>")
+        writers = Writers(database, "s", threads=4, endless=True, seed=21).start()
+        relay = ThreadRelay(Settings(database_url=database, nats_url=server.url))
+        relay.wait_for(Marked)
+        for _ in range(5):
+            before = sent(database)
+            server.restart(kill=True)
+            until(lambda b=before: sent(database) > b + 50)  # type: ignore[misc]
+        writers.stop()
+        wait_until_sent(database)
+        assert relay.stop() is None
+        report = check(database, broker.read("S"))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+
+
+@pytest.mark.parametrize("how", ["restart", "crash"])
+def test_postgres_is_restarted_five_times_under_load(nats: Nats, workplace: Path, how: str) -> None:
+    """Fault: restart, or immediate shutdown and crash recovery, with synchronous_commit = off in every writer.
+
+    Promise 6 besides: nothing is in the stream whose transaction vanished in the crash.
+    """
+    settings = {"wal_writer_delay": "2s", "synchronous_commit": "off", "max_connections": "50"}
+    with Postgres(workplace / "postgres", settings=settings) as server:
+        assert isinstance(server, Postgres)
+        migrating.migrate(server.url())
+        rows(server.url(), LEDGER)
+        broker = Broker(nats.url)
+        name, prefix = f"PG{how}", f"pg-{how}"
+        broker.create_stream(name, f"{prefix}.>")
+        writers = Writers(server.url(), prefix, threads=4, endless=True, seed=31).start()
+        relay = ThreadRelay(Settings(database_url=server.url(), nats_url=nats.url))
+        relay.wait_for(Marked)
+        for _ in range(5):
+            before = sent(server.url())
+            if how == "crash":
+                server.crash()
+                server.start()
+            else:
+                server.restart()
+            until(lambda b=before: sent(server.url()) > b + 50)  # type: ignore[misc]
+        writers.stop()
+        wait_until_sent(server.url())
+        assert relay.stop() is None
+        report = check(server.url(), broker.read(name))
+        broker.api(f"STREAM.DELETE.{name}")
+    assert report.anomalies == {}
+    assert report.transactions > 250
