@@ -5,18 +5,14 @@ Each function opens its own connection, does one thing, commits and closes. The 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
-
-import psycopg
 
 from outbox import queries, schema
 from outbox.errors import Misconfigured
-from outbox.store import check_version, translated
+from outbox.session import command_session
+from outbox.store import check_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +65,7 @@ class Status:
 
 def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
     """Read the state; its cost grows with what is pending, not with what was sent. Raises `Weather`, `Misconfigured`."""
-    with _connected(url) as connection:
+    with command_session(url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
         row = connection.execute(queries.compose(queries.STATUS, name), keys).fetchone()
@@ -110,7 +106,7 @@ def accept_stream(url: str, name: str, stream: str) -> None:
 
     A relay that leads is deposed by it and begins anew. Raises `Misconfigured` if the outbox does not know the stream.
     """
-    with _connected(url) as connection:
+    with command_session(url) as connection:
         done = connection.execute(queries.compose(queries.FORGET_STREAM, name), {"name": stream})
         if done.rowcount != 1:
             raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
@@ -121,7 +117,7 @@ def rebase(url: str, name: str = schema.DEFAULT_SCHEMA) -> UUID:
 
     What the database does not know as sent is sent (again). Raises `Misconfigured` while a relay leads.
     """
-    with _connected(url) as connection:
+    with command_session(url) as connection:
         key = schema.lock_key(name)
         free = connection.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", [schema.LEADER_LOCK, key]).fetchone()
         if free != (True,):
@@ -132,9 +128,3 @@ def rebase(url: str, name: str = schema.DEFAULT_SCHEMA) -> UUID:
         row = connection.execute(queries.compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
         return UUID(str(row[0]))
-
-
-@contextmanager
-def _connected(url: str) -> Iterator[psycopg.Connection[Any]]:
-    with translated(), psycopg.connect(url, connect_timeout=5, application_name="outbox") as connection:
-        yield connection

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -19,7 +21,6 @@ from rich.table import Table
 from outbox import admin, demo, migrating, schema, telemetry
 from outbox.config import PREFIX, BatchMode, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
-from outbox.jetstream import JetStream
 from outbox.relay import Relay
 
 app = typer.Typer(
@@ -136,18 +137,20 @@ def relay(
         on_dead=on_dead,
         on_unrouted=on_unrouted,
     )
-    _run(_relay(given, drain=drain, create=(create_stream, subjects or []), tell=_teller(log, verbose=verbose)))
+    _run(
+        _relay(
+            given,
+            drain=drain,
+            create=(create_stream, subjects) if create_stream and subjects else None,
+            tell=_teller(log, verbose=verbose),
+        )
+    )
 
 
 async def _relay(
-    given: Settings, *, drain: bool, create: tuple[str | None, list[str]], tell: telemetry.Listener
+    given: Settings, *, drain: bool, create: tuple[str, list[str]] | None, tell: telemetry.Listener
 ) -> None:
-    name, subjects = create
-    if name is not None:
-        jetstream = await JetStream.connect(given.nats_servers, lambda: None, **given.nats_options)
-        await jetstream.create_stream(name, subjects)
-        await jetstream.close()
-    process = Relay(given, tell=tell)
+    process = Relay(given, tell=tell, create_stream=create)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, process.stop)
@@ -195,7 +198,7 @@ app.command(name="demo")(demo.command)
 
 def _run(work: Any) -> None:
     try:
-        import uvloop  # noqa: PLC0415 - not on every platform, and only the relay is faster with it
+        import uvloop
     except ImportError:
         asyncio.run(work)
     else:
@@ -209,16 +212,24 @@ def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
         if isinstance(happening, quiet):
             return
         if log is LogFormat.JSON:
-            fields = {"event": type(happening).__name__, **dataclasses.asdict(happening)}
+            at = datetime.now(UTC).isoformat(timespec="milliseconds")
+            fields = {
+                "time": at,
+                "pid": os.getpid(),
+                "event": type(happening).__name__,
+                **dataclasses.asdict(happening),
+            }
             print(json.dumps(fields, default=str), file=sys.stderr, flush=True)
         else:
-            err.print(telemetry.sentence(happening), markup=False, highlight=False)
+            line = f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {telemetry.sentence(happening)}"
+            err.print(line, markup=False, highlight=False)
 
     return tell
 
 
 def _print_status(found: admin.Status) -> None:
-    table = Table(title=f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}")
+    out.print(f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}", markup=False)
+    table = Table()
     table.add_column("what")
     table.add_column("value", overflow="fold")
     for name, value in _status_rows(found):
@@ -226,7 +237,7 @@ def _print_status(found: admin.Status) -> None:
     out.print(table)
     if found.streams:
         streams = Table(title="streams")
-        for column in ("stream", "mode", "last sequence", "sent transactions", "sent events", "planned", "blocked"):
+        for column in ("stream", "mode", "last sequence", "transactions sent", "events sent", "planned", "blocked"):
             streams.add_column(column, overflow="fold")
         for each in found.streams:
             numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 
@@ -74,6 +74,13 @@ class Server:
 
     def start(self) -> None:
         """Start the server and block until it accepts connections, at most a minute; else `RuntimeError`."""
+        try:
+            self._start()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while True:
             with self.log.open("ab") as log:
@@ -91,7 +98,6 @@ class Server:
                 time.sleep(0.02)
             # After SIGKILL the old children of PostgreSQL hold its shared memory for a moment: try again.
             if time.monotonic() >= deadline:
-                self.kill()
                 tail = self.log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{type(self).__name__} did not start:\n{tail}")
             time.sleep(0.1)
@@ -127,7 +133,7 @@ class Server:
             self.stop()
         self.start()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -82,6 +82,9 @@ class JetStream:
                 servers=list(servers),
                 name="outbox relay",
                 allow_reconnect=False,
+                # nats-py tries the first connection again by itself, 60 times: the back-off is ours. 0 means for ever.
+                max_reconnect_attempts=1,
+                reconnect_time_wait=0,
                 connect_timeout=3,
                 ping_interval=5,
                 max_outstanding_pings=2,
@@ -89,8 +92,12 @@ class JetStream:
                 closed_cb=self._on_closed,
                 **options,
             )
-        except (nats.errors.Error, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, nats.errors.Error, OSError) as error:
+            await self.close()
             raise Weather(f"NATS cannot be reached: {str(error) or type(error).__name__}") from error
+        except asyncio.CancelledError:
+            await self.close()
+            raise
         if self.version < OLDEST_NATS:
             version = self._nc.connected_server_version
             await self.close()
@@ -141,8 +148,14 @@ class JetStream:
                 return None
             raise
 
-    async def create_stream(self, name: str, subjects: Sequence[str]) -> None:
-        """Create a stream that suits the relay: file storage, atomic batches, new messages refused when it is full."""
+    async def ensure_stream(self, name: str, subjects: Sequence[str]) -> None:
+        """Create a stream that suits the relay, unless there is one of that name; then only check that it suits.
+
+        Made with file storage, atomic batches, and new messages refused when it is full. Raises `Misconfigured`.
+        """
+        if (existing := await self.stream(name)) is not None:
+            existing.check()
+            return
         config = {
             "name": name,
             "subjects": list(subjects),
@@ -155,7 +168,10 @@ class JetStream:
         try:
             await self._request(f"STREAM.CREATE.{name}", config)
         except Refused as refused:
-            raise Misconfigured(f"stream {name} was not created: {refused}", remedy="nats stream info") from refused
+            raise Misconfigured(
+                f"stream {name} cannot be created: {refused}",
+                remedy="choose other --create-stream and --subjects, or create the stream by hand, with allow_atomic",
+            ) from refused
 
     async def look(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
         """The headers of these messages, read from the stream's leader; None for one that is gone."""
@@ -179,7 +195,7 @@ class JetStream:
         try:
             reply = await self._nc.request(f"$JS.API.{call}", payload, timeout=API_SECONDS)
             answer: dict[str, Any] = json.loads(reply.data)
-        except (nats.errors.Error, asyncio.TimeoutError, ValueError) as error:
+        except (TimeoutError, nats.errors.Error, ValueError) as error:
             raise Weather(f"JetStream does not answer ({call}): {str(error) or type(error).__name__}") from error
         if refusal := answer.get("error"):
             raise Refused(int(refusal.get("err_code", 0)), str(refusal.get("description", "")))

@@ -1,7 +1,8 @@
 """`outbox migrate`: bring the database to a schema version, print the SQL, find drift, grant to roles.
 
 Alembic with its version table inside the outbox's own schema, so that it never meets the application's history. One
-migration at a time: a transaction-level advisory lock makes a second one wait.
+migration at a time: a transaction-level advisory lock makes a second one wait. Alembic and SQLAlchemy are loaded when
+they are used: the relay's process starts faster without them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import alembic.command
 import psycopg
-import sqlalchemy as sa
-from alembic.config import Config
 from psycopg import sql
 
 from outbox import queries, schema
 from outbox.errors import Misconfigured
-from outbox.store import translated
+from outbox.session import command_session, translated
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+    from alembic.config import Config
 
 MIGRATION_LOCK = 0x0B0C_0003
 
@@ -38,6 +40,8 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
 
     Commits, all or nothing. Raises `Misconfigured` where the application's own Alembic history owns the outbox.
     """
+    from alembic import command
+
     _known(to)
     with _connected(url) as connection:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK}, {schema.lock_key(name)})")
@@ -49,7 +53,7 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
             )
         config = _config(name)
         config.attributes["connection"] = connection
-        move = alembic.command.upgrade if to >= before else alembic.command.downgrade
+        move = command.upgrade if to >= before else command.downgrade
         move(config, _revision(to))
         if to == 0:
             _sweep(_raw(connection), name)
@@ -59,11 +63,13 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
 
 def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION) -> str:
     """The SQL that `migrate` runs on an empty database, for other tools. Needs no connection."""
+    from alembic import command
+
     _known(to)
     config = _config(name)
-    config.output_buffer = io.StringIO()
-    alembic.command.upgrade(config, _revision(to), sql=True)
-    return config.output_buffer.getvalue()
+    printed = config.output_buffer = io.StringIO()
+    command.upgrade(config, _revision(to), sql=True)
+    return printed.getvalue()
 
 
 def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
@@ -89,7 +95,7 @@ def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
 
 def grant(url: str, name: str, **roles: str | None) -> None:
     """Give existing roles what they need; see `outbox.schema.grants`. Commits."""
-    with translated(), psycopg.connect(url) as connection:
+    with command_session(url) as connection:
         for statement in schema.grants(name, **roles):
             connection.execute(statement.encode())
 
@@ -145,6 +151,8 @@ def _revision(version: int) -> str:
 
 
 def _config(name: str) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -154,6 +162,8 @@ def _config(name: str) -> Config:
 
 @contextmanager
 def _connected(url: str) -> Iterator[sa.Connection]:
+    import sqlalchemy as sa
+
     engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=sa.NullPool)
     with translated(), engine.connect() as connection:
         yield connection

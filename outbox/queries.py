@@ -131,6 +131,10 @@ STREAMS = "SELECT name, created, mode, last_sequence, plan, blocked FROM {schema
 
 ANY_PENDING = "SELECT position FROM {schema}.pending LIMIT 1"
 
+STILL_PENDING = (
+    "SELECT 1 FROM {schema}.transactions WHERE position = %(position)s AND sent_at IS NULL AND dead_at IS NULL"
+)
+
 # By the partial index transactions_dead.
 FIRST_DEAD = """
 SELECT position FROM {schema}.transactions

@@ -15,8 +15,8 @@ from outbox.jetstream import JetStream, StreamInfo
 from outbox.plan import Finding, Look, Planned, judge, wanted
 
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
-LOOKS = 25
-LOOK_SECONDS = 0.2
+LOOKS = 100
+LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

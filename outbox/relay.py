@@ -27,15 +27,28 @@ STANDBY_SECONDS = 0.2
 class Relay:
     """One relay of one outbox. `run` blocks until it is stopped; `stop` is safe to call from a signal handler."""
 
-    def __init__(self, settings: Settings, *, tell: Listener = silent, locked: bool = True) -> None:
-        """`locked=False` leads without the lock; only tests of rival leaders do that."""
-        self._settings, self._tell, self._locked = settings, tell, locked
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        tell: Listener = silent,
+        create_stream: tuple[str, list[str]] | None = None,
+        locked: bool = True,
+    ) -> None:
+        """`create_stream` is the name and the subjects of a stream to make if there is none of that name.
+
+        `locked=False` leads without the lock; only tests of rival leaders do that.
+        """
+        self._settings, self._tell, self._create, self._locked = settings, tell, create_stream, locked
         self._stop = asyncio.Event()
         self._backoff = Backoff()
+        self._leader: Leader | None = None
 
     def stop(self) -> None:
         """Ask the relay to finish or abandon what is in flight, mark what was acked, and end. Idempotent."""
         self._stop.set()
+        if self._leader is not None:
+            self._leader.stopping()
 
     async def run(self, *, drain: bool = False) -> None:
         """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`, else never."""
@@ -62,10 +75,10 @@ class Relay:
                 remedy=f"if its loss is meant: UPDATE {self._settings.schema}.transactions SET discarded_at = now() "
                 f"WHERE position = {dead}; or start the relay with --on-dead continue",
             )
-        leader = Leader(
+        self._leader = Leader(
             store, lead, self._settings, connect=self._connect, tell=self._tell, stop=self._stop, drain=drain
         )
-        await leader.run()
+        await self._leader.run()
         self._backoff = self._backoff.reset()
         return True
 
@@ -85,7 +98,14 @@ class Relay:
         return False
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
-        return await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
+        jetstream = await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
+        if self._create is not None:
+            try:
+                await jetstream.ensure_stream(*self._create)
+            except BaseException:
+                await jetstream.close()
+                raise
+        return jetstream
 
     async def _wait_out(self, error: Weather | Deposed) -> None:
         self._backoff = replace(self._backoff, longest=1.0).failed()

@@ -1,6 +1,6 @@
-"""The database schema of an outbox: DDL by version as plain SQL, its tables for SQLAlchemy, grants, migration helpers.
+"""The database schema of an outbox: DDL by version as plain SQL, grants, and helpers for an application's migrations.
 
-The door of the migration tooling. Everything here is text or metadata: nothing connects. The statements of version N
+The door of the migration tooling. Everything here is text: nothing connects. The statements of version N
 are `ddl/000N_up.sql` and `ddl/000N_down.sql`; the schema's name is composed into them as an identifier.
 """
 
@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any, Protocol
 
-import sqlalchemy as sa
 from psycopg import sql
-from sqlalchemy.dialects import postgresql
 
 from outbox.errors import Misconfigured
 
@@ -90,7 +88,7 @@ def downgrade(op: Operations, *, to: int = 0, since: int = VERSION, schema: str 
 
 def _execute(op: Operations, texts: Iterator[str]) -> None:
     for text in texts:
-        op.execute(sa.text(text.replace(":", "\\:")))
+        op.execute(text.replace(":", "\\:"))  # Alembic takes :name for a parameter
 
 
 def grants(
@@ -135,128 +133,6 @@ _GRANTS = {
         "GRANT DELETE ON {schema}.streams TO {role}",
     ),
 }
-
-
-class XID8(sa.types.UserDefinedType[str]):
-    """PostgreSQL's 64-bit transaction id."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "xid8"
-
-
-def tables(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, sa.Table]:
-    """Register the outbox's tables in `metadata`, so that an application's autogenerate knows and leaves them alone.
-
-    Also teaches SQLAlchemy's reflection the type xid8. The tables are for autogenerate and for queries; the triggers,
-    functions and checks come from `upgrade` alone, so never `create_all` them.
-    """
-    checked_name(schema)
-    from sqlalchemy.dialects.postgresql import base
-
-    base.ischema_names.setdefault("xid8", XID8)
-    now, clock = sa.text("now()"), sa.text("clock_timestamp()")
-    zero, bigint, text = sa.text("0"), sa.BigInteger, sa.Text
-    time = sa.DateTime(timezone=True)
-
-    def identity() -> sa.Identity:
-        return sa.Identity(always=True, cache=1)
-
-    def singleton() -> sa.Column[bool]:
-        return sa.Column("singleton", sa.Boolean, server_default=sa.text("true"), primary_key=True)
-
-    def number(name: str, default: str | None = None, *, nullable: bool = False) -> sa.Column[int]:
-        server_default = sa.text(default) if default is not None else None
-        return sa.Column(name, bigint, server_default=server_default, nullable=nullable)
-
-    uuid_default = sa.text("gen_random_uuid()")
-    events = sa.Table(
-        "events",
-        metadata,
-        sa.Column("txid", XID8, server_default=sa.text("pg_current_xact_id()"), primary_key=True),
-        sa.Column("id", bigint, identity(), primary_key=True),
-        sa.Column("message_id", sa.Uuid, server_default=uuid_default, nullable=False),
-        sa.Column("subject", text, nullable=False),
-        sa.Column("headers", postgresql.JSONB),
-        sa.Column("payload", sa.LargeBinary, nullable=False),
-        sa.Column("created_at", time, server_default=now, nullable=False),
-        schema=schema,
-        comment="outbox schema version 1. One row per event; append-only.",
-    )
-    transactions = sa.Table(
-        "transactions",
-        metadata,
-        sa.Column("position", bigint, identity(), primary_key=True),
-        sa.Column("txid", XID8, nullable=False),
-        sa.Column("event_count", sa.Integer, nullable=False),
-        sa.Column("sealed_at", time, server_default=clock, nullable=False),
-        sa.Column("attempts", sa.Integer, server_default=zero, nullable=False),
-        sa.Column("sent_at", time),
-        sa.Column("stream", text),
-        number("first_sequence", nullable=True),
-        number("last_sequence", nullable=True),
-        sa.Column("dead_at", time),
-        sa.Column("dead_reason", text),
-        sa.Column("discarded_at", time),
-        sa.Index("transactions_txid", "txid"),
-        sa.Index("transactions_dead", "position", postgresql_where=sa.text("dead_at IS NOT NULL")),
-        schema=schema,
-        comment="One row per transaction that added events, in commit order; written at commit.",
-    )
-    streams = sa.Table(
-        "streams",
-        metadata,
-        sa.Column("name", text, primary_key=True),
-        sa.Column("created", text, nullable=False),
-        sa.Column("mode", text, server_default=sa.text("'chained'"), nullable=False),
-        number("last_sequence"),
-        number("plan_base", nullable=True),
-        sa.Column("plan", postgresql.ARRAY(bigint), server_default=sa.text("ARRAY[]::bigint[]"), nullable=False),
-        number("sent_transactions", "0"),
-        number("sent_events", "0"),
-        sa.Column("blocked", text),
-        sa.Column("blocked_since", time),
-        schema=schema,
-        comment="One row per stream that this outbox publishes to: identity, mode, place, plan.",
-    )
-    relay = sa.Table(
-        "relay",
-        metadata,
-        singleton(),
-        sa.Column("outbox_id", sa.Uuid, server_default=uuid_default, nullable=False),
-        number("system_identifier", nullable=True),
-        number("epoch", "0"),
-        sa.Column("leader", text),
-        sa.Column("leader_since", time),
-        number("cursor", "0"),
-        sa.Column(
-            "open_positions",
-            postgresql.INT8MULTIRANGE,
-            server_default=sa.text("int8multirange()"),
-            nullable=False,
-        ),
-        sa.Column("blocked", text),
-        sa.Column("blocked_since", time),
-        schema=schema,
-        comment="One row: who this outbox is, who leads, and how far it has read.",
-    )
-    limits = sa.Table(
-        "limits",
-        metadata,
-        singleton(),
-        *(
-            sa.Column(name, sa.Integer, server_default=sa.text(default), nullable=False)
-            for name, default in (
-                ("max_event_bytes", "1000000"),
-                ("max_header_bytes", "61440"),
-                ("max_transaction_events", "1000"),
-            )
-        ),
-        schema=schema,
-        comment="One row: what an application may add. Changed by UPDATE; the triggers read it.",
-    )
-    return {table.name: table for table in (events, transactions, streams, relay, limits)}
 
 
 def version_of(comment: str | None) -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from uuid import UUID
 
 import psycopg
@@ -22,25 +21,9 @@ from outbox import queries, schema
 from outbox.errors import Deposed, Halt, Misconfigured, Weather
 from outbox.event import Event
 from outbox.positions import Holder, Range
+from outbox.session import open_session, refuse_pooler, translated
 from outbox.transaction import Receipt, Transaction, Verdict
 
-T = TypeVar("T")
-
-# The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
-# and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
-SESSION = {
-    "synchronous_commit": "on",
-    "enable_seqscan": "off",
-    "enable_bitmapscan": "off",
-    "jit": "off",
-    "default_transaction_isolation": "read committed",
-    "idle_session_timeout": "5s",
-    "idle_in_transaction_session_timeout": "5s",
-    "statement_timeout": "60s",
-    "tcp_user_timeout": "10s",
-    "client_min_messages": "warning",
-}
-CONNECTION = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 OLDEST_POSTGRES = 140005
 
 
@@ -101,14 +84,7 @@ class Store:
     @classmethod
     async def connect(cls, url: str, name: str = schema.DEFAULT_SCHEMA) -> Self:
         """Open a session; raises `Weather` if the server cannot be reached."""
-        with translated():
-            connection = await psycopg.AsyncConnection.connect(
-                url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
-            )
-            store = cls(connection, name)
-            settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
-            await connection.execute(f"SELECT {settings}".encode())
-        return store
+        return cls(await open_session(url), name)
 
     async def __aenter__(self) -> Self:
         return self
@@ -124,7 +100,7 @@ class Store:
     async def preflight(self, max_batch_messages: int) -> int:
         """The cluster's system identifier, when all that the relay builds on is true; else `Misconfigured`."""
         with translated():
-            await self._refuse_pooler()
+            await refuse_pooler(self._connection)
             number, cluster, max_prepared, standby, max_events, cache, comment = (await self._all("PREFLIGHT"))[0]
         if standby:
             raise Weather("the database is in recovery: this server is a standby")
@@ -144,21 +120,6 @@ class Store:
             )
         self.polls_only = max_prepared > 0  # NOTIFY makes PREPARE TRANSACTION fail, so the trigger never notifies
         return int(cluster)
-
-    async def _refuse_pooler(self) -> None:
-        """A pooler in transaction mode breaks session locks silently: the lock would be held by nobody, or by two."""
-        pid = (await (await self._connection.execute("SELECT pg_backend_pid()")).fetchone() or (0,))[0]
-        if pid == self._connection.info.backend_pid:
-            return
-        other = await psycopg.AsyncConnection.connect(self._connection.info.dsn, **_secret(self._connection))
-        async with other:
-            taken = (await (await other.execute("SELECT pg_backend_pid()")).fetchone() or (0,))[0]
-            again = (await (await self._connection.execute("SELECT pg_backend_pid()")).fetchone() or (0,))[0]
-        if taken == pid or again != pid:
-            raise Misconfigured(
-                "the database is behind a pooler in transaction mode, which breaks session locks silently",
-                remedy="give the relay a direct connection, or one pooled in session mode (OUTBOX_DATABASE_URL)",
-            )
 
     async def try_lock(self) -> bool:
         """Try to get the leader's lock; never blocks. It is held until the session ends."""
@@ -183,6 +144,10 @@ class Store:
     async def pending(self) -> bool:
         """True if any transaction is committed and neither sent nor dead."""
         return bool(await self._all("ANY_PENDING"))
+
+    async def still_pending(self, position: int) -> bool:
+        """False if somebody has settled this transaction by hand."""
+        return bool(await self._all("STILL_PENDING", position=position))
 
     async def first_dead(self) -> int | None:
         """The lowest position of a dead letter that nobody has discarded, or None."""
@@ -215,7 +180,7 @@ class Store:
         if missing := [position for position in positions if position not in found]:
             raise Halt(
                 f"transaction {missing[0]} is in the plan, but it is gone or no longer pending",
-                remedy="look at it: SELECT * FROM {}.transactions WHERE position = {}".format(self._schema, missing[0]),
+                remedy=f"look at it: SELECT * FROM {self._schema}.transactions WHERE position = {missing[0]}",
             )
         return [found[position] for position in positions]
 
@@ -321,21 +286,6 @@ class Store:
             self._warnings.append(diagnostic.message_primary or "")
 
 
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """psycopg's errors, by whose fault they are: an outage is weather, a missing table or grant the operator's."""
-    try:
-        yield
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise Weather(_masked(error)) from error
-    except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:
-        raise Weather(_masked(error)) from error
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
-        raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
-    except psycopg.errors.InsufficientPrivilege as error:
-        raise Misconfigured(_masked(error), remedy="outbox migrate --relay-role ROLE") from error
-
-
 def check_version(comment: str | None, name: str) -> None:
     """Raise `Misconfigured` unless the schema in the database is the one that this package was written for."""
     found = schema.version_of(comment)
@@ -376,19 +326,3 @@ def _page(rows: Sequence[TupleRow], name: str) -> Page:
 
 def _multirange(ranges: Sequence[Range]) -> str:
     return "{" + ",".join(f"[{low},{high}]" for low, high in ranges) + "}"
-
-
-def _kept(url: str) -> dict[str, Any]:
-    """Connection parameters of ours that the URL does not set itself."""
-    given = psycopg.conninfo.conninfo_to_dict(url)
-    return {key: value for key, value in CONNECTION.items() if key not in given}
-
-
-def _secret(connection: psycopg.AsyncConnection[TupleRow]) -> dict[str, Any]:
-    return {"password": connection.info.password} if connection.info.password else {}
-
-
-def _masked(error: psycopg.Error) -> str:
-    """The server's words on one line; a URL's password never gets out."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)

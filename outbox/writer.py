@@ -1,6 +1,6 @@
 """The application's hand: adds events to the transaction that the caller has open, and never commits.
 
-Knows the table `events` and nothing of the relay. Statements are Core or plain SQL, never ORM objects, which a unit
+Knows the table `events` and nothing of the relay. SQLAlchemy is loaded only by who uses it. Statements are Core or plain SQL, never ORM objects, which a unit
 of work would reorder; and without RETURNING, which a role that may only insert could not run.
 """
 
@@ -9,22 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import psycopg
-import sqlalchemy as sa
 from psycopg.pq import TransactionStatus
-from sqlalchemy.orm import Session
 
 from outbox.errors import InvalidEvent, OutboxError
 from outbox.event import Event, check_event, encode_payload
 from outbox.schema import DEFAULT_SCHEMA, checked_name
 
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+    from sqlalchemy.orm import Session
+
 # A statement takes at most 65,535 parameters, four an event: more events than this take another round trip.
 EVENTS_PER_STATEMENT = 10_000
-
-SyncConnection = Session | sa.Connection | psycopg.Connection[Any]
 
 
 def event(
@@ -54,7 +54,7 @@ class Outbox:
 
     def add(
         self,
-        connection: SyncConnection,
+        connection: Session | sa.Connection | psycopg.Connection[Any],
         subject: str,
         payload: object,
         *,
@@ -69,7 +69,9 @@ class Outbox:
         """
         return self.add_many(connection, [event(subject, payload, headers=headers, message_id=message_id)])[0]
 
-    def add_many(self, connection: SyncConnection, events: Iterable[Event]) -> list[UUID]:
+    def add_many(
+        self, connection: Session | sa.Connection | psycopg.Connection[Any], events: Iterable[Event]
+    ) -> list[UUID]:
         """Add several events, made by `outbox.event`, in order and in one round trip; returns their message ids.
 
         Does not commit. All or none: if the database refuses one, the statement fails as a whole.
@@ -134,6 +136,8 @@ def _psycopg_text(schema: str, count: int) -> bytes:
 
 @lru_cache(maxsize=64)
 def _core_text(schema: str, count: int) -> sa.TextClause:
+    import sqlalchemy as sa
+
     row = "(CAST(:m{0} AS uuid), :s{0}, CAST(:h{0} AS jsonb), :p{0})"
     return sa.text(_insert(schema, [row.format(number) for number in range(count)]))
 

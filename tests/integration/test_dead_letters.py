@@ -23,7 +23,10 @@ def transaction(url: str, *events: tuple[str, str], headers: str | None = None) 
 
 
 def dead(url: str) -> list[tuple[int, str]]:
-    return [(p, str(reason).split(":")[0]) for p, reason in rows(url, "SELECT position, dead_reason FROM outbox.dead ORDER BY 1")]
+    return [
+        (p, str(reason).split(":")[0])
+        for p, reason in rows(url, "SELECT position, dead_reason FROM outbox.dead ORDER BY 1")
+    ]
 
 
 def test_over_two_streams_and_too_large_die_and_the_rest_flows(

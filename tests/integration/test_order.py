@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from outbox.config import Settings
-from outbox.embedded import Nats, Postgres
+from outbox.embedded import Nats
 from outbox.positions import Positions
 from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
 from tests.conftest import Stream

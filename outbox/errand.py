@@ -1,0 +1,67 @@
+"""Something slow that runs beside the leader's loop: one at a time, and again after its back-off.
+
+The loop starts it and takes in what it came to; it never waits for it. Knows asyncio and nothing of the outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from outbox.backoff import Backoff
+from outbox.errors import Weather
+
+T = TypeVar("T")
+
+
+class Errand(Generic[T]):
+    """`news` is called when it has ended; `due` is the loop's time before which it does not start again."""
+
+    def __init__(self, news: Callable[[], None]) -> None:
+        self.due = 0.0
+        self._news = news
+        self._backoff = Backoff()
+        self._task: asyncio.Task[T] | None = None
+
+    @property
+    def running(self) -> bool:
+        """True from its start until its result is taken."""
+        return self._task is not None
+
+    def start(self, work: Callable[[], Awaitable[T]], now: float) -> None:
+        """Start it, unless it runs or its back-off is not over."""
+
+        async def run() -> T:
+            try:
+                return await work()
+            finally:
+                self._news()
+
+        if self._task is None and now >= self.due:
+            self._task = asyncio.ensure_future(run())
+
+    def taken(self, now: float) -> T | Weather | None:
+        """What it came to, once: a value, or the weather that stopped it; None while it runs. Raises what else it did."""
+        if self._task is None or not self._task.done():
+            return None
+        task, self._task = self._task, None
+        try:
+            value = task.result()
+        except Weather as weather:
+            self.fail(now)
+            return weather
+        self._backoff = self._backoff.reset()
+        return value
+
+    def fail(self, now: float) -> None:
+        """What it came to did not help: wait longer before the next time."""
+        self._backoff = self._backoff.failed()
+        self.due = now + self._backoff.delay(random.random())
+
+    def cancel(self) -> None:
+        """Stop it and forget what it came to; idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None

@@ -1,0 +1,198 @@
+"""One stream's way out: its chain, the outcomes it waits for, and the errand that reads the stream back.
+
+Belongs to the leader's loop, which calls `learn`, `settle` and `send` in every round; only the errand waits for NATS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from outbox import recovery
+from outbox.backoff import Backoff
+from outbox.batch import Packing
+from outbox.chain import CHAINED, SHARED, Chain
+from outbox.config import BatchMode, Settings
+from outbox.errand import Errand
+from outbox.errors import Misconfigured, Unusable, Weather
+from outbox.jetstream import JetStream, StreamInfo
+from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning
+from outbox.store import StreamRow
+from outbox.telemetry import BatchSent, Blocked, InDoubt, Listener, Settled, Shared
+from outbox.transaction import Limits
+
+NO_LIMIT = 1 << 62
+
+
+class Lane:
+    """The lane of one stream for one term of leadership."""
+
+    def __init__(
+        self, row: StreamRow, settings: Settings, outbox_id: str, *, tell: Listener, news: Callable[[], None]
+    ) -> None:
+        packing = Packing(
+            max_messages=settings.max_batch_messages,
+            max_bytes=settings.max_batch_bytes,
+            one_transaction=settings.batch is BatchMode.TRANSACTION,
+        )
+        self.chain = Chain(
+            stream=row.name,
+            created=row.created,
+            packing=packing,
+            base=row.last_sequence,
+            window=settings.window,
+            shared=row.mode == SHARED,
+            blocked=row.blocked,
+        )
+        self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
+        self.proven = False  # something was stored in this term: what fails from here on is weather, not set-up
+        self._settings, self._outbox_id, self._tell = settings, outbox_id, tell
+        self._settling: Errand[recovery.Settlement] = Errand(news)
+        self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
+        self._retry = Backoff()
+        self._told = row.blocked
+
+    @property
+    def flying(self) -> bool:
+        """True while outcomes are awaited."""
+        return bool(self._outcomes)
+
+    def row(self) -> StreamRow:
+        """What the database is to remember of the stream."""
+        chain = self.chain
+        return StreamRow(
+            name=chain.stream,
+            created=chain.created,
+            mode=SHARED if chain.shared else CHAINED,
+            last_sequence=chain.base,
+            plan=[transaction.position for transaction in chain.plan],
+            blocked=chain.blocked,
+        )
+
+    def learn(self, now: float, forbidden: str | None) -> bool:
+        """Take in the outcomes that have come, in order; `forbidden` is what NATS said of our permissions."""
+        learned = False
+        while self._outcomes:
+            future, deadline = self._outcomes[0]
+            if future.done():
+                outcome = future.result()
+            elif now >= deadline:
+                outcome = Unknown(why=forbidden or "no answer within the time limit")
+            else:
+                break
+            learned = True
+            self._outcomes.popleft()
+            self.chain.learn(outcome)
+            if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
+                self.proven = True
+                self._retry = self._retry.reset()
+            else:
+                self._failed(outcome, now)
+            if self.chain.in_doubt:
+                self._outcomes.clear()
+        return learned
+
+    def _failed(self, outcome: Outcome, now: float) -> None:
+        """A batch was not acked: look at once if that helps, else after a back-off that grows until one is stored."""
+        chain = self.chain
+        said = meaning(outcome) if isinstance(outcome, Rejected) else None
+        crossed = chain.shared and said is Meaning.CHAIN_BROKEN
+        if not crossed:
+            self._tell(InDoubt(stream=chain.stream, why=chain.in_doubt or ""))
+        if crossed or said is Meaning.OFFENCE:
+            return
+        self._retry = self._retry.failed()
+        self._settling.due = now + self._retry.delay(random.random())
+        if self._retry.failures > 2 and chain.blocked is None:
+            chain.blocked, chain.dirty = chain.in_doubt, True
+
+    def lost(self, why: str) -> None:
+        """The connection is gone: what was in flight is in doubt."""
+        self._settling.cancel()
+        self._outcomes.clear()
+        if self.chain.in_doubt is None:
+            self._tell(InDoubt(stream=self.chain.stream, why=why))
+        self.chain.doubt(why)
+
+    def settle(self, jetstream: JetStream | None, now: float) -> bool:
+        """Read the stream back if the chain is in doubt; True when that told where it stands.
+
+        Raises `Halt` if the stream contradicts the plan, `Misconfigured` if it cannot be used from the start.
+        """
+        chain = self.chain
+        if chain.in_doubt is None:
+            return False
+        came = self._settling.taken(now)
+        if isinstance(came, Unusable) and not self.proven:
+            raise Misconfigured(came.message, remedy=came.remedy)
+        if isinstance(came, Weather):
+            if chain.blocked != came.message:
+                chain.blocked, chain.dirty = came.message, True
+        elif came is not None:
+            self._take_in(jetstream, came)
+            return True
+        if jetstream is not None and not chain.verdicts:
+            known = recovery.Known(
+                stream=chain.stream,
+                created=chain.created,
+                shared=chain.shared,
+                base=chain.base,
+                plan=chain.entries(),
+            )
+            self._settling.start(lambda: recovery.settle(jetstream, known, self._outbox_id), now)
+        return False
+
+    def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement) -> None:
+        chain, was_shared = self.chain, self.chain.shared
+        chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
+        if chain.blocked is not None and not chain.planned:
+            chain.blocked, chain.dirty = None, True
+        self.limit(settlement.info, jetstream)
+        if chain.shared and not was_shared:
+            self._tell(Shared(stream=chain.stream, sequence=settlement.last))
+        if not was_shared or settlement.stored:
+            self._tell(
+                Settled(
+                    stream=chain.stream,
+                    last_sequence=settlement.last,
+                    stored=settlement.stored,
+                    remaining=len(chain.planned),
+                )
+            )
+
+    def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
+        """Take in what the stream and its server accept."""
+        sizes = [info.max_message_bytes, jetstream.max_payload if jetstream else None]
+        self.limits = Limits(
+            max_batch_messages=self.limits.max_batch_messages,
+            max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
+        )
+
+    def send(self, jetstream: JetStream, ids: Iterable[str], now: float) -> bool:
+        """Send what the committed plan allows; True if anything went out."""
+        batches = self.chain.launch(ids)
+        for batch in batches:
+            self._outcomes.append((jetstream.send(batch, self._outbox_id), now + self._settings.ack_timeout))
+            count = len(batch.transactions)
+            self._tell(BatchSent(stream=batch.stream, base=batch.base, transactions=count, messages=batch.count))
+        return bool(batches)
+
+    def report(self) -> None:
+        """Say it when something has begun to hold this stream back."""
+        if self.chain.blocked != self._told:
+            self._told = self.chain.blocked
+            if self._told:
+                self._tell(Blocked(stream=self.chain.stream, why=self._told))
+
+    def dues(self) -> Iterator[float]:
+        """The loop's times at which this lane wants to be looked at."""
+        if self._outcomes:
+            yield self._outcomes[0][1]
+        if self.chain.in_doubt and not self._settling.running:
+            yield self._settling.due
+
+    def close(self) -> None:
+        """Stop what runs beside the loop; idempotent."""
+        self._settling.cancel()

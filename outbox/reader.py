@@ -1,0 +1,78 @@
+"""Reading pages of transactions in commit order, and when to read again: at once, after a pause, or when woken.
+
+Polling is the truth; a notification only shortens the wait. Belongs to the leader's loop.
+"""
+
+from __future__ import annotations
+
+from outbox.config import Settings
+from outbox.positions import Positions, Range
+from outbox.store import Lead, Store
+from outbox.telemetry import Listener, PageRead, Slept
+from outbox.transaction import Transaction
+
+POLL_SECONDS = (0.005, 0.01, 0.02, 0.05)
+SLEEP_SECONDS = 1.0
+
+
+class Reader:
+    """How far was read, what is open below that, and the rhythm. `due` is the loop's time of the next page."""
+
+    def __init__(self, store: Store, lead: Lead, settings: Settings, tell: Listener) -> None:
+        self.due = 0.0
+        self._store, self._settings, self._tell = store, settings, tell
+        self._positions = Positions.restored(lead.cursor, lead.open_positions)
+        self._empty_pages = 0
+        self._asleep = False
+
+    @property
+    def open_positions(self) -> list[Range]:
+        """Positions that were passed by, and may still appear."""
+        return self._positions.open
+
+    @property
+    def dry(self) -> bool:
+        """True if the last page was empty."""
+        return self._empty_pages > 0
+
+    async def read(self, now: float, *, messages: int, size: int, quiet: bool) -> list[Transaction] | None:
+        """The next page, bounded by messages and bytes; None if there was nothing, settled or not.
+
+        `quiet` says that the leader has nothing else to do, so that an empty outbox may be slept on.
+        """
+        gaps = self._positions.open
+        if gaps:
+            # Who may own a gap is asked before the page whose snapshot may prove it empty.
+            self._positions.observe(await self._store.holders())
+        page = await self._store.page(
+            self._positions.cursor,
+            gaps,
+            transactions=messages,
+            messages=min(messages, 2 * self._settings.max_batch_messages),
+            size=size,
+        )
+        self._positions.read(page.positions, page.positions[-1] if page.positions else None)
+        if not page.positions:
+            await self._rest(now, quiet=quiet)
+            return None
+        self._empty_pages, self.due = 0, 0.0
+        if self._asleep:
+            self._asleep = False
+            await self._store.wake_up()
+        if page.transactions:
+            events = sum(transaction.count for transaction in page.transactions)
+            self._tell(PageRead(transactions=len(page.transactions), events=events))
+        return page.transactions
+
+    async def _rest(self, now: float, *, quiet: bool) -> None:
+        """An empty outbox is polled less and less, and then slept on."""
+        self._empty_pages += 1
+        if self._asleep:
+            self.due = now + SLEEP_SECONDS
+            return
+        self.due = now + POLL_SECONDS[min(self._empty_pages, len(POLL_SECONDS)) - 1]
+        tired = quiet and self._empty_pages > len(POLL_SECONDS) and not self._positions.open
+        # Refused while somebody is between sealing and commit: so no wake-up is lost. Read once more before sleeping.
+        if tired and await self._store.fall_asleep():
+            self._asleep, self.due = True, now
+            self._tell(Slept())

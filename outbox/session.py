@@ -1,0 +1,101 @@
+"""Connections to Postgres: the relay's session, a command's, and psycopg's errors by whose fault they are.
+
+Knows nothing of the outbox's tables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox.errors import Misconfigured, Weather
+
+# The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
+# and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
+SESSION = {
+    "synchronous_commit": "on",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "jit": "off",
+    "default_transaction_isolation": "read committed",
+    "idle_session_timeout": "5s",
+    "idle_in_transaction_session_timeout": "5s",
+    "statement_timeout": "60s",
+    "tcp_user_timeout": "10s",
+    "client_min_messages": "warning",
+}
+CONNECTION = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+
+
+async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
+    """The relay's session, in autocommit mode, set as it must be; raises `Weather` if there is no server."""
+    with translated():
+        connection = await psycopg.AsyncConnection.connect(
+            url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
+        )
+        settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
+        await connection.execute(f"SELECT {settings}".encode())
+    return connection
+
+
+@contextlib.contextmanager
+def command_session(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
+    """A command's connection: commits at the end, rolls back on an error. Raises `Weather` or `Misconfigured`."""
+    with translated(), psycopg.connect(url, application_name="outbox", **_kept(url)) as connection:
+        yield connection
+
+
+async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+    """Raise `Misconfigured` behind a pooler in transaction mode: it breaks session locks silently.
+
+    Behind any pooler the process id of the protocol is not the server's. Then a second connection, within a
+    transaction, tells the modes apart: in transaction mode it gets the server connection that the first one had.
+    """
+    pid = await _server_pid(connection)
+    if pid == connection.info.backend_pid:
+        return
+    secret = {"password": connection.info.password} if connection.info.password else {}
+    async with await psycopg.AsyncConnection.connect(connection.info.dsn, **secret) as other:
+        taken, again = await _server_pid(other), await _server_pid(connection)
+    if taken == pid or again != pid:
+        raise Misconfigured(
+            "the database is behind a pooler in transaction mode, which breaks session locks silently",
+            remedy="give the relay a direct connection, or one pooled in session mode (OUTBOX_DATABASE_URL)",
+        )
+
+
+async def _server_pid(connection: psycopg.AsyncConnection[TupleRow]) -> int:
+    row = await (await connection.execute("SELECT pg_backend_pid()")).fetchone()
+    return int(row[0]) if row else 0
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """psycopg's errors, by whose fault they are: an outage is weather, a missing table or grant the operator's."""
+    try:
+        yield
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise Weather(_masked(error)) from error
+    except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:
+        raise Weather(_masked(error)) from error
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
+        raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise Misconfigured(_masked(error), remedy="outbox migrate --relay-role ROLE") from error
+
+
+def _kept(url: str) -> dict[str, Any]:
+    """Connection parameters of ours that the URL does not set itself."""
+    given = psycopg.conninfo.conninfo_to_dict(url)
+    return {key: value for key, value in CONNECTION.items() if key not in given}
+
+
+def _masked(error: psycopg.Error) -> str:
+    """The server's words on one line; a URL's password never gets out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)
