@@ -64,7 +64,7 @@ class Status:
 
 
 def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
-    """Read the state; its cost grows with what is pending, not with what was sent. Raises `Weather`, `Misconfigured`."""
+    """Read the state; the cost grows with what is pending, not with what was sent. May raise `Weather`."""
     with command_session(url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
@@ -113,7 +113,7 @@ def accept_stream(url: str, name: str, stream: str) -> None:
 
 
 def rebase(url: str, name: str = schema.DEFAULT_SCHEMA) -> UUID:
-    """Take a restored or moved database as the outbox's new home; returns its new id. Commits, blocks writers meanwhile.
+    """Take a restored or moved database as the outbox's new home; returns its new id. Commits; blocks writers.
 
     What the database does not know as sent is sent (again). Raises `Misconfigured` while a relay leads.
     """

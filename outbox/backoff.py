@@ -24,7 +24,9 @@ class Backoff:
         return full * (1 - chance / 2)
 
     def failed(self) -> Backoff:
+        """After one more failure."""
         return Backoff(first=self.first, longest=self.longest, failures=self.failures + 1)
 
     def reset(self) -> Backoff:
+        """After a success."""
         return Backoff(first=self.first, longest=self.longest)

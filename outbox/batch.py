@@ -16,11 +16,17 @@ from outbox.transaction import Receipt, Transaction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How much goes into one batch: messages, bytes of payload and headers, and whether transactions share one."""
+    """How much goes into one batch: messages, bytes of payload and headers, and whether transactions share one.
+
+    `pipeline_behind` is how many messages a batch must have for another one to be sent behind it, without waiting for
+    its ack. The fence is only a number: if a foreign writer slipped in exactly as many messages as a batch has, the
+    batch would be refused and the next one fit. Behind a small batch that is likely, behind a large one it is not.
+    """
 
     max_messages: int = 1000
     max_bytes: int = 8_000_000
     one_transaction: bool = False
+    pipeline_behind: int = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,7 @@ class Batch:
 
     @property
     def count(self) -> int:
+        """How many messages it has."""
         return sum(transaction.count for transaction in self.transactions)
 
     @property

@@ -44,6 +44,7 @@ class Chain:
     shared: bool = False
     in_doubt: str | None = "a new leader looks first"
     blocked: str | None = None
+    unanswered: bool = True  # an attempt to carry out this plan got no answer: its frames may be stored, now or later
     waiting: deque[Transaction] = field(default_factory=deque)
     planned: deque[Transaction] = field(default_factory=deque)
     in_flight: deque[Batch] = field(default_factory=deque)
@@ -70,6 +71,7 @@ class Chain:
         return not (self.waiting or self.planned or self.in_flight or self.dirty)
 
     def entries(self) -> list[Planned]:
+        """The plan as it is judged against the stream."""
         return [
             Planned(position=t.position, count=t.count, last_message_id=str(t.events[-1].message_id)) for t in self.plan
         ]
@@ -77,6 +79,10 @@ class Chain:
     def extend(self) -> None:
         """Let waiting transactions join the plan, as far as the window has room. Nothing joins a chain in doubt."""
         if self.in_doubt or self.planned:
+            return
+        if not self.in_flight:
+            self.unanswered = False
+        if self.in_flight and self.in_flight[-1].count < self.packing.pipeline_behind:
             return
         room = (1 if self.shared or self._alone else self.window) - len(self.in_flight)
         while room > 0 and self.waiting:
@@ -97,7 +103,7 @@ class Chain:
         ids = iter(make_id)
         while self.planned and not self.in_doubt and not self.dirty:
             alone = self.planned[0].position in self._alone
-            if self.in_flight and (alone or self.shared or self._alone or len(self.in_flight) >= self.window):
+            if self.in_flight and (alone or not self._may_pipeline()):
                 break
             packing = replace(self.packing, one_transaction=True) if alone else self.packing
             taken = take(self.planned, packing)
@@ -114,6 +120,11 @@ class Chain:
             launched.append(batch)
         return launched
 
+    def _may_pipeline(self) -> bool:
+        """True if a batch may be sent behind the last one in flight; see `Packing.pipeline_behind`."""
+        large = self.in_flight[-1].count >= self.packing.pipeline_behind
+        return large and not self.shared and not self._alone and len(self.in_flight) < self.window
+
     def learn(self, outcome: Outcome) -> None:
         """Take in the outcome of the oldest batch in flight."""
         batch = self.in_flight[0]
@@ -129,7 +140,7 @@ class Chain:
                 if self.shared:
                     self.doubt("the stream has other writers: look before each batch")
             case Stored():
-                self.doubt(f"the ack says {outcome.stream} {outcome.sequence}, expected {batch.last_sequence}")
+                self.learn_nothing(f"the ack says {outcome.stream} {outcome.sequence}, not {batch.last_sequence}")
             case Rejected() if meaning(outcome) is Meaning.OFFENCE:
                 self._offence(batch, outcome)
             case Duplicate():
@@ -144,9 +155,14 @@ class Chain:
                     self.blocked = f"{outcome.description} ({outcome.code})"
                 self.doubt(f"{outcome.description} ({outcome.code})")
             case Unknown():
-                self.doubt(outcome.why)
+                self.learn_nothing(outcome.why)
             case _:
                 assert_never(outcome)
+
+    def learn_nothing(self, why: str) -> None:
+        """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
+        self.unanswered = True
+        self.doubt(why)
 
     def doubt(self, why: str) -> None:
         """Forget the window: what was in flight is planned again, in the same order, until the stream was read back."""

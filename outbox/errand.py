@@ -43,7 +43,7 @@ class Errand(Generic[T]):
             self._task = asyncio.ensure_future(run())
 
     def taken(self, now: float) -> T | Weather | None:
-        """What it came to, once: a value, or the weather that stopped it; None while it runs. Raises what else it did."""
+        """What it came to, once: a value or the weather; None while it runs. Raises its other errors."""
         if self._task is None or not self._task.done():
             return None
         task, self._task = self._task, None

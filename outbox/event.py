@@ -38,7 +38,7 @@ class Event:
         return ROLLUP in self.headers
 
 
-def subject_problem(subject: str) -> str | None:
+def subject_problem(subject: str) -> str | None:  # noqa: PLR0911 - one return for each rule
     """What makes `subject` unpublishable, or None. The words are those of the database."""
     if not subject:
         return "is empty"
@@ -102,7 +102,7 @@ def check_event(event: Event) -> Event:
     if problem := header_problem(event.headers):
         raise InvalidEvent(
             f"outbox: headers: {problem}",
-            remedy="headers map strings to strings; of the names in Nats- only Nats-TTL and Nats-Rollup (sub) may be given",
+            remedy="headers map strings to strings; of the names in Nats- only Nats-TTL and Nats-Rollup (sub) are free",
         )
     if (size := header_bytes(event.headers)) > MAX_HEADER_BYTES:
         raise InvalidEvent(f"outbox: headers of {size} bytes are over the limit of {MAX_HEADER_BYTES}")

@@ -27,6 +27,7 @@ from outbox.plan import Seen
 
 OLDEST_NATS = (2, 12, 1)
 API_SECONDS = 3.0
+MAX_DIGITS = 19  # of a signed 64-bit number
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
 
 
@@ -126,6 +127,7 @@ class JetStream:
 
     @property
     def version(self) -> tuple[int, int, int]:
+        """Version of the connected server."""
         version = self._nc.connected_server_version
         return (version.major, version.minor, version.patch)
 
@@ -295,7 +297,7 @@ def _seen(raw: bytes) -> Seen:
 
     def number(name: str) -> int | None:
         value = headers.get(name, "")
-        return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
+        return int(value) if value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS else None
 
     return Seen(
         outbox_id=headers.get("Outbox-Id"),

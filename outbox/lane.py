@@ -24,6 +24,7 @@ from outbox.telemetry import BatchSent, Blocked, InDoubt, Listener, Settled, Sha
 from outbox.transaction import Limits
 
 NO_LIMIT = 1 << 62
+BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status
 
 
 class Lane:
@@ -105,7 +106,7 @@ class Lane:
             return
         self._retry = self._retry.failed()
         self._settling.due = now + self._retry.delay(random.random())
-        if self._retry.failures > 2 and chain.blocked is None:
+        if self._retry.failures >= BLOCKED_AFTER and chain.blocked is None:
             chain.blocked, chain.dirty = chain.in_doubt, True
 
     def lost(self, why: str) -> None:
@@ -114,7 +115,7 @@ class Lane:
         self._outcomes.clear()
         if self.chain.in_doubt is None:
             self._tell(InDoubt(stream=self.chain.stream, why=why))
-        self.chain.doubt(why)
+        self.chain.learn_nothing(why)
 
     def settle(self, jetstream: JetStream | None, now: float) -> bool:
         """Read the stream back if the chain is in doubt; True when that told where it stands.
@@ -138,6 +139,7 @@ class Lane:
                 stream=chain.stream,
                 created=chain.created,
                 shared=chain.shared,
+                certain=not chain.unanswered,
                 base=chain.base,
                 plan=chain.entries(),
             )

@@ -77,9 +77,10 @@ class Leader:
                 else:
                     await self._wait()
             await self._finish()
-        except Halt:
+        except Halt as halt:
             # What contradicts a plan may be the work of a newer leader: it took the lead before it sent anything.
             await self._check_lead()
+            await self._store.halted(self._lead.epoch, str(halt))
             raise
         finally:
             await self._close()
@@ -147,7 +148,7 @@ class Leader:
         return lane
 
     async def _route(self, now: float) -> None:
-        """Give incoming transactions to their lanes, in order. One whose subject is in no stream holds all behind it."""
+        """Give incoming transactions to their lanes, in order. One that is in no stream holds all behind it."""
         await self._take_routes(now)
         while self._incoming and (jetstream := self._jetstream) is not None:
             head = self._incoming[0]
@@ -228,7 +229,7 @@ class Leader:
         return not self._incoming and self._settled
 
     async def _commit(self) -> bool:
-        """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier of what was read."""
+        """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
         dirty = [lane for lane in self._lanes.values() if lane.chain.dirty]
         verdicts = self._verdicts + [each for lane in dirty for each in lane.chain.verdicts]
         if not dirty and not verdicts and self._blocked == self._told:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import secrets
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,8 +138,7 @@ def _as_if(line: str, copy: str, name: str) -> str:
 
 
 def _short(line: str) -> str:
-    flat = re.sub(r"\s+", " ", line)
-    return flat if len(flat) <= 160 else flat[:157] + "..."
+    return textwrap.shorten(line, width=160, placeholder="...")
 
 
 def _known(version: int) -> None:

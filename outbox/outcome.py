@@ -104,6 +104,7 @@ DUPLICATE_ID = 10201
 
 
 def meaning(rejected: Rejected) -> Meaning:
+    """What a rejection says; see the table."""
     return MEANINGS.get(rejected.code, Meaning.OPERATOR)
 
 

@@ -71,12 +71,16 @@ def judge(
     *,
     outbox_id: str,
     shared: bool,
+    certain: bool,
     base: int,
     plan: Sequence[Planned],
     last: int,
     seen: Mapping[int, Seen | None],
 ) -> Finding:
-    """How much of the plan is stored in a stream that ends at `last`; `seen` are the messages at `wanted`, or None."""
+    """How much of the plan is stored in a stream that ends at `last`; `seen` are the messages at `wanted`, or None.
+
+    `certain` says that every attempt so far was refused in so many words: then a message that is gone was not ours.
+    """
     if last < base:
         return Finding(look=Look.WENT_BACK, stored=0, at=last)
     places = [end for end in ends(base, plan) if end <= last]
@@ -92,6 +96,8 @@ def judge(
     if contradicted is not None and contradicted < confirmed:
         return Finding(look=Look.IMPOSTOR, stored=0, at=places[contradicted])
     gone = places[confirmed : len(places) if contradicted is None else contradicted]
+    if certain:
+        gone = []
     if gone and (shared or contradicted is not None):
         return Finding(look=Look.AMBIGUOUS, stored=confirmed, at=gone[0])
     stored = confirmed + len(gone)

@@ -43,6 +43,7 @@ class Holder:
 
     @property
     def prepared(self) -> bool:
+        """True for a prepared transaction."""
         return self.id.startswith("-1/")
 
 
@@ -91,7 +92,7 @@ class Positions:
             cohort.observe(now)
 
     def read(self, positions: Iterable[int], through: int | None = None) -> None:
-        """Take in a page: sorted, open positions included, read in one snapshot that is younger than the last `observe`.
+        """Take in a page: sorted, open positions included, read in one snapshot younger than the last `observe`.
 
         `through` is the position up to which the page is complete, None if it holds all that is visible.
         """

@@ -111,6 +111,8 @@ SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count
        (SELECT count(*) FROM planned)
 """
 
+HALTED = "UPDATE {schema}.relay SET blocked = %(why)s, blocked_since = now() WHERE epoch = %(epoch)s"
+
 # The first contact with a stream, under the leader's epoch.
 ADD_STREAM = """
 INSERT INTO {schema}.streams (name, created, last_sequence, plan_base)
@@ -119,7 +121,8 @@ SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch
 
 # Take the lead: a new epoch. Run it only under the lock.
 LEAD = """
-UPDATE {schema}.relay SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(),
+UPDATE {schema}.relay SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(), blocked = NULL,
+       blocked_since = NULL,
        system_identifier = coalesce(system_identifier, %(cluster)s)
  WHERE system_identifier IS NULL OR system_identifier = %(cluster)s
 RETURNING outbox_id, epoch, cursor,
@@ -200,14 +203,20 @@ UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
 # Take a moved or restored database as the outbox's new home: a new id, no stream remembered, what was planned pending
 # again, and old transaction ids in the upper half of xid8 (unsigned), where no cluster ever gets.
 REBASE = (
-    "UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), epoch = epoch + 1, system_identifier = NULL, "
-    "open_positions = open_positions + (SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange()) "
-    "FROM {schema}.streams AS s, unnest(s.plan) AS p)",
+    """
+UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), epoch = epoch + 1, system_identifier = NULL,
+       open_positions = open_positions + (SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange())
+                                            FROM {schema}.streams AS s, unnest(s.plan) AS p)
+""",
     "DELETE FROM {schema}.streams",
-    "UPDATE {schema}.transactions SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8 "
-    "WHERE txid < '9223372036854775808'::xid8",
-    "UPDATE {schema}.events SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8 "
-    "WHERE txid < '9223372036854775808'::xid8",
+    """
+UPDATE {schema}.transactions SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
+ WHERE txid < '9223372036854775808'::xid8
+""",
+    """
+UPDATE {schema}.events SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
+ WHERE txid < '9223372036854775808'::xid8
+""",
 )
 
 # Everything that makes up a schema, a line each, as the server prints it: what Alembic does not compare is here too.
@@ -218,14 +227,16 @@ SELECT 'table ' || relname || ' ' || relkind::text || ' ' || coalesce(array_to_s
        ' row security ' || relrowsecurity FROM mine WHERE relkind IN ('r', 'p', 'v')
 UNION ALL
 SELECT 'column ' || c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod) || ' not null ' ||
-       a.attnotnull || ' identity ' || a.attidentity::text || ' default ' || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
+       a.attnotnull || ' identity ' || a.attidentity::text ||
+       ' default ' || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
   FROM mine AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
   LEFT JOIN pg_attrdef AS d ON d.adrelid = c.oid AND d.adnum = a.attnum WHERE c.relkind IN ('r', 'p')
 UNION ALL
 SELECT 'constraint ' || c.relname || '.' || k.conname || ' ' || pg_get_constraintdef(k.oid)
   FROM pg_constraint AS k JOIN mine AS c ON c.oid = k.conrelid WHERE k.contype <> 'n'
 UNION ALL
-SELECT 'index ' || pg_get_indexdef(i.indexrelid) || ' valid ' || i.indisvalid FROM pg_index AS i JOIN mine ON mine.oid = i.indrelid
+SELECT 'index ' || pg_get_indexdef(i.indexrelid) || ' valid ' || i.indisvalid
+  FROM pg_index AS i JOIN mine ON mine.oid = i.indrelid
 UNION ALL
 SELECT 'trigger ' || pg_get_triggerdef(t.oid) || ' enabled ' || t.tgenabled::text
   FROM pg_trigger AS t JOIN mine ON mine.oid = t.tgrelid WHERE NOT t.tgisinternal

@@ -26,6 +26,7 @@ class Known:
     stream: str
     created: str
     shared: bool
+    certain: bool
     base: int
     plan: Sequence[Planned]
 
@@ -74,6 +75,7 @@ async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Fin
     finding = judge(
         outbox_id=outbox_id,
         shared=known.shared,
+        certain=known.certain,
         base=known.base,
         plan=known.plan,
         last=info.last_sequence,

@@ -7,6 +7,7 @@ help nobody. The lock is for liveness; that two leaders do no harm is the plan's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -51,7 +52,7 @@ class Relay:
             self._leader.stopping()
 
     async def run(self, *, drain: bool = False) -> None:
-        """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`, else never."""
+        """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`."""
         while not self._stop.is_set():
             try:
                 store = await Store.connect(self._settings.database_url, self._settings.schema)
@@ -72,8 +73,8 @@ class Relay:
         if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
             raise Halt(
                 f"transaction {dead} is a dead letter, and this relay halts on one",
-                remedy=f"if its loss is meant: UPDATE {self._settings.schema}.transactions SET discarded_at = now() "
-                f"WHERE position = {dead}; or start the relay with --on-dead continue",
+                remedy=f"if its loss is meant, set its discarded_at in {self._settings.schema}.transactions; "
+                "or start the relay with --on-dead continue",
             )
         self._leader = Leader(
             store, lead, self._settings, connect=self._connect, tell=self._tell, stop=self._stop, drain=drain
@@ -118,7 +119,5 @@ class Relay:
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, or less if the stop comes."""
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
-        except TimeoutError:
-            pass

@@ -39,6 +39,7 @@ class Routes:
         self._streams.clear()
 
     def info(self, stream: str) -> StreamInfo:
+        """What was learnt of a stream when it was asked for last."""
         return self._infos[stream]
 
     def streams(self, transaction: Transaction) -> dict[str, str]:

@@ -68,7 +68,7 @@ def statements(version: int, direction: str, schema: str = DEFAULT_SCHEMA) -> It
 class Operations(Protocol):
     """What the functions below need of Alembic's `op`."""
 
-    def execute(self, sqltext: Any, /) -> Any: ...
+    def execute(self, sqltext: Any, /) -> Any: ...  # noqa: D102 - Alembic's
 
 
 def upgrade(op: Operations, *, to: int = VERSION, since: int = 0, schema: str = DEFAULT_SCHEMA) -> None:
@@ -112,15 +112,16 @@ _GRANTS = {
     "application": (
         "GRANT USAGE ON SCHEMA {schema} TO {role}",
         "GRANT INSERT (message_id, subject, headers, payload) ON {schema}.events TO {role}",
-        "GRANT EXECUTE ON FUNCTION {schema}.add(text, bytea, jsonb, uuid), {schema}.add(text, text, jsonb, uuid), "
-        "{schema}.add(text, jsonb, jsonb, uuid) TO {role}",
+        "GRANT EXECUTE ON FUNCTION {schema}.add(text, bytea, jsonb, uuid) TO {role}",
+        "GRANT EXECUTE ON FUNCTION {schema}.add(text, text, jsonb, uuid) TO {role}",
+        "GRANT EXECUTE ON FUNCTION {schema}.add(text, jsonb, jsonb, uuid) TO {role}",
     ),
     "relay": (
         "GRANT USAGE ON SCHEMA {schema} TO {role}",
         "GRANT SELECT, DELETE ON {schema}.events TO {role}",
         "GRANT SELECT, DELETE ON {schema}.transactions TO {role}",
-        "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence, dead_at, dead_reason, attempts) "
-        "ON {schema}.transactions TO {role}",
+        "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence) ON {schema}.transactions TO {role}",
+        "GRANT UPDATE (dead_at, dead_reason, attempts) ON {schema}.transactions TO {role}",
         "GRANT SELECT, INSERT, UPDATE ON {schema}.streams TO {role}",
         "GRANT SELECT, UPDATE ON {schema}.relay TO {role}",
         "GRANT SELECT ON {schema}.limits, {schema}.pending, {schema}.dead TO {role}",

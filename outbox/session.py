@@ -59,8 +59,8 @@ async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
     pid = await _server_pid(connection)
     if pid == connection.info.backend_pid:
         return
-    secret = {"password": connection.info.password} if connection.info.password else {}
-    async with await psycopg.AsyncConnection.connect(connection.info.dsn, **secret) as other:
+    again_there = psycopg.conninfo.make_conninfo(connection.info.dsn, password=connection.info.password or None)
+    async with await psycopg.AsyncConnection.connect(again_there) as other:
         taken, again = await _server_pid(other), await _server_pid(connection)
     if taken == pid or again != pid:
         raise Misconfigured(
@@ -86,7 +86,10 @@ def translated() -> Iterator[None]:
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
         raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
     except psycopg.errors.InsufficientPrivilege as error:
-        raise Misconfigured(_masked(error), remedy="outbox migrate --relay-role ROLE") from error
+        raise Misconfigured(
+            _masked(error),
+            remedy="grant it as the owner: outbox migrate --relay-role ROLE (or --operator-role, --application-role)",
+        ) from error
 
 
 def _kept(url: str) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Store:
 
     @property
     def version(self) -> str:
+        """Version of the server, such as 18.1."""
         number = self._connection.info.server_version
         return f"{number // 10000}.{number % 10000}"
 
@@ -114,9 +115,10 @@ class Store:
         check_version(comment, self._schema)
         if max_events > max_batch_messages:
             raise Misconfigured(
-                f"the database lets a transaction add {max_events} events, the relay's batch takes {max_batch_messages}",
-                remedy=f"start the relay with --max-batch-messages {max_events} (and raise jetstream.limits.batch.max_msgs "
-                f"of nats-server with it), or UPDATE {self._schema}.limits SET max_transaction_events = {max_batch_messages}",
+                f"a transaction may add {max_events} events, and the relay's batch takes {max_batch_messages}",
+                remedy=f"start the relay with --max-batch-messages {max_events}, and raise "
+                f"jetstream.limits.batch.max_msgs of nats-server with it; or lower max_transaction_events "
+                f"in {self._schema}.limits",
             )
         self.polls_only = max_prepared > 0  # NOTIFY makes PREPARE TRANSACTION fail, so the trigger never notifies
         return int(cluster)
@@ -138,6 +140,7 @@ class Store:
         return Lead(epoch=epoch, outbox_id=outbox_id, cursor=cursor, open_positions=list(zip(lows, highs, strict=True)))
 
     async def who_leads(self) -> str:
+        """Host and process id of the last relay that took the lead."""
         rows = await self._rows(queries.compose("SELECT leader FROM {schema}.relay", self._schema), {})
         return str(rows[0][0]) if rows and rows[0][0] else "unknown"
 
@@ -155,6 +158,7 @@ class Store:
         return int(rows[0][0]) if rows else None
 
     async def streams(self) -> list[StreamRow]:
+        """Every stream that the outbox knows."""
         names = ("name", "created", "mode", "last_sequence", "plan", "blocked")
         return [StreamRow(**dict(zip(names, row, strict=True))) for row in await self._all("STREAMS")]
 
@@ -180,7 +184,7 @@ class Store:
         if missing := [position for position in positions if position not in found]:
             raise Halt(
                 f"transaction {missing[0]} is in the plan, but it is gone or no longer pending",
-                remedy=f"look at it: SELECT * FROM {self._schema}.transactions WHERE position = {missing[0]}",
+                remedy=f"look at position {missing[0]} in {self._schema}.transactions: who changed it?",
             )
         return [found[position] for position in positions]
 
@@ -220,9 +224,8 @@ class Store:
             if await self.ping() != epoch:
                 raise Deposed("another relay has taken the lead")
             raise Halt(
-                f"transactions {min(settling)} to {max(settling)} were to be marked, but not all of them are pending",
-                remedy=f"look for hand-made changes: SELECT * FROM {self._schema}.transactions "
-                f"WHERE position BETWEEN {min(settling)} AND {max(settling)} AND (sent_at, dead_at) IS DISTINCT FROM (NULL, NULL)",
+                f"transactions {min(settling)} to {max(settling)} were to be marked, but not all are pending",
+                remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",
             )
         if rows[0] != (1, len(receipts), len(verdicts), len(streams)):
             raise Halt(f"a commit wrote {rows[0]} rows", remedy="run: outbox status, and report this with its output")
@@ -234,6 +237,10 @@ class Store:
     async def ping(self) -> int:
         """The current epoch; keeps the session alive."""
         return int((await self._all("PING"))[0][0])
+
+    async def halted(self, epoch: int, why: str) -> None:
+        """Leave word of why the relay halts, for `outbox status`; the next leader takes it away."""
+        await self._all("HALTED", epoch=epoch, why=f"halted: {why}")
 
     async def strays(self) -> list[tuple[str, int]]:
         """Transaction ids with events that no row of transactions counts, and how many events each has."""
@@ -315,8 +322,8 @@ def _page(rows: Sequence[TupleRow], name: str) -> Page:
                 raise Halt(
                     f"transaction {position} has {count} events, but {'only ' if len(events) < count else ''}"
                     f"{len(events)} are in {name}.events: it is never published in part",
-                    remedy=f"find out who changed the table; to set it aside: UPDATE {name}.transactions SET dead_at = "
-                    f"now(), dead_reason = 'invalid-event: count' WHERE position = {position}",
+                    remedy=f"find out who changed the table; to set the transaction aside, set dead_at and "
+                    f"dead_reason of position {position} in {name}.transactions",
                 )
             size = sum(len(event.payload) + 200 for event in events)
             transactions.append(Transaction(position=position, events=tuple(events), size=size))

@@ -19,7 +19,7 @@ class XID8(sa.types.UserDefinedType[str]):
 
     cache_ok = True
 
-    def get_col_spec(self, **_: Any) -> str:
+    def get_col_spec(self, **_: Any) -> str:  # noqa: D102 - SQLAlchemy's interface
         return "xid8"
 
 

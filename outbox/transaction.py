@@ -12,9 +12,6 @@ from uuid import UUID
 
 from outbox.event import Event
 
-# Bytes of the relay's own headers on one message, at most: ids, position, counts, batch and expected sequence.
-RELAY_HEADER_BYTES = 640
-
 
 class DeadReason(StrEnum):
     """Why a transaction is set aside. A closed list: nothing that time can cure is on it."""
@@ -41,11 +38,8 @@ class Transaction:
 
     @property
     def count(self) -> int:
+        """How many events it has."""
         return len(self.events)
-
-    @property
-    def has_rollup(self) -> bool:
-        return any(event.is_rollup for event in self.events)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The application's hand: adds events to the transaction that the caller has open, and never commits.
 
-Knows the table `events` and nothing of the relay. SQLAlchemy is loaded only by who uses it. Statements are Core or plain SQL, never ORM objects, which a unit
-of work would reorder; and without RETURNING, which a role that may only insert could not run.
+Knows the table `events` and nothing of the relay; SQLAlchemy is loaded only by who uses it. Statements are Core or
+plain SQL, never ORM objects, which a unit of work would reorder; and without RETURNING, which a role that may only
+insert could not run.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _parts(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
 def _insert(schema: str, rows: Iterable[str]) -> str:
     # The schema's name is checked to be a plain lower-case identifier, so quoting it is enough.
     columns = "message_id, subject, headers, payload"
-    return f'INSERT INTO "{checked_name(schema)}".events ({columns}) VALUES ' + ", ".join(rows)
+    return f'INSERT INTO "{checked_name(schema)}".events ({columns}) VALUES ' + ", ".join(rows)  # noqa: S608 - as above
 
 
 @lru_cache(maxsize=64)

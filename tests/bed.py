@@ -82,7 +82,8 @@ class Broker:
             answer: dict[str, Any] = json.loads(reply.data)
             return answer
 
-        return self._with(ask)
+        answer: dict[str, Any] = self._with(ask)
+        return answer
 
     def create_stream(self, name: str, *subjects: str, **config: Any) -> dict[str, Any]:
         given = {"name": name, "subjects": list(subjects), "storage": "file", "allow_atomic": True, **config}
@@ -96,9 +97,9 @@ class Broker:
     def last_sequence(self, name: str) -> int:
         return int(self.info(name)["state"]["last_seq"])
 
-    def publish(self, subject: str, payload: bytes = b"foreign", **headers: str) -> None:
+    def publish(self, subject: str, payload: bytes = b"foreign", headers: dict[str, str] | None = None) -> None:
         async def send(client: Any) -> None:
-            await client.jetstream().publish(subject, payload, headers=headers or None)
+            await client.jetstream().publish(subject, payload, headers=headers)
 
         self._with(send)
 
@@ -113,18 +114,12 @@ class Broker:
             found: list[Stored] = []
             while len(found) < wanted:
                 for message in await subscription.fetch(min(1000, wanted - len(found)), timeout=10):
-                    found.append(
-                        Stored(
-                            message.metadata.sequence.stream,
-                            message.subject,
-                            dict(message.headers or {}),
-                            message.data,
-                            message.metadata.timestamp.timestamp(),
-                        )
-                    )
+                    place, at = message.metadata.sequence.stream, message.metadata.timestamp.timestamp()
+                    found.append(Stored(place, message.subject, dict(message.headers or {}), message.data, at))
             return found
 
-        return self._with(pull)
+        messages: list[Stored] = self._with(pull)
+        return messages
 
     def _with(self, work: Callable[[Any], Any]) -> Any:
         async def run() -> Any:
@@ -180,9 +175,9 @@ class ThreadRelay:
         assert found, f"the relay ended before {kind.__name__}: {self.error!r}, {self.happenings[-5:]}"
         return found[0]
 
-    def ended(self) -> BaseException | None:
+    def ended(self, patience: float = PATIENCE) -> BaseException | None:
         """Wait for the relay's own end; returns what it died of."""
-        self._thread.join(PATIENCE)
+        self._thread.join(patience)
         assert not self._thread.is_alive(), self.happenings[-10:]
         return self.error
 

@@ -1,0 +1,336 @@
+"""The documents say what is: examples run, and every test, command, flag, setting, name and file they name exists."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+import typer.main
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+
+import outbox
+from outbox import migrating, schema, tables
+from outbox.cli import app
+from outbox.config import Settings
+from outbox.embedded import Nats
+from outbox.transaction import DeadReason
+from tests.bed import Broker, rows, until, value
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+OPERATING = ROOT / "docs" / "operating.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ENDS_OF_COMMANDS = {"&&", "||", "|", ";", "&"}
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+# --- reading the documents
+
+
+def blocks(document: Path, language: str) -> Iterator[str]:
+    """The fenced blocks of this language."""
+    yield from re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def prose(document: Path) -> str:
+    """The document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(document: Path) -> list[str]:
+    """What stands between backticks in the prose."""
+    return re.findall(r"`([^`\n]+)`", prose(document))
+
+
+def named(document: Path, language: str) -> dict[str, str]:
+    """The blocks of this language by the name in their first line, which is a comment."""
+    found = [re.match(r"(?:#|--) (.+)\n", block) for block in blocks(document, language)]
+    named = [match.group(1) if match else "" for match in found]
+    return dict(zip(named, blocks(document, language), strict=True))
+
+
+def section(document: Path, title: str) -> str:
+    """The text under a heading, to the next heading of its level."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", document.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{document.name} has no section {title}"
+    return found.group(1)
+
+
+def first_cells(text: str) -> list[str]:
+    """What stands between backticks in the first cells of the tables in `text`."""
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    return [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
+
+
+def invocations(text: str) -> Iterator[list[str]]:
+    """The words behind `outbox` in a command line, once for each time that it is called there."""
+    words = shlex.split(text)
+    for index, word in enumerate(words[:-1]):
+        if Path(word).name == "outbox" and re.fullmatch(r"[a-z]+", words[index + 1]):
+            behind = words[index + 1 :]
+            ends = [place for place, each in enumerate(behind) if each in ENDS_OF_COMMANDS]
+            yield behind[: ends[0]] if ends else behind
+
+
+def check_command(words: list[str]) -> None:
+    """Fails unless the command line would be accepted: command, flags and the values of choices."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert words[0] in commands, f"there is no command outbox {words[0]}"
+    commands[words[0]].make_context(words[0], words[1:])
+
+
+def flags() -> set[str]:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {flag for command in commands.values() for parameter in command.params for flag in parameter.opts}
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# --- the examples of the README
+
+
+def libpq(url: str) -> dict[str, str]:
+    """The connection as libpq's environment variables."""
+    parts = psycopg.conninfo.conninfo_to_dict(url)
+    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
+    return {variable: str(parts[name]) for name, variable in names.items()}
+
+
+def run(*command: str, folder: Path, environment: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_readme_first_event_relay_and_consumer(database: str, nats: Nats, tmp_path: Path) -> None:
+    """All blocks as they are: connections come from the environment, but for the flag of the relay's command line."""
+    examples = named(README, "python")
+    for name, text in examples.items():
+        (tmp_path / name).write_text(text)
+    (relay_line,) = (line for block in blocks(README, "sh") for line in block.splitlines() if "outbox relay" in line)
+    (relay_words,) = invocations(relay_line)
+    relay_words[relay_words.index("--nats-url") + 1] = nats.url
+    (transcript,) = blocks(README, "text")
+    environment = {**libpq(database), "OUTBOX_NATS_URL": nats.url}
+
+    run(sys.executable, "-m", "outbox", "migrate", folder=tmp_path, environment=environment)
+    run(sys.executable, "first_event.py", folder=tmp_path, environment=environment)
+    (statements,) = blocks(README, "sql")
+    rows(database, statements)
+    relay = subprocess.Popen(
+        [sys.executable, "-m", "outbox", *relay_words],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        stderr=subprocess.DEVNULL,
+    )
+    broker, heard = Broker(nats.url), list[str]()
+    try:
+        until(lambda: value(database, "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL") == 2)
+        consumer = subprocess.Popen(
+            [sys.executable, "consumer.py"],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert consumer.stdout
+        guard = threading.Timer(30, consumer.kill)
+        guard.start()
+        try:
+            heard = [consumer.stdout.readline() for _ in transcript.splitlines()]
+        finally:
+            guard.cancel()
+            consumer.kill()
+            consumer.wait()
+            consumer.stdout.close()
+    finally:
+        relay.terminate()
+        assert relay.wait(30) == 0
+        broker.api("STREAM.DELETE.ORDERS")
+    assert "".join(heard) == transcript
+
+
+def test_readme_revision_and_metadata(database: str) -> None:
+    """The revision of an application's own history goes up and down, and autogenerate leaves the outbox alone."""
+    migrating.migrate(database, to=0)
+    rows(database, "DROP TABLE aggregates, bumps, ledger")
+    revision: dict[str, object] = {}
+    exec(compile(named(README, "python")["revision.py"], "revision.py", "exec"), revision)
+    upgrade, downgrade = revision["upgrade"], revision["downgrade"]
+    assert callable(upgrade)
+    assert callable(downgrade)
+    target = sa.MetaData()
+    tables.register(target)
+    engine = sa.create_engine(database.replace("postgresql://", "postgresql+psycopg://"), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"include_schemas": True})
+        with Operations.context(context):
+            upgrade()
+            assert compare_metadata(context, target) == []
+            connection.commit()
+            assert value(database, "SELECT count(*) FROM outbox.pending") == 0
+            downgrade()
+            connection.commit()
+    assert value(database, "SELECT to_regnamespace('outbox') IS NULL")
+
+
+def test_readme_begins_with_the_two_command_lines() -> None:
+    extras = set(metadata.metadata("outbox-relay").get_all("Provides-Extra") or [])
+    demo, tests = next(blocks(README, "sh")).splitlines()
+    assert demo.endswith("'.[demo]' && .venv/bin/outbox demo")
+    assert tests.endswith("'.[dev]' && .venv/bin/python -m pytest")
+    assert {"demo", "dev"} <= extras
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) < 200
+
+
+# --- the SQL of the operator's guide
+
+
+def test_sql_of_the_operators_guide(database: str) -> None:
+    """Each block as it is, as the role that is said to run it: what it changes, and that it is allowed."""
+    statements = named(OPERATING, "sql")
+    suffix = database.rpartition("/")[2]
+    operator, relay = f"operator_{suffix}", f"relay_{suffix}"
+    for role in (operator, relay):
+        rows(database, f"CREATE ROLE {role} LOGIN")
+    for grant in schema.grants(operator=operator, relay=relay):
+        rows(database, grant)
+    as_operator, as_relay = (database.replace("postgres@", f"{role}@") for role in (operator, relay))
+
+    rows(as_operator, statements["larger limits"])
+    assert value(database, "SELECT max_transaction_events FROM outbox.limits") == 2000
+
+    rows(database, "ALTER TABLE outbox.transactions ALTER COLUMN position RESTART WITH 42")
+    rows(database, """SELECT outbox.add('a.b', n::text, '{"k": "v"}') FROM generate_series(1, 3) AS n""")
+    rows(as_operator, statements["set aside"])
+    assert rows(database, "SELECT position, discarded_at FROM outbox.dead") == [(42, None)]
+    assert rows(as_operator, statements["look"]) == [("a.b", {"k": "v"}, f"{n}") for n in (1, 2, 3)]
+
+    rows(database, statements["send after all"])
+    assert rows(database, "SELECT position, event_count FROM outbox.pending") == [(43, 3)]
+    again = "SELECT subject, headers, payload FROM outbox.events JOIN outbox.pending USING (txid) ORDER BY id"
+    assert rows(database, again) == [("a.b", {"k": "v"}, f"{n}".encode()) for n in (1, 2, 3)]
+    assert value(database, "SELECT count(*) FROM outbox.dead WHERE discarded_at IS NULL") == 0
+
+    rows(database, "UPDATE outbox.transactions SET discarded_at = NULL WHERE position = 42")
+    rows(as_operator, statements["discard"])
+    assert value(database, "SELECT discarded_at IS NOT NULL FROM outbox.dead WHERE position = 42")
+
+    rows(database, "SELECT outbox.add('a.b', 'pending')")
+    rows(
+        database,
+        "UPDATE outbox.transactions SET sent_at = now() - interval '2 days', stream = 'S', first_sequence = 1, "
+        "last_sequence = 3 WHERE position = 43",
+    )
+    rows(as_relay, statements["delete what was sent"])
+    assert rows(database, "SELECT position FROM outbox.transactions ORDER BY 1") == [(42,), (44,)]
+    assert value(database, "SELECT count(*) FROM outbox.events") == 4
+
+
+def test_reasons_and_columns_of_dead_letters(database: str) -> None:
+    words = first_cells(section(OPERATING, "Dead letters"))
+    columns = rows(database, "SELECT attname FROM pg_attribute WHERE attrelid = 'outbox.dead'::regclass")
+    assert sorted(words) == sorted([*(name for (name,) in columns), *DeadReason])
+
+
+def test_words_of_halts_are_those_of_the_code() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "outbox").glob("*.py"))
+    found = first_cells(section(ROOT / "docs" / "guarantees.md", "Halts and their remedy"))
+    assert len(found) > 5
+    for words in found:
+        for piece in words.split("…"):
+            assert piece.strip() in code, words
+
+
+# --- what the documents name
+
+
+@each_document
+def test_commands_and_flags_exist(document: Path) -> None:
+    for span in spans(document):
+        if span.startswith("--"):
+            assert span.split()[0] in flags() | {"--build", "--scale"}, span
+    lines = [line for block in blocks(document, "sh") for line in block.splitlines()]
+    lines += [span for span in spans(document) if re.match(r"outbox [a-z]|docker ", span)]
+    for line in lines:
+        for words in invocations(line):
+            check_command(words)
+
+
+@each_document
+def test_named_tests_exist(document: Path) -> None:
+    for path, name in re.findall(r"\b(tests/[\w/]+\.py)::(\w+)", document.read_text()):
+        tree = ast.parse((ROOT / path).read_text())
+        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert name in there, f"{path} has no test {name}"
+
+
+@each_document
+def test_links_resolve(document: Path) -> None:
+    for text, link in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(document)):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.is_file(), f"{link} in {document.name}"
+        assert not anchor or anchor in anchors(target), f"{link} in {document.name}"
+        if named_test := re.match(r"`(tests/[\w/]+\.py)::", text):
+            assert target == ROOT / named_test.group(1), f"{text} in {document.name}"
+
+
+@each_document
+def test_settings_exist(document: Path) -> None:
+    for name in re.findall(r"\bOUTBOX_[A-Z_]*[A-Z]\b", document.read_text()):
+        assert name.removeprefix("OUTBOX_").lower() in Settings.model_fields, name
+
+
+def test_every_setting_is_documented_with_its_flag_and_default() -> None:
+    table = [line.split("|")[1:-1] for line in section(README, "Settings").splitlines() if line.startswith("| `")]
+    names = [name.strip(" `").removeprefix("OUTBOX_").lower() for name, *_ in table]
+    assert names == list(Settings.model_fields)
+    for name, (_, flag, default, _) in zip(names, table, strict=True):
+        wanted = Settings.model_fields[name].default
+        assert default.strip(" `") == ("" if wanted is None else str(wanted)), name
+        option = "--" + name.replace("_", "-")
+        assert flag.strip(" `") == (option if option in flags() else ""), name
+
+
+def test_every_name_of_the_application_is_documented() -> None:
+    assert sorted(first_cells(section(README, "API"))) == sorted(outbox.__all__)
+
+
+def test_every_command_is_documented() -> None:
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    for command in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"outbox {command}" in text, command
+
+
+def test_every_file_of_the_package_is_in_the_list() -> None:
+    listed = re.findall(r"`(\w+\.py)`", section(ROOT / "docs" / "how-it-works.md", "The files"))
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "outbox").glob("*.py"))
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## [{metadata.version('outbox-relay')}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,214 @@
+"""The schema: up, down and up again, drift, printed SQL, and an application's own Alembic history."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from outbox import migrating, queries, schema
+from outbox.embedded import Postgres
+from outbox.errors import Misconfigured
+from tests.bed import rows, value
+from tests.conftest import numbers
+
+FORGED = """
+CREATE OR REPLACE FUNCTION outbox.header_bytes(headers jsonb) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'
+"""
+COLUMNS = """
+SELECT column_name FROM information_schema.columns WHERE table_schema = 'outbox' AND table_name = %s
+ ORDER BY ordinal_position
+"""
+
+
+@pytest.fixture
+def empty(any_postgres: Postgres) -> str:
+    """URL of an empty database on each PostgreSQL."""
+    name = f"empty_{next(numbers)}"
+    rows(any_postgres.url(), f"CREATE DATABASE {name} TEMPLATE template0")
+    return any_postgres.url(name)
+
+
+def fingerprint(url: str, name: str = "outbox") -> list[str]:
+    with psycopg.connect(url) as connection:
+        return sorted(line for (line,) in connection.execute(queries.FINGERPRINT, {"schema": name}))
+
+
+def everything(url: str) -> set[str]:
+    """Every relation, function and type of anybody's in the database."""
+    catalogs = ("pg_class:relname:relnamespace", "pg_proc:proname:pronamespace", "pg_type:typname:typnamespace")
+    found = set()
+    for each in catalogs:
+        catalog, name, home = each.split(":")
+        query = f"SELECT {name}::text FROM {catalog} WHERE {home}::regnamespace::text !~ '^(pg_|information_schema)'"
+        found |= {f"{catalog} {row[0]}" for row in rows(url, query)}
+    return found | {f"schema {row[0]}" for row in rows(url, "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_'")}
+
+
+@pytest.mark.parametrize("name", ["outbox", "order"])
+def test_up_down_and_up_again_leaves_no_difference(empty: str, name: str) -> None:
+    before = everything(empty)
+    assert migrating.migrate(empty, name) == (0, 1)
+    assert migrating.migrate(empty, name) == (1, 1)
+    first = fingerprint(empty, name)
+    assert migrating.migrate(empty, name, to=0) == (1, 0)
+    assert everything(empty) == before
+    assert migrating.migrate(empty, name) == (0, 1)
+    assert fingerprint(empty, name) == first
+    assert migrating.problems(empty, name) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("ALTER TABLE outbox.transactions DROP CONSTRAINT transactions_have_events", "transactions_have_events"),
+        ("DROP INDEX outbox.transactions_dead", "transactions_dead"),
+        ("ALTER TABLE outbox.events DISABLE TRIGGER seal", "seal"),
+        ("ALTER TABLE outbox.events ALTER COLUMN id SET CACHE 5", "cache 5"),
+        ("ALTER TABLE outbox.events ADD COLUMN more text", "more"),
+        (FORGED, "header_bytes"),
+    ],
+)
+def test_drift_is_named(database: str, change: str, found: str) -> None:
+    assert migrating.problems(database) == []
+    rows(database, change)
+    assert any(found in problem for problem in migrating.problems(database))
+
+
+def test_behind_is_named(empty: str) -> None:
+    assert migrating.problems(empty) == ["schema outbox is at version 0, not 1: outbox migrate"]
+
+
+def test_printed_sql_makes_the_same_schema(empty: str, database: str) -> None:
+    with psycopg.connect(empty, autocommit=True) as connection:
+        connection.execute(migrating.migration_sql().encode())
+    assert migrating.problems(empty) == []
+
+
+def test_unknown_version_is_refused(database: str) -> None:
+    with pytest.raises(Misconfigured, match="no schema version 99"):
+        migrating.migrate(database, to=99)
+
+
+@pytest.mark.parametrize("name", ["Outbox", "a-b", "", "x" * 49, 'a"b', "pg_outbox", "1a"])
+def test_unusable_schema_names_are_refused(name: str) -> None:
+    with pytest.raises(Misconfigured, match="not usable"):
+        schema.checked_name(name)
+
+
+ENV = """
+import sqlalchemy as sa
+from alembic import context
+from outbox import tables
+metadata = sa.MetaData()
+sa.Table("orders", metadata, sa.Column("id", sa.BigInteger, primary_key=True))
+tables.register(metadata, "{schema}")
+engine = sa.create_engine("{url}", poolclass=sa.NullPool)
+if context.is_offline_mode():
+    context.configure(url="{url}", literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    with engine.connect() as connection:
+        context.configure(connection=connection, target_metadata=metadata, include_schemas=True,
+                          compare_type=True, compare_server_default=True)
+        with context.begin_transaction():
+            context.run_migrations()
+"""
+MAKO = """
+revision = ${repr(up_revision)}
+down_revision = ${repr(down_revision)}
+from alembic import op
+import sqlalchemy as sa
+def upgrade():
+    ${upgrades if upgrades else "pass"}
+def downgrade():
+    ${downgrades if downgrades else "pass"}
+"""
+REVISION = """
+revision = "a1"
+down_revision = None
+from alembic import op
+import sqlalchemy as sa
+from outbox import schema
+def upgrade():
+    op.create_table("orders", sa.Column("id", sa.BigInteger, primary_key=True))
+    schema.upgrade(op, to=1, schema="{schema}")
+def downgrade():
+    schema.downgrade(op, to=0, since=1, schema="{schema}")
+    op.drop_table("orders")
+"""
+
+
+class Application:
+    """A sample application with its own Alembic history."""
+
+    def __init__(self, directory: Path, url: str, name: str) -> None:
+        self.directory = directory
+        (directory / "versions").mkdir(parents=True)
+        sqlalchemy_url = url.replace("postgresql://", "postgresql+psycopg://")
+        (directory / "env.py").write_text(ENV.replace("{schema}", name).replace("{url}", sqlalchemy_url))
+        (directory / "script.py.mako").write_text(MAKO)
+        (directory / "versions" / "a1_first.py").write_text(REVISION.replace("{schema}", name))
+        (directory / "alembic.ini").write_text(f"[alembic]\nscript_location = {directory}\npath_separator = os\n")
+
+    def alembic(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-W",
+            "error::sqlalchemy.exc.SAWarning",
+            "-m",
+            "alembic",
+            "-c",
+            str(self.directory / "alembic.ini"),
+        ]
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+
+@pytest.mark.parametrize("name", ["outbox", "order"])
+def test_application_with_its_own_history(empty: str, tmp_path: Path, name: str) -> None:
+    before = everything(empty)
+    application = Application(tmp_path / "app", empty, name)
+    application.alembic("upgrade", "head")
+    assert migrating.problems(empty, name) == []
+    assert value(empty, "SELECT version_num FROM alembic_version") == "a1"
+    # The next autogenerate is empty: our tables are neither dropped nor made again.
+    application.alembic("check")
+    with pytest.raises(Misconfigured, match="own Alembic history"):
+        migrating.migrate(empty, name)
+    application.alembic("downgrade", "base")
+    assert everything(empty) - before == {
+        "pg_class alembic_version",
+        "pg_class alembic_version_pkc",
+        "pg_type alembic_version",
+        "pg_type _alembic_version",
+    }
+    application.alembic("upgrade", "head")
+    assert migrating.problems(empty, name) == []
+
+
+def test_applications_history_prints_the_same_sql(empty: str, tmp_path: Path) -> None:
+    application = Application(tmp_path / "app", empty, "outbox")
+    printed = application.alembic("upgrade", "head", "--sql").stdout
+    with psycopg.connect(empty, autocommit=True) as connection:
+        connection.execute(printed.encode())
+    assert migrating.problems(empty) == []
+
+
+def test_tables_fit_what_the_database_has(database: str) -> None:
+    import sqlalchemy as sa
+
+    from outbox import tables
+
+    metadata = sa.MetaData()
+    made: dict[str, Any] = tables.register(metadata)
+    with psycopg.connect(database) as connection:
+        for name, table in made.items():
+            found = connection.execute(COLUMNS, [name])
+            assert [c for (c,) in found] == [column.name for column in table.columns]

@@ -1,0 +1,121 @@
+"""The planner cannot ruin the relay: the very statements, on a large table, in four states of the statistics.
+
+An outbox is mostly analysed while it is empty; a plan made for that reads everything at every poll. Checked are
+buffers, not milliseconds: what a statement touches must not grow with what was sent or what is pending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from outbox import queries
+from outbox.embedded import Postgres
+from outbox.session import SESSION
+from tests.bed import rows
+from tests.conftest import clone
+
+ROWS = 60_000
+FILL = f"""
+INSERT INTO outbox.transactions (txid, event_count, sent_at, stream, first_sequence, last_sequence)
+  SELECT (1000000 + n)::text::xid8, 3, CASE WHEN n <= {ROWS} / 2 THEN now() END, CASE WHEN n <= {ROWS} / 2 THEN 'S' END,
+         CASE WHEN n <= {ROWS} / 2 THEN n * 3 - 2 END, CASE WHEN n <= {ROWS} / 2 THEN n * 3 END
+    FROM generate_series(1, {ROWS}) AS n;
+SET session_replication_role = replica;
+INSERT INTO outbox.events (txid, subject, payload)
+  SELECT (1000000 + n)::text::xid8, 'a.b', 'x' FROM generate_series(1, {ROWS}) AS n, generate_series(1, 3);
+RESET session_replication_role;
+"""
+STATES = {
+    "never analysed": ("", FILL, ""),
+    "analysed empty": ("ANALYZE outbox.events, outbox.transactions", FILL, ""),
+    "drained and vacuumed": (
+        FILL + "DELETE FROM outbox.events; DELETE FROM outbox.transactions;",
+        "VACUUM ANALYZE outbox.events, outbox.transactions",
+        FILL,
+    ),
+    "analysed big": (FILL, "ANALYZE outbox.events, outbox.transactions", ""),
+}
+
+
+@pytest.fixture(params=list(STATES))
+def filled(request: pytest.FixtureRequest, any_postgres: Postgres) -> Iterator[psycopg.Connection[Any]]:
+    """A session like the relay's on a large outbox; `cursor` is a position in the middle, all above is pending."""
+    url = clone(any_postgres)
+    rows(url, "ALTER TABLE outbox.events SET (autovacuum_enabled = off)")
+    rows(url, "ALTER TABLE outbox.transactions SET (autovacuum_enabled = off)")
+    for step in STATES[request.param]:
+        if step:
+            rows(url, step)
+    with psycopg.connect(url, autocommit=True) as connection:
+        for name, setting in SESSION.items():
+            connection.execute("SELECT set_config(%s, %s, false)", [name, setting])
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        yield connection
+
+
+def touched(connection: psycopg.Connection[Any], query: str, **parameters: Any) -> int:
+    """Buffers that the statement touches, planned generically as a prepared statement is in the end."""
+    text = b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + queries.compose(getattr(queries, query), "outbox")
+    plan = connection.execute(text, parameters, prepare=True).fetchall()[0][0][0]["Plan"]
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+def middle(connection: psycopg.Connection[Any]) -> int:
+    row = connection.execute("SELECT max(position) FROM outbox.transactions WHERE sent_at IS NOT NULL").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_page(filled: psycopg.Connection[Any]) -> None:
+    cursor = middle(filled)
+    page = {
+        "cursor": cursor,
+        "lows": [cursor - 5],
+        "highs": [cursor - 3],
+        "transactions": 8000,
+        "messages": 300,
+        "bytes": 1 << 26,
+    }
+    assert touched(filled, "PAGE", **{**page, "transactions": 100}) < 1500
+    assert touched(filled, "PAGE", **{**page, "cursor": cursor * 2 + 10_000}) < 60
+
+
+def test_plan_of_a_new_leader(filled: psycopg.Connection[Any]) -> None:
+    cursor = middle(filled)
+    assert touched(filled, "PLANNED", positions=list(range(cursor + 1, cursor + 101))) < 1500
+
+
+def test_commit(filled: psycopg.Connection[Any]) -> None:
+    cursor = middle(filled)
+    some = list(range(cursor + 1, cursor + 101))
+    parameters: dict[str, Any] = {
+        "cursor": cursor + 200,
+        "open": "{}",
+        "blocked": None,
+        "epoch": 0,
+        "settling": some,
+        "positions": some[:90],
+        "streams": ["S"] * 90,
+        "firsts": [place * 3 - 2 for place in some[:90]],
+        "lasts": [place * 3 for place in some[:90]],
+        "dead": some[90:],
+        "reasons": ["too-many-events: x"] * 10,
+        "names": ["S"],
+        "modes": ["chained"],
+        "bases": [1],
+        "plans": ["{1,2}"],
+        "blocks": [None],
+    }
+    assert touched(filled, "COMMIT", **parameters) < 5000
+    row = filled.execute("SELECT count(*) FROM outbox.transactions WHERE dead_at IS NOT NULL").fetchone()
+    assert row == (10,)
+
+
+def test_pending_view_does_not_read_what_was_sent(filled: psycopg.Connection[Any]) -> None:
+    cursor = middle(filled)
+    filled.execute("UPDATE outbox.relay SET cursor = %s", [cursor * 2 + 10_000])
+    assert touched(filled, "ANY_PENDING") < 60

@@ -1,0 +1,245 @@
+"""Promises 1 to 3 in the pure heart: chains of rival leaders against a model of an atomic stream.
+
+The model stores a batch whole, and only where it is expected; it loses acks, delays frames, and lets batches of a
+deposed leader arrive late. The leaders share a database row: the plan, written under an epoch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from itertools import count
+from uuid import UUID
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outbox.batch import Batch, Packing, messages, take
+from outbox.chain import Chain
+from outbox.event import Event
+from outbox.outcome import Rejected, Stored, Unknown
+from outbox.plan import Seen, judge, wanted
+from outbox.transaction import Transaction
+
+OUTBOX = "outbox"
+
+
+def transaction(position: int, size: int) -> Transaction:
+    events = tuple(
+        Event(message_id=UUID(int=position * 1000 + n), subject="a", payload=b"", headers={}) for n in range(size)
+    )
+    return Transaction(position=position, events=events, size=size)
+
+
+@dataclass
+class Model:
+    """The stream, the database, and the frames on their way."""
+
+    sizes: list[int]
+    stream: list[tuple[int, int] | None] = field(default_factory=list)  # position and number; None is foreign
+    epoch: int = 0
+    base: int = 0
+    plan: list[int] = field(default_factory=list)
+    shared: bool = False
+    marked: dict[int, tuple[int, int]] = field(default_factory=dict)
+    read: int = 0
+    frames: deque[tuple[int, Batch]] = field(default_factory=deque)
+    ids: count[int] = field(default_factory=count)
+
+    def deliver(self, index: int) -> tuple[int, Batch, Stored | Rejected]:
+        self.frames.rotate(-index)
+        leader, batch = self.frames.popleft()
+        self.frames.rotate(index if index <= len(self.frames) else 0)
+        if batch.base != len(self.stream):
+            return leader, batch, Rejected(code=10071, description="wrong last sequence")
+        self.stream += [(t.position, n) for t in batch.transactions for n in range(1, t.count + 1)]
+        return leader, batch, Stored(stream="S", sequence=len(self.stream))
+
+    def seen(self, place: int) -> Seen:
+        there = self.stream[place - 1]
+        if there is None:
+            return Seen(outbox_id=None, message_id=None, position=None, number=None)
+        position, number = there
+        message_id = str(UUID(int=position * 1000 + number - 1))
+        return Seen(outbox_id=OUTBOX, message_id=message_id, position=position, number=number)
+
+
+@dataclass
+class Leader:
+    epoch: int
+    chain: Chain
+    outcomes: dict[str, Stored | Rejected] = field(default_factory=dict)
+    pending: list[str] = field(default_factory=list)
+
+
+class Play:
+    """Leaders take turns; every step is one thing that can happen."""
+
+    def __init__(self, sizes: list[int], packings: list[Packing]) -> None:
+        self.model = Model(sizes)
+        self.packings = packings
+        self.leaders: list[Leader] = []
+        self.elect(0)
+
+    def elect(self, pick: int) -> None:
+        model = self.model
+        model.epoch += 1
+        chain = Chain(
+            stream="S",
+            created="x",
+            packing=self.packings[pick % len(self.packings)],
+            base=model.base,
+            shared=model.shared,
+        )
+        chain.planned.extend(transaction(p, model.sizes[p - 1]) for p in model.plan)
+        self.leaders.append(Leader(model.epoch, chain))
+
+    def commit(self, leader: Leader) -> bool:
+        model, chain = self.model, leader.chain
+        if leader.epoch != model.epoch:
+            return False  # deposed: it will stand by; its frames are still on their way
+        receipts, _ = list(chain.receipts), None
+        for receipt in receipts:
+            assert receipt.position not in model.marked
+            model.marked[receipt.position] = (receipt.first_sequence, receipt.last_sequence)
+        model.base, model.plan, model.shared = chain.base, [t.position for t in chain.plan], chain.shared
+        model.read = max([model.read, *model.plan])
+        chain.written()
+        return True
+
+    def work(self, leader: Leader) -> None:
+        """One round of the leader's loop."""
+        chain = leader.chain
+        while leader.pending and leader.pending[0] in leader.outcomes:
+            chain.learn(leader.outcomes[leader.pending.pop(0)])
+            if chain.in_doubt:
+                leader.pending.clear()
+        if chain.in_doubt:
+            self.settle(leader)
+        while len(chain.waiting) < 6 and leader.epoch == self.model.epoch:
+            held = [t.position for t in (*chain.waiting, *chain.plan)]
+            following = max([self.model.read, *held]) + 1
+            if following > len(self.model.sizes):
+                break
+            chain.waiting.append(transaction(following, self.model.sizes[following - 1]))
+        chain.extend()
+        if chain.dirty and not self.commit(leader):
+            return
+        for batch in chain.launch(str(n) for n in self.model.ids):
+            leader.pending.append(batch.id)
+            self.model.frames.append((leader.epoch, batch))
+
+    def settle(self, leader: Leader) -> None:
+        chain, last = leader.chain, len(self.model.stream)
+        plan = chain.entries()
+        seen = {place: self.model.seen(place) for place in wanted(chain.base, plan, last)}
+        finding = judge(
+            outbox_id=OUTBOX,
+            shared=chain.shared,
+            certain=not chain.unanswered,
+            base=chain.base,
+            plan=plan,
+            last=last,
+            seen=seen,
+        )
+        if finding.look.name == "IMPOSTOR":
+            assert leader.epoch != self.model.epoch, "only a newer leader's work can look like that"
+            return
+        assert finding.look.name in ("SETTLED", "FOREIGN"), finding
+        chain.settle(finding.stored, last, foreign=finding.look.name == "FOREIGN")
+
+    def deliver(self, pick: int, *, ack: bool) -> None:
+        if not self.model.frames:
+            return
+        epoch, batch, outcome = self.model.deliver(0 if pick < 8 else pick % len(self.model.frames))
+        leader = next(each for each in self.leaders if each.epoch == epoch)
+        if ack and batch.id in leader.pending:
+            leader.outcomes[batch.id] = outcome
+
+    def silence(self, leader: Leader) -> None:
+        """Nobody answers: the window is given up; its frames may still arrive."""
+        if leader.pending:
+            leader.chain.learn(Unknown(why="silence"))
+            leader.pending.clear()
+
+    def finish(self) -> None:
+        """The weather clears: one last leader carries everything out."""
+        self.elect(0)
+        last = self.leaders[-1]
+        for _ in range(400):
+            self.work(last)
+            while self.model.frames:
+                self.deliver(0, ack=True)
+            if len(self.model.marked) == len(self.model.sizes):
+                return
+        raise AssertionError(f"stuck: {last}")
+
+
+STEP = st.tuples(
+    st.sampled_from(["work", "work", "deliver", "deliver", "lose", "silence", "elect", "drop", "foreign"]),
+    st.integers(0, 9),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=25), st.lists(STEP, max_size=120), st.booleans())
+def test_rival_leaders_keep_every_transaction_whole_once_and_in_order(
+    sizes: list[int], steps: list[tuple[str, int]], foreigners: bool
+) -> None:
+    # Alone in the stream anything may be pipelined; with foreigners only behind what they will not match by chance.
+    behind = 1000 if foreigners else 0
+    packings = [Packing(max_messages=10), Packing(max_messages=4), Packing(one_transaction=True)]
+    play = Play(sizes, [replace(packing, pipeline_behind=behind) for packing in packings])
+    for what, pick in steps:
+        leader = play.leaders[-1 - pick % min(2, len(play.leaders))]  # the leader, or the one before, thawed
+        match what:
+            case "work":
+                play.work(leader)
+            case "deliver":
+                play.deliver(pick, ack=True)
+            case "lose":
+                play.deliver(pick, ack=False)
+            case "silence":
+                play.silence(leader)
+            case "elect":
+                play.elect(pick)
+            case "drop" if play.model.frames:
+                play.model.frames.popleft()
+            case "foreign" if foreigners:
+                play.model.stream.append(None)
+    play.finish()
+    ours = [there for there in play.model.stream if there is not None]
+    assert ours == [(position, n) for position, size in enumerate(sizes, 1) for n in range(1, size + 1)]
+    for position, (first, last) in play.model.marked.items():
+        assert [there for there in play.model.stream[first - 1 : last] if there] == [
+            (position, n) for n in range(1, sizes[position - 1] + 1)
+        ]
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.integers(1, 20), st.booleans())
+def test_packing_keeps_transactions_whole_and_in_order(sizes: list[int], most: int, single: bool) -> None:
+    queue = deque(transaction(position, size) for position, size in enumerate(sizes, 1))
+    order = []
+    while queue:
+        taken = take(queue, Packing(max_messages=most, one_transaction=single))
+        assert taken
+        assert len(taken) == 1 or sum(t.count for t in taken) <= most
+        order += [t.position for t in taken]
+        for _ in taken:
+            queue.popleft()
+    assert order == list(range(1, len(sizes) + 1))
+
+
+def test_messages_of_a_batch_carry_the_fence_once_and_the_boundary_always() -> None:
+    batch = Batch(id="b", stream="S", base=7, transactions=(transaction(1, 2), transaction(2, 1)))
+    headers = [message.headers for message in messages(batch, OUTBOX)]
+    assert [h.get("Nats-Expected-Last-Sequence") for h in headers] == ["7", None, None]
+    assert [h["Nats-Batch-Sequence"] for h in headers] == ["1", "2", "3"]
+    assert [h.get("Nats-Batch-Commit") for h in headers] == [None, None, "1"]
+    assert [
+        (h["Outbox-Transaction"], h["Outbox-Transaction-Sequence"], h["Outbox-Transaction-Count"]) for h in headers
+    ] == [("1", "1", "2"), ("1", "2", "2"), ("2", "1", "1")]
+    alone = replace(batch, transactions=(transaction(3, 1),))
+    (message,) = messages(alone, OUTBOX)
+    assert not [name for name in message.headers if name.startswith("Nats-Batch")]
+    assert message.headers["Nats-Expected-Last-Sequence"] == "7"

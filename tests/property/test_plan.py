@@ -1,0 +1,71 @@
+"""Reading a stream back: each look, and the message that tells it. Pure, so every row of the judgement is here."""
+
+from __future__ import annotations
+
+import pytest
+
+from outbox.plan import Look, Planned, Seen, judge, wanted
+
+PLAN = [Planned(position=p, count=c, last_message_id=f"m{p}") for p, c in ((1, 2), (2, 1), (3, 3))]  # ends 12, 13, 16
+FOREIGN = Seen(outbox_id=None, message_id="x", position=None, number=None)
+OTHER = Seen(outbox_id="other", message_id="m1", position=1, number=2)
+
+
+def ours(position: int, number: int, message_id: str | None = None) -> Seen:
+    return Seen(outbox_id="me", message_id=message_id or f"m{position}", position=position, number=number)
+
+
+GOOD = {12: ours(1, 2), 13: ours(2, 1), 16: ours(3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("last", "seen", "look", "stored"),
+    [
+        (10, {}, Look.SETTLED, 0),
+        (12, GOOD, Look.SETTLED, 1),
+        (13, GOOD, Look.SETTLED, 2),
+        (16, GOOD, Look.SETTLED, 3),
+        (16, {}, Look.SETTLED, 3),  # gone by limits, rollup or a work queue: arithmetic
+        (16, {16: ours(3, 3)}, Look.SETTLED, 3),
+        (9, {}, Look.WENT_BACK, 0),
+        (11, {11: ours(1, 1)}, Look.APPLYING, 0),
+        (15, {**GOOD, 14: ours(3, 1, "a"), 15: ours(3, 2, "b")}, Look.APPLYING, 2),
+        (11, {11: FOREIGN}, Look.FOREIGN, 0),
+        (12, {11: OTHER, 12: OTHER}, Look.FOREIGN, 0),
+        (14, {12: GOOD[12], 13: FOREIGN, 14: FOREIGN}, Look.FOREIGN, 1),
+        (17, {**GOOD, 17: FOREIGN}, Look.FOREIGN, 3),
+        (17, {**GOOD, 17: ours(9, 1)}, Look.IMPOSTOR, 3),
+        (12, {11: ours(7, 1), 12: ours(7, 2)}, Look.IMPOSTOR, 0),
+        (13, {12: FOREIGN, 13: ours(2, 1)}, Look.IMPOSTOR, 0),  # a later one in its place, an earlier one not
+        (13, {13: FOREIGN}, Look.AMBIGUOUS, 0),
+    ],
+)
+def test_look(last: int, seen: dict[int, Seen], look: Look, stored: int) -> None:
+    finding = judge(outbox_id="me", shared=False, certain=False, base=10, plan=PLAN, last=last, seen=seen)
+    assert finding.look is look
+    if look in (Look.SETTLED, Look.FOREIGN):
+        assert finding.stored == stored
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gone_after_a_refusal_in_so_many_words_was_not_ours(shared: bool) -> None:
+    finding = judge(outbox_id="me", shared=shared, certain=True, base=10, plan=PLAN, last=12, seen={})
+    assert (finding.look, finding.stored) == (Look.FOREIGN, 0)
+
+
+def test_gone_in_a_shared_stream_without_an_answer_is_ambiguous() -> None:
+    finding = judge(outbox_id="me", shared=True, certain=False, base=10, plan=PLAN, last=12, seen={})
+    assert finding.look is Look.AMBIGUOUS
+
+
+def test_replayed_messages_are_not_the_plans() -> None:
+    replayed = Seen(outbox_id="me", message_id="m1", position=1, number=2, replayed=True)
+    finding = judge(outbox_id="me", shared=False, certain=False, base=10, plan=PLAN, last=12, seen={12: replayed})
+    assert finding.look is Look.FOREIGN
+
+
+def test_wanted_are_the_ends_what_follows_and_the_tail() -> None:
+    assert wanted(10, PLAN, 10) == []
+    assert wanted(10, PLAN, 11) == [11]
+    assert wanted(10, PLAN, 15) == [11, 12, 13, 14, 15]
+    assert wanted(10, PLAN, 20) == [11, 12, 13, 16, 17, 20]
