@@ -21,7 +21,7 @@ from psycopg import sql
 
 from outbox import queries, schema
 from outbox.errors import Misconfigured
-from outbox.session import command_session, translated
+from outbox.session import command_session
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -164,9 +164,13 @@ def _config(name: str) -> Config:
 def _connected(url: str) -> Iterator[sa.Connection]:
     import sqlalchemy as sa
 
-    engine = sa.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=sa.NullPool)
-    with translated(), engine.connect() as connection:
-        yield connection
+    with command_session(url) as raw:
+        engine = sa.create_engine("postgresql+psycopg://", creator=lambda: raw, poolclass=sa.StaticPool)
+        try:
+            with engine.connect() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            raise error.orig or error from error  # psycopg's own, which is told by whose fault it is
 
 
 def _raw(connection: sa.Connection) -> psycopg.Connection[Any]:

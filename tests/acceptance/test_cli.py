@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from outbox.embedded import Nats
 from tests.bed import Broker, ProcessRelay, rows, until, value
 from tests.conftest import Stream
 
@@ -107,9 +106,7 @@ def test_relay_drains_and_status_tells(
     assert len(broker.read(stream.name)) == 3
 
 
-def test_create_stream_is_made_once_and_then_left_alone(
-    environment: dict[str, str], broker: Broker, nats: Nats
-) -> None:
+def test_create_stream_is_made_once_and_then_left_alone(environment: dict[str, str], broker: Broker) -> None:
     words = ["relay", "--drain", "--create-stream", "CREATED", "--subjects", "created.>"]
     rows(environment["OUTBOX_DATABASE_URL"], "SELECT outbox.add('created.x', 'y')")
     assert outbox(environment, *words).returncode == 0
