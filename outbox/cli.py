@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from outbox import admin, demo, migrating, schema, telemetry
-from outbox.config import PREFIX, BatchMode, OnDead, OnUnrouted, Settings
+from outbox.config import PREFIX, BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.relay import Relay
 
@@ -116,6 +116,7 @@ def relay(
     window: Annotated[int | None, typer.Option(help="Batches in flight, at most.")] = None,
     on_dead: Annotated[OnDead | None, typer.Option(help="After a dead letter.")] = None,
     on_unrouted: Annotated[OnUnrouted | None, typer.Option(help="A subject that is in no stream.")] = None,
+    durability: Annotated[Durability | None, typer.Option(help="Wait for asynchronous standbys too.")] = None,
     create_stream: Annotated[str | None, typer.Option(metavar="NAME", help="First create this stream.")] = None,
     subjects: Annotated[list[str] | None, typer.Option(help="Subjects of the stream to create.")] = None,
     log: Annotated[LogFormat, typer.Option(help="How to say what happens, on standard error.")] = LogFormat.HUMAN,
@@ -136,6 +137,7 @@ def relay(
         window=window,
         on_dead=on_dead,
         on_unrouted=on_unrouted,
+        durability=durability,
     )
     _run(
         _relay(

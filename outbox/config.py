@@ -44,6 +44,13 @@ class OnUnrouted(StrEnum):
 warnings.filterwarnings("ignore", message='Field name "schema" in "Settings" shadows', category=UserWarning)
 
 
+class Durability(StrEnum):
+    """What must hold a transaction before it is published."""
+
+    LOCAL = "local"
+    REPLICAS = "replicas"
+
+
 class Settings(BaseSettings):
     """All settings. Their names are the environment's without `OUTBOX_`, and the flags' with dashes."""
 
@@ -66,6 +73,11 @@ class Settings(BaseSettings):
     ack_timeout: float = Field(10.0, gt=0, description="Seconds without an ack until the stream is read back.")
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
+
+    durability: Durability = Field(
+        Durability.LOCAL,
+        description="Wait for this server and its synchronous standbys only, or for every streaming standby.",
+    )
 
     @field_validator("schema")
     @classmethod

@@ -191,10 +191,7 @@ class Postgres(Server):
 
     def start(self) -> None:  # noqa: D102 - inherited
         if not (self.data / "PG_VERSION").exists():
-            self.data.mkdir(mode=0o700)
-            if identity := self._identity():
-                os.chown(self.data, identity["user"], identity["group"])
-                _open_path(self.directory)
+            self.prepare()
             initdb = [str(self.installation / "bin" / "initdb"), "-D", str(self.data), "--auth=trust"]
             made = subprocess.run(
                 [*initdb, "--encoding=UTF8", "--locale=C", "--no-sync", "-U", "postgres"],
@@ -206,6 +203,13 @@ class Postgres(Server):
             if made.returncode:
                 raise RuntimeError(f"initdb failed:\n{made.stderr.decode(errors='replace')}")
         super().start()
+
+    def prepare(self) -> None:
+        """Make the empty data folder, for the user that PostgreSQL runs as."""
+        self.data.mkdir(mode=0o700)
+        if identity := self._identity():
+            os.chown(self.data, identity["user"], identity["group"])
+            _open_path(self.directory)
 
     def crash(self) -> None:
         """Stop at once without a checkpoint or a flush of WAL buffers, as a crash would (SIGQUIT); idempotent."""

@@ -111,6 +111,16 @@ SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count
        (SELECT count(*) FROM planned)
 """
 
+MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
+
+WRITTEN = "SELECT pg_current_wal_insert_lsn()::text"
+
+# How far the standbys are that could take over; needs pg_monitor. A base backup under way is none of them.
+REPLICATED = """
+SELECT count(*) > 0 AND coalesce(bool_and(coalesce(flush_lsn >= %(lsn)s::text::pg_lsn, false)), false)
+  FROM pg_stat_replication WHERE state IN ('streaming', 'catchup')
+"""
+
 HALTED = "UPDATE {schema}.relay SET blocked = %(why)s, blocked_since = now() WHERE epoch = %(epoch)s"
 
 # The first contact with a stream, under the leader's epoch.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from outbox.backoff import Backoff
-from outbox.config import OnDead, Settings
+from outbox.config import Durability, OnDead, Settings
 from outbox.errors import Deposed, Halt, Weather
 from outbox.jetstream import JetStream
 from outbox.leader import Leader
@@ -55,7 +55,11 @@ class Relay:
         """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`."""
         while not self._stop.is_set():
             try:
-                store = await Store.connect(self._settings.database_url, self._settings.schema)
+                store = await Store.connect(
+                    self._settings.database_url,
+                    self._settings.schema,
+                    replicas=self._settings.durability is Durability.REPLICAS,
+                )
                 async with store:
                     self._tell(Connected(server="postgres", version=store.version))
                     if await self._serve(store, drain=drain):

@@ -25,6 +25,7 @@ from outbox.session import open_session, refuse_pooler, translated
 from outbox.transaction import Receipt, Transaction, Verdict
 
 OLDEST_POSTGRES = 140005
+REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +73,10 @@ class Decisions:
 class Store:
     """One session on the outbox's database; `async with` closes it. Not for concurrent use."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[TupleRow], name: str) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection[TupleRow], name: str, *, replicas: bool) -> None:
         self._connection = connection
         self._schema = name
+        self._replicas = replicas
         self._sql: dict[str, bytes] = {}
         self._warnings: list[str] = []
         self._listening = False
@@ -82,9 +84,12 @@ class Store:
         connection.add_notice_handler(self._noticed)
 
     @classmethod
-    async def connect(cls, url: str, name: str = schema.DEFAULT_SCHEMA) -> Self:
-        """Open a session; raises `Weather` if the server cannot be reached."""
-        return cls(await open_session(url), name)
+    async def connect(cls, url: str, name: str = schema.DEFAULT_SCHEMA, *, replicas: bool = False) -> Self:
+        """Open a session; raises `Weather` if the server cannot be reached.
+
+        With `replicas` a commit of a plan waits until every streaming standby, of which there must be one, has it.
+        """
+        return cls(await open_session(url), name, replicas=replicas)
 
     async def __aenter__(self) -> Self:
         return self
@@ -119,6 +124,11 @@ class Store:
                 remedy=f"start the relay with --max-batch-messages {max_events}, and raise "
                 f"jetstream.limits.batch.max_msgs of nats-server with it; or lower max_transaction_events "
                 f"in {self._schema}.limits",
+            )
+        if self._replicas and not (await self._all("MAY_MONITOR"))[0][0]:
+            raise Misconfigured(
+                "this role cannot see how far the standbys are, which --durability replicas waits for",
+                remedy="GRANT pg_monitor TO the relay's role",
             )
         self.polls_only = max_prepared > 0  # NOTIFY makes PREPARE TRANSACTION fail, so the trigger never notifies
         return int(cluster)
@@ -229,6 +239,18 @@ class Store:
             )
         if rows[0] != (1, len(receipts), len(verdicts), len(streams)):
             raise Halt(f"a commit wrote {rows[0]} rows", remedy="run: outbox status, and report this with its output")
+
+        if self._replicas and any(row.plan for row in streams):
+            await self._replicated()
+
+    async def _replicated(self) -> None:
+        """Wait until every streaming standby has flushed what is committed now; raises `Weather` after some seconds."""
+        lsn = (await self._all("WRITTEN"))[0][0]
+        for _ in range(REPLICA_LOOKS):
+            if (await self._all("REPLICATED", lsn=lsn))[0][0]:
+                return
+            await asyncio.sleep(REPLICA_SECONDS)
+        raise Weather("no standby, or not every one, has confirmed what is to be published (--durability replicas)")
 
     async def add_stream(self, epoch: int, name: str, created: str, last: int) -> None:
         """Remember a stream at the first contact."""

@@ -1,0 +1,76 @@
+"""What dies is the primary, and an asynchronous standby takes over. Promise 6, on request: no phantom in a failover."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import psycopg
+
+from outbox import migrating
+from outbox.config import Durability, Settings
+from outbox.embedded import Nats, Postgres
+from outbox.errors import Misconfigured
+from outbox.telemetry import Blocked, Marked, Unreachable
+from tests.bed import Broker, ThreadRelay, rows
+from tests.conftest import Stream
+
+
+def standby_of(primary: Postgres, directory: Path) -> Postgres:
+    """An asynchronous streaming standby, not started yet."""
+    made = Postgres(directory)
+    made.prepare()
+    subprocess.run(
+        [made.installation / "bin" / "pg_basebackup", "-D", made.data, "-R", "-c", "fast", "-d", primary.url()],
+        check=True,
+        capture_output=True,
+        cwd=directory,
+        **made._identity(),
+    )
+    return made
+
+
+def test_nothing_is_published_that_a_standby_does_not_have(nats: Nats, stream: Stream, workplace: Path) -> None:
+    """Fault: the standby lags or is away. Promise: what it would lose in a failover is not in the stream."""
+    broker = Broker(nats.url)
+    with Postgres(workplace / "primary") as primary:
+        migrating.migrate(primary.url())
+        settings = Settings(database_url=primary.url(), nats_url=nats.url, durability=Durability.REPLICAS)
+        standby = standby_of(primary, workplace / "standby")
+        rows(primary.url(), "SELECT outbox.add(%s, 'one')", f"{stream.prefix}.x")
+        with ThreadRelay(settings) as relay:
+            relay.wait_for(Unreachable, lambda each: "standby" in each.why)
+            assert broker.read(stream.name) == []
+            with standby:
+                relay.wait_for(Marked)
+                assert [each.payload for each in broker.read(stream.name)] == [b"one"]
+            after = len(relay.happenings)
+            rows(primary.url(), "SELECT outbox.add(%s, 'two')", f"{stream.prefix}.x")
+            relay.wait_for(Unreachable, lambda each: "standby" in each.why, after=after)
+            assert len(broker.read(stream.name)) == 1
+            with standby:
+                relay.wait_for(Marked, after=after)
+        assert [each.payload for each in broker.read(stream.name)] == [b"one", b"two"]
+
+
+def test_role_that_cannot_see_the_standbys_is_refused(database: str, nats: Nats) -> None:
+    role = f"blind_{database.rpartition('/')[2]}"
+    rows(database, f"CREATE ROLE {role} LOGIN")
+    migrating.grant(database, "outbox", relay=role)
+    url = database.replace("postgres@", f"{role}@")
+    error = ThreadRelay(Settings(database_url=url, nats_url=nats.url, durability=Durability.REPLICAS)).ended()
+    assert isinstance(error, Misconfigured)
+    assert "pg_monitor" in error.remedy
+
+
+def test_standby_itself_is_waited_out(nats: Nats, workplace: Path) -> None:
+    """Fault: the URL leads to a standby, as in the middle of a failover. Promise: weather, until it is promoted."""
+    with Postgres(workplace / "primary") as primary:
+        migrating.migrate(primary.url())
+        standby = standby_of(primary, workplace / "standby")
+    with standby, ThreadRelay(Settings(database_url=standby.url(), nats_url=nats.url)) as relay:
+        relay.wait_for(Unreachable, lambda each: "recovery" in each.why)
+        with psycopg.connect(standby.url(), autocommit=True) as connection:
+            connection.execute("SELECT pg_promote()")
+            connection.execute("SELECT outbox.add('nowhere.x', 'y')")
+        relay.wait_for(Blocked)
