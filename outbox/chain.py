@@ -53,6 +53,7 @@ class Chain:
     dirty: bool = False
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
+    _suspected: Verdict | None = None
 
     @property
     def plan(self) -> list[Transaction]:
@@ -176,6 +177,11 @@ class Chain:
         if done:
             self.receipts += Batch(id="", stream=self.stream, base=self.base, transactions=tuple(done)).receipts()
             self._alone -= {t.position for t in done}
+        if self._suspected is not None and self.planned and self.planned[0].position == self._suspected.position:
+            self.verdicts.append(self._suspected)
+            self._alone.discard(self.planned.popleft().position)
+            self.dirty = True
+        self._suspected = None
         if done or foreign or last != self.base:
             self.dirty = True
         if foreign and not self.shared:
@@ -201,10 +207,8 @@ class Chain:
         elif not {t.position for t in batch.transactions} <= self._alone:
             self._alone |= {t.position for t in batch.transactions}
         else:
+            # Convicted when the stream was read back: an unanswered attempt may have stored it, and look like that.
             (guilty,) = batch.transactions
             detail = f"{rejected.description} ({rejected.code}) by stream {self.stream}"
-            self.verdicts.append(Verdict(position=guilty.position, reason=REASONS[rejected.code], detail=detail))
-            self.in_flight.popleft()
-            self._alone.discard(guilty.position)
-            self.dirty = True
+            self._suspected = Verdict(position=guilty.position, reason=REASONS[rejected.code], detail=detail)
         self.doubt(f"{rejected.description} ({rejected.code})")

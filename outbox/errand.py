@@ -52,8 +52,11 @@ class Errand(Generic[T]):
         except Weather as weather:
             self.fail(now)
             return weather
-        self._backoff = self._backoff.reset()
         return value
+
+    def reset(self) -> None:
+        """It has served its end: the next one starts at once."""
+        self._backoff, self.due = self._backoff.reset(), 0.0
 
     def fail(self, now: float) -> None:
         """What it came to did not help: wait longer before the next time."""

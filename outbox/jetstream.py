@@ -22,11 +22,12 @@ from nats.aio.msg import Msg
 
 from outbox.batch import Batch, messages, wire_bytes
 from outbox.errors import Misconfigured, Unusable, Weather
-from outbox.outcome import MESSAGE_TOO_LARGE, Outcome, Rejected, Unknown, read_reply
+from outbox.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
 from outbox.plan import Seen
 
 OLDEST_NATS = (2, 12, 1)
-API_SECONDS = 3.0
+API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0
+LOOKS_AT_ONCE = 32  # each answer carries the whole message
 MAX_DIGITS = 19  # of a signed 64-bit number
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
 
@@ -170,6 +171,8 @@ class JetStream:
         try:
             await self._request(f"STREAM.CREATE.{name}", config)
         except Refused as refused:
+            if MEANINGS.get(refused.code) is Meaning.WEATHER:
+                raise
             raise Misconfigured(
                 f"stream {name} cannot be created: {refused}",
                 remedy="choose other --create-stream and --subjects, or create the stream by hand, with allow_atomic",
@@ -178,24 +181,24 @@ class JetStream:
     async def look(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
         """The headers of these messages, read from the stream's leader; None for one that is gone."""
         found: dict[int, Seen | None] = {}
-        for start in range(0, len(sequences), 256):
-            part = sequences[start : start + 256]
+        for start in range(0, len(sequences), LOOKS_AT_ONCE):
+            part = sequences[start : start + LOOKS_AT_ONCE]
             found |= zip(part, await asyncio.gather(*(self._message(stream, place) for place in part)), strict=True)
         return found
 
     async def _message(self, stream: str, sequence: int) -> Seen | None:
         try:
-            reply = await self._request(f"STREAM.MSG.GET.{stream}", {"seq": sequence})
+            reply = await self._request(f"STREAM.MSG.GET.{stream}", {"seq": sequence}, MESSAGE_SECONDS)
         except Refused as refused:
             if refused.code == MESSAGE_NOT_FOUND:
                 return None
             raise
         return _seen(base64.b64decode(reply["message"].get("hdrs") or ""))
 
-    async def _request(self, call: str, body: object = None) -> dict[str, Any]:
+    async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""
         try:
-            reply = await self._nc.request(f"$JS.API.{call}", payload, timeout=API_SECONDS)
+            reply = await self._nc.request(f"$JS.API.{call}", payload, timeout=seconds)
             answer: dict[str, Any] = json.loads(reply.data)
         except (TimeoutError, nats.errors.Error, ValueError) as error:
             raise Weather(f"JetStream does not answer ({call}): {str(error) or type(error).__name__}") from error
@@ -211,6 +214,7 @@ class JetStream:
         self._tokens += 1
         token = str(self._tokens)
         future = self._awaited[token] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._awaited.pop(token, None))
         self._outgoing.put_nowait((token, batch, outbox_id))
         return future
 
@@ -219,6 +223,8 @@ class JetStream:
             await self._send(*await self._outgoing.get())
 
     async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
+        if token not in self._awaited:
+            return  # given up before it went out
         reply = f"{self._prefix}.{token}"
         built = list(messages(batch, outbox_id))
         if (largest := max(map(wire_bytes, built))) > self.max_payload:

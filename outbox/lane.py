@@ -92,8 +92,14 @@ class Lane:
             else:
                 self._failed(outcome, now)
             if self.chain.in_doubt:
-                self._outcomes.clear()
+                self._give_up()
         return learned
+
+    def _give_up(self) -> None:
+        """Nobody waits for what is in flight any more; what is not on the wire yet is not sent."""
+        for future, _ in self._outcomes:
+            future.cancel()
+        self._outcomes.clear()
 
     def _failed(self, outcome: Outcome, now: float) -> None:
         """A batch was not acked: look at once if that helps, else after a back-off that grows until one is stored."""
@@ -112,7 +118,7 @@ class Lane:
     def lost(self, why: str) -> None:
         """The connection is gone: what was in flight is in doubt."""
         self._settling.cancel()
-        self._outcomes.clear()
+        self._give_up()
         if self.chain.in_doubt is None:
             self._tell(InDoubt(stream=self.chain.stream, why=why))
         self.chain.learn_nothing(why)
@@ -148,6 +154,7 @@ class Lane:
 
     def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement) -> None:
         chain, was_shared = self.chain, self.chain.shared
+        self._settling.reset()
         chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
         if chain.blocked is not None and not chain.planned:
             chain.blocked, chain.dirty = None, True

@@ -27,7 +27,7 @@ from outbox.transaction import DeadReason, Transaction, Verdict, verdict
 
 PING_SECONDS = 1.0
 STRAY_SECONDS = 60.0
-STOP_SECONDS = 8.0
+STOP_SECONDS = 4.0  # less than idle_session_timeout: the last mark needs the session
 
 
 class Leader:
@@ -43,7 +43,11 @@ class Leader:
         tell: Listener,
         stop: asyncio.Event,
         drain: bool = False,
+        proven: bool = False,
     ) -> None:
+        """`proven` says that this process has published before: what cannot be used now is weather, not set-up."""
+        store.notified = self._heard
+        self._proven_before = proven
         self._store, self._lead, self._settings = store, lead, settings
         self._connect, self._tell, self._stop, self._drain = connect, tell, stop, drain
         self._news = asyncio.Event()
@@ -62,6 +66,11 @@ class Leader:
         self._spoke = self._strays_looked = self._clock()
         term = f"{str(lead.outbox_id)[:8]}-{secrets.token_hex(6)}"
         self._batch_ids = (f"{term}-{number}" for number in itertools.count(1))
+
+    @property
+    def proven(self) -> bool:
+        """True if this process has published anything, in this term or before."""
+        return self._proven_before or any(lane.proven for lane in self._lanes.values())
 
     async def run(self) -> None:
         """Lead until stopped, or drained. Raises `Deposed` or `Weather` when the lead is lost, else `Halt`."""
@@ -122,6 +131,7 @@ class Leader:
                 self._tell(Unreachable(server="nats", why=came.message, delay=self._connecting.due - now))
             elif came is not None:
                 self._jetstream = came
+                self._connecting.reset()
                 self._tell(Connected(server="nats", version=".".join(map(str, came.version))))
 
     def _learn(self, now: float) -> bool:
@@ -144,6 +154,7 @@ class Leader:
 
     def _add_lane(self, row: StreamRow) -> Lane:
         lane = Lane(row, self._settings, str(self._lead.outbox_id), tell=self._tell, news=self._news.set)
+        lane.proven = self._proven_before
         self._lanes[row.name] = lane
         return lane
 
@@ -152,10 +163,10 @@ class Leader:
         await self._take_routes(now)
         while self._incoming and (jetstream := self._jetstream) is not None:
             head = self._incoming[0]
-            if unknown := self._routes.unknown(head):
+            streams = self._routes.streams(head)
+            if unknown := {event.subject for event in head.events} - streams.keys():
                 self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
                 return
-            streams = self._routes.streams(head)
             lane = self._lanes.get(name := next(iter(streams.values()))) or await self._first_contact(name)
             offence = verdict(head, streams, lane.limits)
             if offence is None:
@@ -164,8 +175,12 @@ class Leader:
                 return  # all before it goes out first, then the relay halts behind it
             else:
                 self._verdicts.append(offence)
-            self._incoming.popleft()
-            self._blocked = None
+            self._next_head()
+
+    def _next_head(self) -> None:
+        self._incoming.popleft()
+        self._asking.reset()
+        self._blocked = None
 
     async def _first_contact(self, name: str) -> Lane:
         info = self._routes.info(name)
@@ -179,7 +194,7 @@ class Leader:
         """Take in what JetStream said about the subjects of the head."""
         came = self._asking.taken(now)
         if isinstance(came, Unusable):
-            if not any(lane.proven for lane in self._lanes.values()):
+            if not self.proven:
                 raise Misconfigured(came.message, remedy=came.remedy)
             self._blocked = came.message
         elif isinstance(came, dict) and self._incoming:
@@ -194,8 +209,7 @@ class Leader:
             self._blocked = f"transaction {head.position}: {why}"
             self._asking.fail(now)
             return
-        self._incoming.popleft()
-        self._blocked = None
+        self._next_head()
 
     # --- Postgres: pages in, decisions out
 
@@ -315,7 +329,7 @@ class Leader:
             if not self._connecting.running:
                 yield self._connecting.due
             return
-        if self._incoming and not self._asking.running:
+        if self._incoming and self._asking.due > self._clock():
             yield self._asking.due
         for lane in self._lanes.values():
             yield from lane.dues()

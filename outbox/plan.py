@@ -64,7 +64,7 @@ def ends(base: int, plan: Sequence[Planned]) -> list[int]:
 def wanted(base: int, plan: Sequence[Planned], last: int) -> list[int]:
     """The sequences to read before `judge`: where transactions end, what follows them, and the stream's tail."""
     places = [end for end in ends(base, plan) if end <= last]
-    return sorted({*places, *(place + 1 for place in (base, *places[-1:])), last} & set(range(base + 1, last + 1)))
+    return sorted({place for place in (*places, *(end + 1 for end in (base, *places)), last) if base < place <= last})
 
 
 def judge(

@@ -24,13 +24,19 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
     return result
 
 
-def without(ranges: Iterable[Range], position: int) -> list[Range]:
-    """The ranges without one position."""
+def without(ranges: Iterable[Range], positions: Sequence[int]) -> list[Range]:
+    """The ranges without some positions; both are sorted."""
     result: list[Range] = []
-    for low, high in ranges:
-        if low <= position <= high:
-            result += [piece for piece in ((low, position - 1), (position + 1, high)) if piece[0] <= piece[1]]
-        else:
+    index = 0
+    for first, high in ranges:
+        low = first
+        while index < len(positions) and positions[index] <= high:
+            if positions[index] >= low:
+                if positions[index] > low:
+                    result.append((low, positions[index] - 1))
+                low = positions[index] + 1
+            index += 1
+        if low <= high:
             result.append((low, high))
     return result
 
@@ -101,15 +107,15 @@ class Positions:
             for cohort in self._cohorts
             if cohort.ended and (through is None or max(high for _, high in cohort.ranges) <= through)
         ]
+        page = list(positions)
+        late = [position for position in page if position <= self.cursor]
+        for cohort in self._cohorts:
+            cohort.ranges = without(cohort.ranges, late)
         missed: list[Range] = []
-        for position in positions:
-            if position > self.cursor:
-                if position > self.cursor + 1:
-                    missed.append((self.cursor + 1, position - 1))
-                self.cursor = position
-            else:
-                for cohort in self._cohorts:
-                    cohort.ranges = without(cohort.ranges, position)
+        for position in page[len(late) :]:
+            if position > self.cursor + 1:
+                missed.append((self.cursor + 1, position - 1))
+            self.cursor = position
         self._cohorts = [cohort for cohort in self._cohorts if cohort.ranges and cohort not in proven]
         if missed:
             self._cohorts.append(_Cohort(ranges=missed))

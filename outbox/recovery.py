@@ -44,12 +44,14 @@ class Settlement:
 async def settle(jetstream: JetStream, known: Known, outbox_id: str) -> Settlement:
     """Read the stream back until it tells; raises `Weather` if it cannot be read, `Halt` if it contradicts the plan."""
     finding, info = await _look(jetstream, known, outbox_id)
-    for _ in range(LOOKS):
+    looks = 0
+    while looks < LOOKS:
         if finding.look in (Look.SETTLED, Look.IMPOSTOR) or (finding.look is Look.FOREIGN and known.shared):
             break
         await asyncio.sleep(LOOK_SECONDS)
-        before = finding
+        before, end = finding, info.last_sequence
         finding, info = await _look(jetstream, known, outbox_id)
+        looks = looks + 1 if info.last_sequence == end else 0  # a large batch is applied for as long as it moves
         # In a stream that nobody else should write to, a strange message is looked at twice.
         if finding.look is before.look is Look.FOREIGN and finding.stored == before.stored:
             break

@@ -23,6 +23,7 @@ from outbox.store import Store
 from outbox.telemetry import Connected, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 
 STANDBY_SECONDS = 0.2
+SOUND_TERM_SECONDS = 5.0  # a shorter term counts as a failure: the next one waits longer
 
 
 class Relay:
@@ -44,6 +45,7 @@ class Relay:
         self._stop = asyncio.Event()
         self._backoff = Backoff()
         self._leader: Leader | None = None
+        self._proven = False
 
     def stop(self) -> None:
         """Ask the relay to finish or abandon what is in flight, mark what was acked, and end. Idempotent."""
@@ -81,10 +83,23 @@ class Relay:
                 "or start the relay with --on-dead continue",
             )
         self._leader = Leader(
-            store, lead, self._settings, connect=self._connect, tell=self._tell, stop=self._stop, drain=drain
+            store,
+            lead,
+            self._settings,
+            connect=self._connect,
+            tell=self._tell,
+            stop=self._stop,
+            drain=drain,
+            proven=self._proven,
         )
-        await self._leader.run()
-        self._backoff = self._backoff.reset()
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            await self._leader.run()
+        finally:
+            self._proven = self._leader.proven
+            if clock() - began > SOUND_TERM_SECONDS:
+                self._backoff = self._backoff.reset()
         return True
 
     async def _stand_by(self, store: Store, *, drain: bool) -> bool:
@@ -92,7 +107,6 @@ class Relay:
         told = False
         while not self._stop.is_set():
             if not self._locked or await store.try_lock():
-                self._backoff = self._backoff.reset()
                 return True
             if not told:
                 told = True

@@ -43,12 +43,9 @@ class Routes:
         return self._infos[stream]
 
     def streams(self, transaction: Transaction) -> dict[str, str]:
-        """The stream of each of its subjects; call it when none is unknown."""
-        return {event.subject: self._streams[event.subject] for event in transaction.events}
-
-    def unknown(self, transaction: Transaction) -> set[str]:
-        """Its subjects whose stream is not known yet."""
-        return {event.subject for event in transaction.events if not self._find(event.subject)}
+        """The stream of each of its subjects, as far as it is known."""
+        found = ((event.subject, self._find(event.subject)) for event in transaction.events)
+        return {subject: stream for subject, stream in found if stream is not None}
 
     async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
         """Ask JetStream for the streams of these subjects; None where it says that there is none."""

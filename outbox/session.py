@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox.errors import Misconfigured, Weather
+from outbox.errors import Halt, Misconfigured, Weather
 
 # The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
 # and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
@@ -29,7 +29,14 @@ SESSION = {
     "tcp_user_timeout": "10s",
     "client_min_messages": "warning",
 }
-CONNECTION = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+# Keepalives are not sent while data is unacknowledged: for a dead host tcp_user_timeout (ms) counts.
+CONNECTION = {
+    "tcp_user_timeout": 10_000,
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
 
 
 async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
@@ -85,6 +92,10 @@ def translated() -> Iterator[None]:
         raise Weather(_masked(error)) from error
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
         raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
+    except psycopg.IntegrityError as error:
+        raise Halt(
+            _masked(error), remedy="find out who changes the outbox's tables by hand, then start again"
+        ) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             _masked(error),

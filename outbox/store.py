@@ -81,7 +81,10 @@ class Store:
         self._warnings: list[str] = []
         self._listening = False
         self.polls_only = False
+        self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
+        # Without a handler psycopg keeps every notification; and one that comes during a statement wakes nobody.
+        connection.add_notify_handler(lambda _: self.notified())
 
     @classmethod
     async def connect(cls, url: str, name: str = schema.DEFAULT_SCHEMA, *, replicas: bool = False) -> Self:
@@ -311,7 +314,7 @@ class Store:
 
     def _noticed(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
-        if diagnostic.sqlstate == "01000":
+        if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
 
 

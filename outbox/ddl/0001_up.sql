@@ -286,4 +286,6 @@ CREATE VIEW {schema}.dead AS
 
 COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, with the reason.';
 
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;
+REVOKE ALL ON FUNCTION {schema}.add(text, bytea, jsonb, uuid), {schema}.add(text, text, jsonb, uuid),
+  {schema}.add(text, jsonb, jsonb, uuid), {schema}.seal(), {schema}.check_event(), {schema}.refuse(text, text),
+  {schema}.header_bytes(jsonb), {schema}.header_problem(jsonb), {schema}.subject_problem(text) FROM PUBLIC;

@@ -34,6 +34,7 @@ GOOD = {12: ours(1, 2), 13: ours(2, 1), 16: ours(3, 3)}
         (12, {11: OTHER, 12: OTHER}, Look.FOREIGN, 0),
         (14, {12: GOOD[12], 13: FOREIGN, 14: FOREIGN}, Look.FOREIGN, 1),
         (17, {**GOOD, 17: FOREIGN}, Look.FOREIGN, 3),
+        (17, {12: GOOD[12], 13: GOOD[13], 14: ours(3, 1, "a"), 16: FOREIGN, 17: FOREIGN}, Look.APPLYING, 2),  # a part
         (17, {**GOOD, 17: ours(9, 1)}, Look.IMPOSTOR, 3),
         (12, {11: ours(7, 1), 12: ours(7, 2)}, Look.IMPOSTOR, 0),
         (13, {12: FOREIGN, 13: ours(2, 1)}, Look.IMPOSTOR, 0),  # a later one in its place, an earlier one not
@@ -68,4 +69,4 @@ def test_wanted_are_the_ends_what_follows_and_the_tail() -> None:
     assert wanted(10, PLAN, 10) == []
     assert wanted(10, PLAN, 11) == [11]
     assert wanted(10, PLAN, 15) == [11, 12, 13, 14, 15]
-    assert wanted(10, PLAN, 20) == [11, 12, 13, 16, 17, 20]
+    assert wanted(10, PLAN, 20) == [11, 12, 13, 14, 16, 17, 20]

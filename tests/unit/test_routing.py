@@ -1,0 +1,44 @@
+"""Which filter takes which subject, and that what is remembered is bounded without forgetting what is needed."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+
+from outbox import routing
+from outbox.event import Event
+from outbox.jetstream import StreamInfo
+from outbox.routing import Routes, matches
+from outbox.transaction import Transaction
+
+
+@pytest.mark.parametrize(
+    ("subject", "pattern", "fits"),
+    [
+        ("a", "a", True),
+        ("a.b", "a", False),
+        ("a", "a.b", False),
+        ("a.b", "a.*", True),
+        ("a.b.c", "a.*", False),
+        ("a.b.c", "a.*.c", True),
+        ("a.b.c", "a.>", True),
+        ("a", "a.>", False),
+        ("a", ">", True),
+        ("ab", "a>", False),
+    ],
+)
+def test_matches(subject: str, pattern: str, fits: bool) -> None:
+    assert matches(subject, pattern) is fits
+
+
+def test_more_subjects_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "REMEMBERED_SUBJECTS", 3)
+    routes = Routes()
+    info = StreamInfo(name="S", created="x", last_sequence=0, subjects=("a.>",), problem=None, max_message_bytes=None)
+    routes._infos["S"] = info
+    subjects = [f"a.{number}" for number in range(10)]
+    events = tuple(Event(message_id=uuid4(), subject=s, payload=b"", headers={}) for s in subjects)
+    transaction = Transaction(position=1, events=events, size=0)
+    assert routes.streams(transaction) == dict.fromkeys(subjects, "S")
+    assert len(routes._streams) <= 3
