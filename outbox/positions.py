@@ -70,7 +70,7 @@ class _Cohort:
             # PREPARE gives a transaction a new virtual id: those prepared by now are the second set.
             self.owners = frozenset(holder for holder in holders if holder.prepared)
             self.prepared_too = True
-        self.ended = self.prepared_too and not self.owners & holders
+        self.ended = not self.owners & holders
 
 
 @dataclass(slots=True)
