@@ -119,8 +119,3 @@ class Positions:
         self._cohorts = [cohort for cohort in self._cohorts if cohort.ranges and cohort not in proven]
         if missed:
             self._cohorts.append(_Cohort(ranges=missed))
-
-    def reopen(self, ranges: Iterable[Range]) -> None:
-        """Positions that must be looked at again, such as retried dead letters."""
-        if pieces := list(ranges):
-            self._cohorts.append(_Cohort(ranges=pieces))

@@ -7,7 +7,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
-import pytest
 from psycopg import errors
 
 from outbox.config import Settings
@@ -46,8 +45,7 @@ def test_open_transactions_of_strangers_delay_nothing(
             relay.wait_for(Marked, lambda each: each.last_position == 1, after=after)
 
 
-@pytest.mark.parametrize("retries", range(1))
-def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_database: str, retries: int) -> None:
+def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_database: str) -> None:
     url = any_database
     rows(url, "CREATE TABLE own (id int PRIMARY KEY, n int)")
     rows(url, "INSERT INTO own SELECT n * 1000, 0 FROM generate_series(1, 8) AS n")
