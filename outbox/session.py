@@ -46,7 +46,7 @@ async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
             url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
         )
         settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
-        await connection.execute(f"SELECT {settings}".encode())
+        await connection.execute(f"SELECT {settings}".encode(), prepare=False)
     return connection
 
 
@@ -77,7 +77,8 @@ async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
 
 
 async def _server_pid(connection: psycopg.AsyncConnection[TupleRow]) -> int:
-    row = await (await connection.execute("SELECT pg_backend_pid()")).fetchone()
+    # Not prepared: behind such a pooler the next server connection does not know the statement.
+    row = await (await connection.execute("SELECT pg_backend_pid()", prepare=False)).fetchone()
     return int(row[0]) if row else 0
 
 
