@@ -12,7 +12,6 @@ from uuid import UUID
 from outbox import queries, schema
 from outbox.errors import Misconfigured
 from outbox.session import command_session
-from outbox.store import check_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +69,7 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
         keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
         row = connection.execute(queries.compose(queries.STATUS, name), keys).fetchone()
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-        check_version(row[7], name)
+        schema.check_version(row[7], name)
         streams = [
             StreamStatus(**dict(zip(StreamStatus.__slots__, each, strict=True)))
             for each in connection.execute(queries.compose(queries.STATUS_STREAMS, name))

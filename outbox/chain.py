@@ -195,10 +195,6 @@ class Chain:
         self.receipts, self.verdicts, self.dirty = [], [], False
         return written
 
-    def drop(self, position: int) -> None:
-        """A waiting transaction was settled by somebody else, for example set aside by an operator."""
-        self.waiting = deque(t for t in self.waiting if t.position != position)
-
     def _offence(self, batch: Batch, rejected: Rejected) -> None:
         # A packed batch convicts nobody: its transactions go one by one, each on a fresh chain.
         if len(batch.transactions) > 1 and rejected.code == BATCH_TOO_LARGE:

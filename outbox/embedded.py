@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -47,7 +48,7 @@ def accepts_connections(port: int) -> bool:
     return False
 
 
-class Server:
+class Server(ABC):
     """A child process that can be stopped, killed, frozen and started again on the same port and data."""
 
     def __init__(self, directory: Path, port: int | None = None) -> None:
@@ -63,8 +64,9 @@ class Server:
             raise RuntimeError(f"{type(self).__name__} in {self.directory} is not running")
         return self._process.pid
 
+    @abstractmethod
     def _command(self) -> list[str]:
-        raise NotImplementedError  # pragma: no cover - both servers below define it
+        """The program and its arguments."""
 
     def _ready(self) -> bool:
         return accepts_connections(self.port)

@@ -92,8 +92,18 @@ def encode_payload(payload: object) -> bytes:
         ) from error
 
 
+def check_size(event: Event, most: int) -> None:
+    """Raise `InvalidEvent` if payload and headers together have more than `most` bytes."""
+    size = len(event.payload) + (header_bytes(event.headers) if event.headers else 0)
+    if size > most:
+        raise InvalidEvent(
+            f"outbox: payload and headers of {size} bytes are over the limit of {most}",
+            remedy="send a reference instead; or raise max_event_bytes in the table limits and in Outbox(...)",
+        )
+
+
 def check_event(event: Event) -> Event:
-    """The event itself, or `InvalidEvent` with what to change. The limits are the defaults of the database's."""
+    """The event itself, or `InvalidEvent` with what to change: every rule but the size, which can be configured."""
     if problem := subject_problem(event.subject):
         raise InvalidEvent(
             f"outbox: subject {event.subject[:80]!r} {problem}",

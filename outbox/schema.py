@@ -140,3 +140,16 @@ def version_of(comment: str | None) -> int:
     """The schema version that the comment on the table `events` tells; 0 if there is none."""
     found = re.match(r"outbox schema version (\d+)\.", comment or "")
     return int(found.group(1)) if found else 0
+
+
+def check_version(comment: str | None, schema: str) -> None:
+    """Raise `Misconfigured` unless the schema in the database is the one that this package was written for."""
+    found = version_of(comment)
+    if found < VERSION:
+        raise Misconfigured(
+            f"schema {schema} is at version {found}, this relay needs {VERSION}", remedy="outbox migrate"
+        )
+    if found > VERSION:
+        raise Misconfigured(
+            f"schema {schema} is at version {found}, this relay knows {VERSION}", remedy="upgrade outbox-relay"
+        )

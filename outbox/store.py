@@ -120,7 +120,7 @@ class Store:
                 "an identity of the outbox has a cache, which breaks the commit order",
                 remedy=f"ALTER TABLE {self._schema}.transactions ALTER COLUMN position SET CACHE 1; same for events.id",
             )
-        check_version(comment, self._schema)
+        schema.check_version(comment, self._schema)
         if max_events > max_batch_messages:
             raise Misconfigured(
                 f"a transaction may add {max_events} events, and the relay's batch takes {max_batch_messages}",
@@ -316,19 +316,6 @@ class Store:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
         if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
-
-
-def check_version(comment: str | None, name: str) -> None:
-    """Raise `Misconfigured` unless the schema in the database is the one that this package was written for."""
-    found = schema.version_of(comment)
-    if found < schema.VERSION:
-        raise Misconfigured(
-            f"schema {name} is at version {found}, this relay needs {schema.VERSION}", remedy="outbox migrate"
-        )
-    if found > schema.VERSION:
-        raise Misconfigured(
-            f"schema {name} is at version {found}, this relay knows {schema.VERSION}", remedy="upgrade outbox-relay"
-        )
 
 
 def _page(rows: Sequence[TupleRow], name: str) -> Page:

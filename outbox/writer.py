@@ -17,7 +17,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from outbox.errors import InvalidEvent, OutboxError
-from outbox.event import Event, check_event, encode_payload
+from outbox.event import MAX_EVENT_BYTES, Event, check_event, check_size, encode_payload
 from outbox.schema import DEFAULT_SCHEMA, checked_name
 
 if TYPE_CHECKING:
@@ -50,8 +50,16 @@ def event(
 class Outbox:
     """The outbox in one schema. Cheap, without state or IO of its own: make one and share it between threads."""
 
-    def __init__(self, schema: str = DEFAULT_SCHEMA) -> None:
+    def __init__(self, schema: str = DEFAULT_SCHEMA, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        """`max_event_bytes`: payload and headers of an event, at most; raise it with the limit in the database."""
         self.schema = checked_name(schema)
+        self.max_event_bytes = max_event_bytes
+
+    def _checked(self, events: Iterable[Event]) -> list[Event]:
+        added = list(events)
+        for each in added:
+            check_size(each, self.max_event_bytes)
+        return added
 
     def add(
         self,
@@ -77,7 +85,7 @@ class Outbox:
 
         Does not commit. All or none: if the database refuses one, the statement fails as a whole.
         """
-        added = list(events)
+        added = self._checked(events)
         for part in _parts(added):
             if isinstance(connection, psycopg.Connection):
                 _refuse_autocommit(connection)
@@ -101,7 +109,7 @@ class Outbox:
 
     async def add_many_async(self, connection: Any, events: Iterable[Event]) -> list[UUID]:
         """As `add_many`, on a SQLAlchemy `AsyncSession` or `AsyncConnection`, or a psycopg `AsyncConnection`."""
-        added = list(events)
+        added = self._checked(events)
         for part in _parts(added):
             if isinstance(connection, psycopg.AsyncConnection):
                 _refuse_autocommit(connection)

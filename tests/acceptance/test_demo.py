@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 from outbox.demo import Entry, Message, check, latencies
 from outbox.embedded import accepts_connections
+from tests.bed import until
 
 KINDS = ("split", "missing", "duplicated", "out of order", "phantom")
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -72,13 +72,6 @@ def test_servers_that_are_kept_outlive_the_demo_and_end_by_the_printed_command()
         until(lambda: port is None or not accepts_connections(int(port.group(1))))
         until(lambda: (folder / "relay.log").read_text().rstrip().endswith("stopped"))
         shutil.rmtree(folder)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # Three transactions: order 1 is changed and its payment with it, then order 1 again, then order 2 twice.

@@ -178,6 +178,16 @@ def test_sql_forms_of_add(database: str) -> None:
     assert found == [(b'{"a": 1}', {"x": "y"}), (b"text", None), (b"\x00\xff", None)]
 
 
+@pytest.mark.parametrize(("size", "headers"), [(1_000_000, {}), (999_978, {"a": "12345"})])
+def test_python_and_the_database_have_the_same_limit_of_size(database: str, size: int, headers: dict[str, str]) -> None:
+    with psycopg.connect(database) as connection:
+        Outbox().add(connection, "a", b"x" * size, headers=headers)
+        with pytest.raises(InvalidEvent, match="over the limit of 1000000"):
+            Outbox().add(connection, "a", b"x" * (size + 1), headers=headers)
+        with pytest.raises(psycopg.errors.CheckViolation, match="over the limit of 1000000"):
+            Outbox(max_event_bytes=2_000_000).add(connection, "a", b"x" * (size + 1), headers=headers)
+
+
 def test_python_refuses_before_it_asks_the_server(database: str) -> None:
     with psycopg.connect(database) as connection:
         with pytest.raises(InvalidEvent):
