@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 out = Console()
 err = Console(stderr=True, soft_wrap=True)
 
@@ -154,9 +155,14 @@ async def _relay(
 ) -> None:
     process = Relay(given, tell=tell, create_stream=create)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, process.stop)
-    await process.run(drain=drain)
+    # Not the loop's own handlers: its end brings the default back, and a second signal would kill us on the way out.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(process.stop))
+    try:
+        await process.run(drain=drain)
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @app.command()

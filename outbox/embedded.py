@@ -64,6 +64,11 @@ class Server(ABC):
             raise RuntimeError(f"{type(self).__name__} in {self.directory} is not running")
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """True while the process runs, frozen or not."""
+        return self._process is not None and self._process.poll() is None
+
     @abstractmethod
     def _command(self) -> list[str]:
         """The program and its arguments."""

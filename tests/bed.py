@@ -75,10 +75,10 @@ class Broker:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def api(self, call: str, body: object = None) -> dict[str, Any]:
+    def api(self, call: str, body: object = None, *, timeout: float = 10) -> dict[str, Any]:
         async def ask(client: Any) -> dict[str, Any]:
             payload = json.dumps(body).encode() if body is not None else b""
-            reply = await client.request(f"$JS.API.{call}", payload, timeout=10)
+            reply = await client.request(f"$JS.API.{call}", payload, timeout=timeout)
             answer: dict[str, Any] = json.loads(reply.data)
             return answer
 
@@ -201,13 +201,17 @@ class ThreadRelay:
 class ProcessRelay:
     """A relay as its own process, with its log as JSON lines."""
 
-    def __init__(self, directory: Path, environment: dict[str, str], *flags: str) -> None:
+    def __init__(
+        self, directory: Path, environment: dict[str, str], *flags: str, armed: tuple[str, str, int] | None = None
+    ) -> None:
+        """`armed` is a stop point, the signal it gives there, and at which time; see `tests.armed`."""
+        module = ["tests.armed", *map(str, armed)] if armed else ["outbox"]
         number = len(list(directory.glob("relay-*.log")))
         self.log = directory / f"relay-{number}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "outbox", "relay", "--log", "json", "--verbose", *flags],
-                env={**os.environ, **environment},
+                [sys.executable, "-m", *module, "relay", "--log", "json", "--verbose", *flags],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 stdout=log,

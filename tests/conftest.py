@@ -26,6 +26,9 @@ from tests.bed import Broker
 from tests.workload import LEDGER
 
 DEBIAN_15 = Path("/usr/lib/postgresql/15")
+# Other servers for a whole run: OUTBOX_TESTS_POSTGRES=15 OUTBOX_TESTS_NATS=2.12.1 python -m pytest -m core
+POSTGRES_VERSION = os.environ.get("OUTBOX_TESTS_POSTGRES", "18")
+NATS_VERSION = os.environ.get("OUTBOX_TESTS_NATS", "")
 numbers = itertools.count(1)
 
 
@@ -38,15 +41,29 @@ def home() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _postgres(home: Path, version: str, **settings: str) -> Postgres:
+def own_postgres(directory: Path, *, version: str = POSTGRES_VERSION, **settings: str) -> Postgres:
+    """A PostgreSQL of the version under test for one test alone, not started; `settings` are its parameters."""
     installation = DEBIAN_15 if version == "15" else None
     if version == "15" and not (DEBIAN_15 / "bin" / "postgres").exists():
         pytest.skip("PostgreSQL 15 is not installed on this machine")
-    server = Postgres(
-        home / f"postgres-{version}-{next(numbers)}",
-        installation=installation,
-        settings={"max_connections": "200", **settings},
-    )
+    return Postgres(directory, installation=installation, settings={"max_connections": "200", **settings})
+
+
+def own_nats(directory: Path, *, config: str = "") -> Nats:
+    """A nats-server of the version under test for one test alone, not started."""
+    return Nats(directory, config=config, binary=old_nats(NATS_VERSION) if NATS_VERSION else None)
+
+
+def prepared(server: Postgres) -> Postgres:
+    """The outbox and the ledger in the database `postgres` of a started server."""
+    migrating.migrate(server.url())
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(LEDGER.encode())
+    return server
+
+
+def _postgres(home: Path, version: str, **settings: str) -> Postgres:
+    server = own_postgres(home / f"postgres-{version}-{next(numbers)}", version=version, **settings)
     server.start()
     migrating.migrate(server.url())
     with psycopg.connect(server.url(), autocommit=True) as connection:
@@ -60,8 +77,8 @@ def _postgres(home: Path, version: str, **settings: str) -> Postgres:
 
 @pytest.fixture(scope="session")
 def postgres(home: Path) -> Iterator[Postgres]:
-    """PostgreSQL 18 with the default settings: the relay is woken by notifications."""
-    server = _postgres(home, "18")
+    """PostgreSQL with the default settings: the relay is woken by notifications."""
+    server = _postgres(home, POSTGRES_VERSION)
     yield server
     server.stop()
 
@@ -87,7 +104,7 @@ def clone(server: Postgres) -> str:
 
 @pytest.fixture
 def database(postgres: Postgres) -> str:
-    """URL of a fresh migrated database on PostgreSQL 18."""
+    """URL of a fresh migrated database."""
     return clone(postgres)
 
 
@@ -100,7 +117,7 @@ def any_database(any_postgres: Postgres) -> str:
 @pytest.fixture(scope="session")
 def nats(home: Path) -> Iterator[Nats]:
     """nats-server with file storage."""
-    server = Nats(home / "nats")
+    server = own_nats(home / "nats")
     server.start()
     yield server
     server.stop()

@@ -1,0 +1,169 @@
+"""A relay process with a stop point: it gets a signal from itself at one named place, which only tests can ask for.
+
+`python -m tests.armed POINT SIGNAL N relay …` runs `outbox relay …` and sends itself SIGNAL the Nth time that it comes
+to POINT. Nothing of this is in the package: the points are wrapped around its functions from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from outbox import recovery
+from outbox.chain import Chain
+from outbox.cli import main
+from outbox.jetstream import JetStream
+from outbox.outcome import Outcome, Stored
+from outbox.store import Decisions, Lead, Store
+
+Act = Callable[[], None]
+
+
+def before_first_message(act: Act) -> None:
+    """The plan is committed, and nothing of the batch is on the wire."""
+    send = JetStream._send
+
+    async def armed(self: JetStream, token: str, batch: Any, outbox_id: str) -> None:
+        act()
+        await send(self, token, batch, outbox_id)
+
+    JetStream._send = armed  # type: ignore[method-assign]
+
+
+def mid_batch(act: Act) -> None:
+    """Some messages of a batch are at the server, its last one is not."""
+    send = JetStream._send
+
+    async def armed(self: JetStream, token: str, batch: Any, outbox_id: str) -> None:
+        publish, count = self._nc.publish, 0
+
+        async def counted(*args: Any, **kwargs: Any) -> None:
+            nonlocal count
+            if count and count == batch.count - 1:
+                await self._nc.flush()
+                act()
+            count += 1
+            await publish(*args, **kwargs)
+
+        self._nc.publish = counted  # type: ignore[method-assign]
+        try:
+            await send(self, token, batch, outbox_id)
+        finally:
+            self._nc.publish = publish  # type: ignore[method-assign]
+
+    JetStream._send = armed  # type: ignore[method-assign]
+
+
+def before_ack(act: Act) -> None:
+    """The commit message is at the server; its ack was not read."""
+    send = JetStream._send
+
+    async def armed(self: JetStream, token: str, batch: Any, outbox_id: str) -> None:
+        await send(self, token, batch, outbox_id)
+        on_reply, JetStream._tell = JetStream._tell, lambda *_: None  # type: ignore[method-assign]
+        await self._nc.flush()
+        act()
+        JetStream._tell = on_reply  # type: ignore[method-assign]
+
+    JetStream._send = armed  # type: ignore[method-assign]
+
+
+def after_ack(act: Act) -> None:
+    """The ack was read, and nothing is marked."""
+    learn = Chain.learn
+
+    def armed(self: Chain, outcome: Outcome) -> None:
+        learn(self, outcome)
+        if isinstance(outcome, Stored):
+            act()
+
+    Chain.learn = armed  # type: ignore[method-assign]
+
+
+def in_the_mark(act: Act) -> None:
+    """The statement that marks is on its way to Postgres, or being carried out."""
+    commit = Store.commit
+
+    async def armed(self: Store, epoch: int, decisions: Decisions) -> None:
+        if not decisions.receipts:
+            return await commit(self, epoch, decisions)
+        marking = asyncio.ensure_future(commit(self, epoch, decisions))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        act()
+        return await marking
+
+    Store.commit = armed  # type: ignore[method-assign]
+
+
+def after_mark(act: Act) -> None:
+    """The mark is committed, and the relay has not gone on."""
+    commit = Store.commit
+
+    async def armed(self: Store, epoch: int, decisions: Decisions) -> None:
+        await commit(self, epoch, decisions)
+        if decisions.receipts:
+            act()
+
+    Store.commit = armed  # type: ignore[method-assign]
+
+
+def in_recovery(act: Act) -> None:
+    """The stream was read back, and what that told is not written down."""
+    settle = recovery.settle
+
+    async def armed(jetstream: JetStream, known: recovery.Known, outbox_id: str) -> recovery.Settlement:
+        found = await settle(jetstream, known, outbox_id)
+        act()
+        return found
+
+    recovery.settle = armed
+
+
+def at_takeover(act: Act) -> None:
+    """The epoch is raised, and nothing else was done."""
+    lead = Store.lead
+
+    async def armed(self: Store, leader: str, cluster: int) -> Lead:
+        found = await lead(self, leader, cluster)
+        act()
+        return found
+
+    Store.lead = armed  # type: ignore[method-assign]
+
+
+POINTS: dict[str, Callable[[Act], None]] = {
+    "before-first-message": before_first_message,
+    "mid-batch": mid_batch,
+    "before-ack": before_ack,
+    "after-ack": after_ack,
+    "in-the-mark": in_the_mark,
+    "after-mark": after_mark,
+    "in-recovery": in_recovery,
+    "at-takeover": at_takeover,
+}
+
+
+def arm(point: str, number: int, nth: int) -> None:
+    """Send this process the signal at the nth time that it comes to this point, once."""
+    times = 0
+
+    def act() -> None:
+        nonlocal times
+        times += 1
+        if times == nth:
+            print(f"at {point}: {signal.Signals(number).name}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), number)
+
+    POINTS[point](act)
+
+
+if __name__ == "__main__":
+    point, name, nth, *command = sys.argv[1:]
+    arm(point, int(signal.Signals[name]), int(nth))
+    sys.argv = ["outbox", *command]
+    main()

@@ -1,0 +1,173 @@
+"""A TCP proxy that fails on purpose: cuts, stalls, delays and swallows, in each direction; and one that knows acks.
+
+Directions are the client's: `up` is what it sends to the server, `down` what the server answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from typing import Self
+
+from outbox.embedded import free_port
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: close sends a reset
+MESSAGE = re.compile(rb"(?:MSG|HMSG) .* (\d+)\r\n")
+STREAM_ACK = re.compile(rb'\{"stream":"[^"]+", ?"seq":\d+')
+
+
+@dataclass
+class Flow:
+    """One direction of all connections. `bytes` counts what was let through."""
+
+    stalled: bool = False
+    swallowed: bool = False
+    delay: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(eq=False)
+class _Pair:
+    client: socket.socket
+    server: socket.socket
+    rest: bytes = b""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reset(self) -> None:
+        for each in (self.client, self.server):
+            with contextlib.suppress(OSError):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+class Proxy:
+    """Forwards a port of its own to `target` on the loopback interface; as a context manager it ends with a cut."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.port = target, free_port()
+        self.up, self.down = Flow(), Flow()
+        self.refusing = False
+        self.connections = 0
+        self._changed = threading.Condition()
+        self._pairs: list[_Pair] = []
+        self._closed = False
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def change(self, flow: Flow, **values: bool | float) -> None:
+        """Change how a direction fails: `stalled`, `swallowed`, `delay` in seconds."""
+        with self._changed:
+            for name, value in values.items():
+                setattr(flow, name, value)
+            self._changed.notify_all()
+
+    def heal(self) -> None:
+        """Let everything through again; what was stalled goes on."""
+        self.refusing = False
+        for flow in (self.up, self.down):
+            self.change(flow, stalled=False, swallowed=False, delay=0.0)
+
+    def cut(self) -> None:
+        """Reset every connection."""
+        with self._changed:
+            pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            pair.reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._listener.close()
+        self.heal()
+        self.cut()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.refusing or self._closed:
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target), timeout=5)
+            except OSError:
+                client.close()
+                continue
+            server.settimeout(None)
+            pair = _Pair(client, server)
+            with self._changed:
+                self._pairs.append(pair)
+                self.connections += 1
+            threading.Thread(target=self._pump, args=(pair, self.up), daemon=True).start()
+            threading.Thread(target=self._pump, args=(pair, self.down), daemon=True).start()
+
+    def _pump(self, pair: _Pair, flow: Flow) -> None:
+        source, target = (pair.client, pair.server) if flow is self.up else (pair.server, pair.client)
+        try:
+            while data := source.recv(65536):
+                with self._changed:
+                    if flow.delay:
+                        self._changed.wait_for(lambda: not flow.delay or self._closed, flow.delay)
+                    self._changed.wait_for(lambda: not flow.stalled or self._closed)
+                if flow.swallowed:
+                    continue
+                flow.bytes += len(data)
+                with pair.lock:
+                    target.sendall(self.passed(pair, data) if flow is self.down else data)
+        except OSError:
+            pass
+        pair.reset()
+
+    def passed(self, _: _Pair, data: bytes) -> bytes:
+        """What of the server's answer goes on."""
+        return data
+
+
+class NatsProxy(Proxy):
+    """Also drops or holds back JetStream's acks of publishes, and lets everything else pass."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__(target)
+        self.acks = "pass"  # or "drop", or "hold"
+        self.held: list[tuple[_Pair, bytes]] = []
+        self.dropped = 0
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def release(self, *, reverse: bool = False) -> None:
+        """Deliver the acks that were held back, in their order or in the opposite one; hold no more."""
+        self.acks = "pass"
+        held, self.held = self.held, []
+        for pair, frame in reversed(held) if reverse else held:
+            with pair.lock, contextlib.suppress(OSError):
+                pair.client.sendall(frame)
+
+    def passed(self, pair: _Pair, data: bytes) -> bytes:
+        pair.rest += data
+        kept = b""
+        while (end := pair.rest.find(b"\r\n")) >= 0:
+            size = end + 2
+            if message := MESSAGE.match(pair.rest):
+                size += int(message.group(1)) + 2
+                if len(pair.rest) < size:
+                    break
+            frame, pair.rest = pair.rest[:size], pair.rest[size:]
+            if self.acks != "pass" and STREAM_ACK.search(frame):
+                if self.acks == "hold":
+                    self.held.append((pair, frame))
+                else:
+                    self.dropped += 1
+                continue
+            kept += frame
+        return kept
