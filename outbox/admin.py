@@ -1,7 +1,4 @@
-"""What operators ask and order: the state of an outbox, and accepting a moved database or a re-created stream.
-
-Each function opens its own connection, does one thing, commits and closes. The relay is not needed for any of it.
-"""
+"""What operators ask: the state of an outbox. Reads the database only; the relay is not needed for it."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from outbox import queries, schema
-from outbox.errors import Misconfigured
+from outbox import orders, queries, schema
 from outbox.session import command_session
 
 
@@ -67,16 +63,16 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
     with command_session(url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-        row = connection.execute(queries.compose(queries.STATUS, name), keys).fetchone()
+        row = connection.execute(queries.compose(orders.STATUS, name), keys).fetchone()
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
         schema.check_version(row[7], name)
         streams = [
             StreamStatus(**dict(zip(StreamStatus.__slots__, each, strict=True)))
-            for each in connection.execute(queries.compose(queries.STATUS_STREAMS, name))
+            for each in connection.execute(queries.compose(orders.STATUS_STREAMS, name))
         ]
         dead = [
             DeadLetter(position=position, event_count=count, dead_at=at, reason=reason)
-            for position, count, at, reason in connection.execute(queries.compose(queries.STATUS_DEAD, name))
+            for position, count, at, reason in connection.execute(queries.compose(orders.STATUS_DEAD, name))
         ]
     return Status(
         schema=name,
@@ -98,32 +94,3 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
         dead=dead,
         streams=streams,
     )
-
-
-def accept_stream(url: str, name: str, stream: str) -> None:
-    """Accept a stream as it is now: what was planned for it and not known to be stored is sent again. Commits.
-
-    A relay that leads is deposed by it and begins anew. Raises `Misconfigured` if the outbox does not know the stream.
-    """
-    with command_session(url) as connection:
-        done = connection.execute(queries.compose(queries.FORGET_STREAM, name), {"name": stream})
-        if done.rowcount != 1:
-            raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
-
-
-def rebase(url: str, name: str = schema.DEFAULT_SCHEMA) -> UUID:
-    """Take a restored or moved database as the outbox's new home; returns its new id. Commits; blocks writers.
-
-    What the database does not know as sent is sent (again). Raises `Misconfigured` while a relay leads.
-    """
-    with command_session(url) as connection:
-        key = schema.lock_key(name)
-        free = connection.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", [schema.LEADER_LOCK, key]).fetchone()
-        if free != (True,):
-            raise Misconfigured("a relay leads this outbox", remedy="stop every relay of it first")
-        connection.execute(queries.compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", name))
-        for statement in queries.REBASE:
-            connection.execute(queries.compose(statement, name))
-        row = connection.execute(queries.compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
-        assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-        return UUID(str(row[0]))

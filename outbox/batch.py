@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from uuid import UUID
 
+from outbox.plan import Planned
 from outbox.transaction import Receipt, Transaction
 
 
@@ -54,12 +55,14 @@ class Batch:
 
     def receipts(self) -> Iterator[Receipt]:
         """The receipts of its transactions, if it is stored where it is expected."""
-        sequence = self.base
-        for transaction in self.transactions:
-            first, sequence = sequence + 1, sequence + transaction.count
-            yield Receipt(
-                position=transaction.position, stream=self.stream, first_sequence=first, last_sequence=sequence
-            )
+        return receipts(self.stream, self.base, self.transactions)
+
+
+def receipts(stream: str, base: int, transactions: Iterable[Planned | Transaction]) -> Iterator[Receipt]:
+    """The receipts of transactions that are stored one behind the other, the first one behind the sequence `base`."""
+    for transaction in transactions:
+        first, base = base + 1, base + transaction.count
+        yield Receipt(position=transaction.position, stream=stream, first_sequence=first, last_sequence=base)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from outbox.batch import Batch, Packing, take
+from outbox.batch import Batch, Packing, receipts, take
 from outbox.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
@@ -46,20 +46,37 @@ class Chain:
     blocked: str | None = None
     unanswered: bool = True  # an attempt to carry out this plan got no answer: its frames may be stored, now or later
     waiting: deque[Transaction] = field(default_factory=deque)
-    planned: deque[Transaction] = field(default_factory=deque)
+    planned: deque[Planned | Transaction] = field(default_factory=deque)
     in_flight: deque[Batch] = field(default_factory=deque)
     receipts: list[Receipt] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     dirty: bool = False
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
+    _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones
     _suspected: Verdict | None = None
 
     @property
-    def plan(self) -> list[Transaction]:
+    def plan(self) -> list[Planned | Transaction]:
         """Everything that may be in flight, in order: the first of it follows the sequence `base`."""
         flying = [transaction for batch in self.in_flight for transaction in batch.transactions]
         return [*flying, *self.planned]
+
+    @property
+    def unloaded(self) -> list[Planned]:
+        """What a former leader planned and this one has yet to load, now that it is known not to be stored."""
+        return [] if self.in_doubt else [each for each in self.planned if isinstance(each, Planned)]
+
+    def load(self, transactions: Iterable[Transaction]) -> None:
+        """Take in planned transactions with their events."""
+        loaded = {transaction.position: transaction for transaction in transactions}
+        self.planned = deque(loaded.get(each.position, each) for each in self.planned)
+
+    def condemn(self, verdict: Verdict) -> None:
+        """Take the head out of the plan, which is settled up to it: it can never be sent."""
+        self.verdicts.append(verdict)
+        self._alone.discard(self.planned.popleft().position)
+        self.dirty = True
 
     @property
     def tip(self) -> int:
@@ -74,7 +91,10 @@ class Chain:
     def entries(self) -> list[Planned]:
         """The plan as it is judged against the stream."""
         return [
-            Planned(position=t.position, count=t.count, last_message_id=str(t.events[-1].message_id)) for t in self.plan
+            each
+            if isinstance(each, Planned)
+            else Planned(position=each.position, count=each.count, last_message_id=str(each.events[-1].message_id))
+            for each in self.plan
         ]
 
     def extend(self) -> None:
@@ -103,11 +123,14 @@ class Chain:
         launched: list[Batch] = []
         ids = iter(make_id)
         while self.planned and not self.in_doubt and not self.dirty:
+            loaded = _loaded(self.planned)
             alone = self.planned[0].position in self._alone
             if self.in_flight and (alone or not self._may_pipeline()):
                 break
-            packing = replace(self.packing, one_transaction=True) if alone else self.packing
-            taken = take(self.planned, packing)
+            packing = replace(self.packing, one_transaction=True) if alone else self._packing()
+            taken = take(loaded, packing)
+            if not taken:
+                break
             batch = Batch(
                 id=next(ids),
                 stream=self.stream,
@@ -120,6 +143,10 @@ class Chain:
             self.in_flight.append(batch)
             launched.append(batch)
         return launched
+
+    def _packing(self) -> Packing:
+        """In a shared stream a smaller batch, which is quicker, after one that a foreign message has crossed."""
+        return replace(self.packing, max_messages=max(1, self._crossed // 2)) if self._crossed else self.packing
 
     def _may_pipeline(self) -> bool:
         """True if a batch may be sent behind the last one in flight; see `Packing.pipeline_behind`."""
@@ -138,6 +165,7 @@ class Chain:
                 self._careful = False
                 self.blocked = None
                 self.dirty = True
+                self._crossed = 0 if 2 * self._crossed > self.packing.max_messages else 2 * self._crossed
                 if self.shared:
                     self.doubt("the stream has other writers: look before each batch")
             case Stored():
@@ -154,6 +182,8 @@ class Chain:
                 if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
                     self.dirty = True
                     self.blocked = f"{outcome.description} ({outcome.code})"
+                if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
+                    self._crossed = batch.count
                 self.doubt(f"{outcome.description} ({outcome.code})")
             case Unknown():
                 self.learn_nothing(outcome.why)
@@ -175,12 +205,10 @@ class Chain:
         """The stream was read back: the first `stored` transactions of the plan are in it, and it ends at `last`."""
         done = [self.planned.popleft() for _ in range(stored)]
         if done:
-            self.receipts += Batch(id="", stream=self.stream, base=self.base, transactions=tuple(done)).receipts()
+            self.receipts += receipts(self.stream, self.base, done)
             self._alone -= {t.position for t in done}
         if self._suspected is not None and self.planned and self.planned[0].position == self._suspected.position:
-            self.verdicts.append(self._suspected)
-            self._alone.discard(self.planned.popleft().position)
-            self.dirty = True
+            self.condemn(self._suspected)
         self._suspected = None
         if done or foreign or last != self.base:
             self.dirty = True
@@ -208,3 +236,13 @@ class Chain:
             detail = f"{rejected.description} ({rejected.code}) by stream {self.stream}"
             self._suspected = Verdict(position=guilty.position, reason=REASONS[rejected.code], detail=detail)
         self.doubt(f"{rejected.description} ({rejected.code})")
+
+
+def _loaded(planned: Iterable[Planned | Transaction]) -> list[Transaction]:
+    """The head of the plan, as far as its events are at hand."""
+    head: list[Transaction] = []
+    for each in planned:
+        if isinstance(each, Planned):
+            break
+        head.append(each)
+    return head

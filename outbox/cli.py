@@ -8,20 +8,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
-from outbox import admin, demo, migrating, schema, telemetry
-from outbox.config import PREFIX, BatchMode, Durability, OnDead, OnUnrouted, Settings
+from outbox import admin, deadcli, demo, migrating, rebasing, schema, screen, telemetry, verifying
+from outbox.config import BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
+from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
 from outbox.relay import Relay
+from outbox.screen import out
 
 app = typer.Typer(
     name="outbox",
@@ -33,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-out = Console()
-err = Console(stderr=True, soft_wrap=True)
 
 
 class LogFormat(StrEnum):
@@ -44,12 +40,6 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-DatabaseURL = Annotated[str | None, typer.Option("--database-url", help="Postgres URL (OUTBOX_DATABASE_URL).")]
-NatsURL = Annotated[str | None, typer.Option("--nats-url", help="NATS URL or URLs (OUTBOX_NATS_URL).")]
-Schema = Annotated[str | None, typer.Option("--schema", help="Postgres schema of the outbox (OUTBOX_SCHEMA).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-
-
 def main() -> None:
     """Entry point: errors are shown with their remedy, never as a traceback."""
     try:
@@ -57,17 +47,6 @@ def main() -> None:
     except OutboxError as error:
         err.print(f"outbox: {error}", markup=False, highlight=False)
         sys.exit(1)
-
-
-def settings(**flags: Any) -> Settings:
-    """Settings from the given flags and their sources; prints every mistake at once and exits with 2."""
-    try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        for each in error.errors():
-            name = ".".join(map(str, each["loc"]))
-            err.print(f"outbox: setting {name} ({PREFIX}{name.upper()}): {each['msg']}", markup=False)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -176,32 +155,69 @@ def status(database_url: DatabaseURL = None, schema_name: Schema = None, as_json
     if as_json:
         print(json.dumps(dataclasses.asdict(found), default=str, indent=2))
     else:
-        _print_status(found)
+        screen.show_status(found)
 
 
 @app.command()
 def rebase(
     database_url: DatabaseURL = None,
+    nats_url: NatsURL = None,
     schema_name: Schema = None,
     stream: Annotated[str | None, typer.Option(help="Only accept this stream as it is now.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    blind: Annotated[bool, typer.Option("--blind", help="Do not read the streams: send all that is pending.")] = False,
+    yes: Yes = False,
 ) -> None:
-    """Accept a re-created stream (--stream), or a restored or moved database, after the relay has halted on it.
+    """Accept a stream (--stream), or a restored, copied or moved database, after the relay has halted on it.
+
+    What the database does not know as sent, and a stream holds whole, is marked; the rest is sent again.
 
     Example: outbox rebase --stream SHOP --yes
     """
-    given = settings(database_url=database_url, schema=schema_name)
+    if stream and blind:
+        raise typer.BadParameter("--blind is for the whole database, not for one stream")
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
     what = f"stream {stream}" if stream else f"the database of schema {given.schema}"
-    if not yes and not typer.confirm(f"Accept {what} as it is? What is not known to be stored is sent again."):
-        raise typer.Exit(1)
+    confirm(f"Accept {what} as it is? What is not known to be stored is sent again.", yes=yes)
     if stream:
-        admin.accept_stream(given.database_url, given.schema, stream)
+        done = asyncio.run(rebasing.accept_stream(given, stream))
         out.print(f"stream {stream} is accepted as it is; start the relay", markup=False)
     else:
-        out.print(f"the outbox has the new id {admin.rebase(given.database_url, given.schema)}", markup=False)
+        done = asyncio.run(rebasing.rebase(given, read_back=not blind))
+        out.print(f"the outbox has the new id {done.outbox_id}; start the relay", markup=False)
+    if done.adopted or done.unknown:
+        out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent", markup=False)
+        out.print(f"{done.unknown} messages are of transactions that the database does not have", markup=False)
+
+
+@app.command()
+def verify(
+    database_url: DatabaseURL = None,
+    nats_url: NatsURL = None,
+    schema_name: Schema = None,
+    first: Annotated[int, typer.Option("--from", help="Lowest position.")] = 1,
+    last: Annotated[int, typer.Option("--to", help="Highest position.")] = verifying.HIGHEST,
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the outbox with its streams, message by message; exit with 1 on anything that is promised not to be.
+
+    Reads only; relays and writers may be at work. Without --from and --to the whole of each stream is read.
+
+    Example: outbox verify --from 1000 --to 2000
+    """
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    with screen.progress() as progress:
+        found = asyncio.run(verifying.verify(given, first=first, last=last, stream=stream, progress=progress))
+    if as_json:
+        print(json.dumps([each.summary() for each in found], indent=2))
+    else:
+        screen.show_comparisons(found)
+    if any(each.anomalies for each in found):
+        raise typer.Exit(1)
 
 
 app.command(name="demo")(demo.command)
+app.add_typer(deadcli.app, name="dead")
 
 
 def _run(work: Any) -> None:
@@ -233,34 +249,3 @@ def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
             err.print(line, markup=False, highlight=False)
 
     return tell
-
-
-def _print_status(found: admin.Status) -> None:
-    out.print(f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}", markup=False)
-    table = Table()
-    table.add_column("what")
-    table.add_column("value", overflow="fold")
-    for name, value in _status_rows(found):
-        table.add_row(name, value)
-    out.print(table)
-    if found.streams:
-        streams = Table(title="streams")
-        for column in ("stream", "mode", "last sequence", "transactions sent", "events sent", "planned", "blocked"):
-            streams.add_column(column, overflow="fold")
-        for each in found.streams:
-            numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)
-            streams.add_row(each.name, each.mode, *map(str, numbers), each.blocked or "")
-        out.print(streams)
-
-
-def _status_rows(found: admin.Status) -> Iterator[tuple[str, str]]:
-    yield "leader", f"{found.leader} since {found.leader_since:%F %T}" if found.leader else "none"
-    yield "pending", f"{found.pending_transactions} transactions, {found.pending_events} events"
-    if found.oldest_pending_seconds is not None:
-        yield "oldest pending", f"position {found.oldest_pending_position}, {found.oldest_pending_seconds:.1f} s old"
-    if found.blocked:
-        yield "blocked", f"{found.blocked}, since {found.blocked_since:%F %T}"
-    yield "sent", f"{found.sent_transactions} transactions, {found.sent_events} events"
-    yield "dead", f"{found.dead_transactions} transactions"
-    for letter in found.dead:
-        yield f"dead {letter.position}", f"{letter.reason} ({letter.event_count} events, {letter.dead_at:%F %T})"

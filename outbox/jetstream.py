@@ -13,6 +13,7 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Self
 
 import nats
@@ -38,6 +39,7 @@ class StreamInfo:
 
     name: str
     created: str
+    first_sequence: int
     last_sequence: int
     subjects: tuple[str, ...]
     problem: tuple[str, str] | None
@@ -193,7 +195,7 @@ class JetStream:
             if refused.code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        return _seen(base64.b64decode(reply["message"].get("hdrs") or ""))
+        return _seen(reply["message"])
 
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""
@@ -218,9 +220,15 @@ class JetStream:
         self._outgoing.put_nowait((token, batch, outbox_id))
         return future
 
+    async def sent(self, seconds: float = 1.0) -> None:
+        """Wait until all that was queued is on its way, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._outgoing.join(), seconds)
+
     async def _send_in_order(self) -> None:
         while True:
             await self._send(*await self._outgoing.get())
+            self._outgoing.task_done()
 
     async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
         if token not in self._awaited:
@@ -273,6 +281,7 @@ def _stream_info(answer: dict[str, Any]) -> StreamInfo:
     return StreamInfo(
         name=config["name"],
         created=answer["created"],
+        first_sequence=int(answer["state"]["first_seq"]),
         last_sequence=int(answer["state"]["last_seq"]),
         subjects=tuple(config.get("subjects") or ()),
         problem=_problem(config),
@@ -294,9 +303,10 @@ def _problem(config: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _seen(raw: bytes) -> Seen:
-    """The headers that tell whose a stored message is. A hostile header is only a header that does not fit."""
+def _seen(message: dict[str, Any]) -> Seen:
+    """What tells whose a stored message is. A hostile header is only a header that does not fit."""
     headers: dict[str, str] = {}
+    raw, payload = (base64.b64decode(message.get(part) or "") for part in ("hdrs", "data"))
     for line in raw.decode(errors="replace").split("\r\n")[1:]:
         name, _, value = line.partition(":")
         headers.setdefault(name, value.strip())
@@ -310,5 +320,7 @@ def _seen(raw: bytes) -> Seen:
         message_id=headers.get("Nats-Msg-Id"),
         position=number("Outbox-Transaction"),
         number=number("Outbox-Transaction-Sequence"),
+        count=number("Outbox-Transaction-Count"),
         replayed="Outbox-Replay" in headers,
+        digest=sha256(message["subject"].encode() + b"\n" + payload).digest(),
     )

@@ -19,7 +19,7 @@ from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream, StreamInfo
 from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning
-from outbox.store import StreamRow
+from outbox.rows import Lead, StreamRow
 from outbox.telemetry import BatchSent, Blocked, InDoubt, Listener, Settled, Shared
 from outbox.transaction import Limits
 
@@ -31,25 +31,34 @@ class Lane:
     """The lane of one stream for one term of leadership."""
 
     def __init__(
-        self, row: StreamRow, settings: Settings, outbox_id: str, *, tell: Listener, news: Callable[[], None]
+        self,
+        row: StreamRow,
+        settings: Settings,
+        lead: Lead,
+        *,
+        moved: bool = False,
+        tell: Listener,
+        news: Callable[[], None],
     ) -> None:
+        """`moved` says that the database was promoted or restored since its streams were settled last."""
         packing = Packing(
             max_messages=settings.max_batch_messages,
             max_bytes=settings.max_batch_bytes,
-            one_transaction=settings.batch is BatchMode.TRANSACTION,
+            one_transaction=lead.careful or settings.batch is BatchMode.TRANSACTION,
         )
         self.chain = Chain(
             stream=row.name,
             created=row.created,
             packing=packing,
             base=row.last_sequence,
-            window=settings.window,
+            window=1 if lead.careful else settings.window,
             shared=row.mode == SHARED,
             blocked=row.blocked,
         )
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
         self.proven = False  # something was stored in this term: what fails from here on is weather, not set-up
-        self._settings, self._outbox_id, self._tell = settings, outbox_id, tell
+        self.moved = moved
+        self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
         self._settling: Errand[recovery.Settlement] = Errand(news)
         self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
         self._retry = Backoff()
@@ -146,6 +155,7 @@ class Lane:
                 created=chain.created,
                 shared=chain.shared,
                 certain=not chain.unanswered,
+                moved=self.moved,
                 base=chain.base,
                 plan=chain.entries(),
             )
@@ -154,6 +164,7 @@ class Lane:
 
     def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement) -> None:
         chain, was_shared = self.chain, self.chain.shared
+        self.moved = False
         self._settling.reset()
         chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
         if chain.blocked is not None and not chain.planned:

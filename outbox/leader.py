@@ -10,22 +10,25 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-from outbox.config import OnDead, OnUnrouted, Settings
-from outbox.errand import Errand
-from outbox.errors import Deposed, Halt, Misconfigured, OutboxError, Unusable, Weather
+from outbox.caution import Caution
+from outbox.config import OnDead, Settings
+from outbox.errors import Halt, Misconfigured
 from outbox.jetstream import JetStream
 from outbox.lane import Lane
+from outbox.link import Link
+from outbox.plan import Planned
 from outbox.positions import Range, merged
 from outbox.reader import Reader
-from outbox.routing import Routes
-from outbox.store import Decisions, Lead, Store, StreamRow
-from outbox.telemetry import Blocked, Connected, Died, Listener, Marked, TookLead, Unreachable
-from outbox.transaction import DeadReason, Transaction, Verdict, verdict
+from outbox.router import Router
+from outbox.rows import Decisions, Lead, StreamRow
+from outbox.store import Store
+from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead
+from outbox.transaction import Transaction, Verdict
 
 PING_SECONDS = 1.0
+SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STRAY_SECONDS = 60.0
 STOP_SECONDS = 4.0  # less than idle_session_timeout: the last mark needs the session
 
@@ -49,47 +52,57 @@ class Leader:
         store.notified = self._heard
         self._proven_before = proven
         self._store, self._lead, self._settings = store, lead, settings
-        self._connect, self._tell, self._stop, self._drain = connect, tell, stop, drain
+        self._tell, self._stop, self._drain = tell, stop, drain
         self._news = asyncio.Event()
         self._clock = asyncio.get_running_loop().time
         self._reader = Reader(store, lead, settings, tell)
         self._written = lead.cursor  # the highest position that was planned or settled: the cursor in the database
-        self._incoming: deque[Transaction] = deque()
+        self._router = Router(store, lead, settings, news=self._news.set)
+        self._caution = Caution(store, lead, settings.read_ahead_messages)
         self._lanes: dict[str, Lane] = {}
-        self._verdicts: list[Verdict] = []
-        self._routes = Routes()
-        self._jetstream: JetStream | None = None
-        self._connecting: Errand[JetStream] = Errand(self._news.set)
-        self._asking: Errand[dict[str, str | None]] = Errand(self._news.set)
-        self._blocked: str | None = None
+        self._taken: list[Range] = []
+        self._link = Link(connect, tell=tell, news=self._news.set)
         self._told: str | None = None
-        self._spoke = self._strays_looked = self._clock()
+        self._began = self._strays_looked = self._clock()
+        self._spoke = 0.0
+        self._arrived = False
         term = f"{str(lead.outbox_id)[:8]}-{secrets.token_hex(6)}"
         self._batch_ids = (f"{term}-{number}" for number in itertools.count(1))
+
+    @property
+    def _jetstream(self) -> JetStream | None:
+        return self._link.jetstream
 
     @property
     def proven(self) -> bool:
         """True if this process has published anything, in this term or before."""
         return self._proven_before or any(lane.proven for lane in self._lanes.values())
 
-    async def run(self) -> None:
-        """Lead until stopped, or drained. Raises `Deposed` or `Weather` when the lead is lost, else `Halt`."""
+    async def run(self) -> bool:
+        """Lead until stopped or drained: True; or until care is no longer needed, and a new term is: False.
+
+        Raises `Deposed` or `Weather` when the lead is lost, else `Halt` or `Misconfigured`.
+        """
         self._tell(TookLead(epoch=self._lead.epoch))
+        if self._caution.active:
+            self._tell(Careful())
         try:
             for row in await self._store.streams():
                 await self._restore(row)
             while not self._stop.is_set():
                 if await self.run_once() or self._news.is_set():
                     self._news.clear()
-                elif self._drain and self._quiet and self._reader.dry:
-                    return
+                elif self._quiet and (self._caution.over or (self._drain and self._reader.dry)):
+                    break
                 else:
                     await self._wait()
             await self._finish()
-        except Halt as halt:
+            await self._store.resign(self._lead.epoch)
+            return self._stop.is_set() or not self._caution.over
+        except (Halt, Misconfigured) as error:
             # What contradicts a plan may be the work of a newer leader: it took the lead before it sent anything.
-            await self._check_lead()
-            await self._store.halted(self._lead.epoch, str(halt))
+            await self._store.ping(self._lead.epoch)
+            await self._store.resign(self._lead.epoch, f"halted: {error}")
             raise
         finally:
             await self._close()
@@ -101,12 +114,16 @@ class Leader:
         moved = self._learn(now)
         for lane in self._lanes.values():
             moved |= lane.settle(self._jetstream, now)
+        await self._arrive()
+        await self._load()
         await self._route(now)
         for lane in self._lanes.values():
             lane.chain.extend()
         moved |= await self._commit()
         if self._jetstream is not None and not self._stop.is_set():
             for lane in self._lanes.values():
+                if lane.chain.planned and self._caution.active and self._loaded:
+                    await self._caution.suspect(lane.chain.planned[0].position)
                 moved |= lane.send(self._jetstream, self._batch_ids, now)
         moved |= await self._read(now)
         await self._keep_alive(now)
@@ -115,24 +132,11 @@ class Leader:
     # --- NATS: the connection and what came over it
 
     def _reach_nats(self, now: float) -> None:
-        if self._jetstream is not None and (why := self._jetstream.lost) is not None:
-            self._tell(Unreachable(server="nats", why=why, delay=0.0))
-            closing = asyncio.ensure_future(self._jetstream.close())
-            closing.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._jetstream = None
-            self._asking.cancel()
-            self._routes.clear()
+        if (why := self._link.lost()) is not None:
+            self._router.lost()
             for lane in self._lanes.values():
-                lane.lost("the connection to NATS was lost")
-        if self._jetstream is None:
-            self._connecting.start(lambda: self._connect(self._news.set), now)
-            came = self._connecting.taken(now)
-            if isinstance(came, Weather):
-                self._tell(Unreachable(server="nats", why=came.message, delay=self._connecting.due - now))
-            elif came is not None:
-                self._jetstream = came
-                self._connecting.reset()
-                self._tell(Connected(server="nats", version=".".join(map(str, came.version))))
+                lane.lost(f"the connection to NATS was lost: {why}")
+        self._link.reach(now)
 
     def _learn(self, now: float) -> bool:
         forbidden = self._jetstream.forbidden if self._jetstream else None
@@ -141,75 +145,54 @@ class Leader:
             if lane.learn(now, forbidden):
                 learned = True
                 if lane.chain.in_doubt and not lane.chain.shared:
-                    self._routes.clear()  # subjects may have moved: ask again
+                    self._router.forget()
         return learned
 
-    # --- where transactions go
+    # --- streams
 
     async def _restore(self, row: StreamRow) -> None:
         """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
-        lane = self._add_lane(row)
+        lane = self._add_lane(row, moved=self._lead.moved)
         if row.plan:
-            lane.chain.planned.extend(await self._store.planned(row.plan))
+            lane.chain.planned.extend(await self._store.entries(row.plan))
 
-    def _add_lane(self, row: StreamRow) -> Lane:
-        lane = Lane(row, self._settings, str(self._lead.outbox_id), tell=self._tell, news=self._news.set)
+    def _add_lane(self, row: StreamRow, *, moved: bool = False) -> Lane:
+        lane = Lane(row, self._settings, self._lead, moved=moved, tell=self._tell, news=self._news.set)
         lane.proven = self._proven_before
         self._lanes[row.name] = lane
         return lane
 
+    async def _load(self) -> None:
+        """Load what a former leader planned and what is known not to be stored; if careful, only one in all."""
+        for chain in [lane.chain for lane in self._lanes.values() if lane.chain.unloaded]:
+            positions = [each.position for each in chain.unloaded]
+            if self._caution.active:
+                head = chain.planned[0]
+                if not isinstance(head, Planned) or self._loaded:
+                    continue
+                if offence := self._caution.verdict(head.position, head.attempts):
+                    chain.condemn(offence)
+                    continue
+                await self._caution.suspect(head.position)
+                positions = [head.position]
+            chain.load(await self._store.planned(positions))
+
+    @property
+    def _loaded(self) -> bool:
+        """True if any transaction's events are in memory."""
+        plans = (each for lane in self._lanes.values() for each in lane.chain.plan)
+        return any(isinstance(each, Transaction) for each in itertools.chain(self._held(), plans))
+
     async def _route(self, now: float) -> None:
-        """Give incoming transactions to their lanes, in order. One that is in no stream holds all behind it."""
-        await self._take_routes(now)
-        while self._incoming and (jetstream := self._jetstream) is not None:
-            head = self._incoming[0]
-            streams = self._routes.streams(head)
-            if unknown := {event.subject for event in head.events} - streams.keys():
-                self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
-                return
-            lane = self._lanes.get(name := next(iter(streams.values()))) or await self._first_contact(name)
-            offence = verdict(head, streams, lane.limits)
-            if offence is None:
-                lane.chain.waiting.append(head)
-            elif self._settings.on_dead is OnDead.HALT and not self._settled:
-                return  # all before it goes out first, then the relay halts behind it
-            else:
-                self._verdicts.append(offence)
-            self._next_head()
-
-    def _next_head(self) -> None:
-        self._incoming.popleft()
-        self._asking.reset()
-        self._blocked = None
-
-    async def _first_contact(self, name: str) -> Lane:
-        info = self._routes.info(name)
-        await self._store.add_stream(self._lead.epoch, name, info.created, info.last_sequence)
-        row = StreamRow(name=name, created=info.created, mode="chained", last_sequence=info.last_sequence, plan=[])
-        lane = self._add_lane(row)
-        lane.limit(info, self._jetstream)
-        return lane
-
-    async def _take_routes(self, now: float) -> None:
-        """Take in what JetStream said about the subjects of the head."""
-        came = self._asking.taken(now)
-        if isinstance(came, Unusable):
-            if not self.proven:
-                raise Misconfigured(came.message, remedy=came.remedy)
-            self._blocked = came.message
-        elif isinstance(came, dict) and self._incoming:
-            nowhere = next((subject for subject, stream in came.items() if stream is None), None)
-            if nowhere is not None:
-                await self._unrouted(self._incoming[0], f"subject {nowhere} is in no stream", now)
-
-    async def _unrouted(self, head: Transaction, why: str, now: float) -> None:
-        if self._settings.on_unrouted is OnUnrouted.DEAD:
-            self._verdicts.append(Verdict(position=head.position, reason=DeadReason.UNROUTED, detail=why))
-        elif await self._store.still_pending(head.position):
-            self._blocked = f"transaction {head.position}: {why}"
-            self._asking.fail(now)
-            return
-        self._next_head()
+        if self._jetstream is not None:
+            await self._router.route(
+                self._jetstream,
+                self._lanes,
+                now,
+                add_lane=self._add_lane,
+                settled=lambda: self._settled,
+                proven=self.proven,
+            )
 
     # --- Postgres: pages in, decisions out
 
@@ -218,13 +201,25 @@ class Leader:
         messages, size = self._room()
         if now < self._reader.due or self._stop.is_set() or min(messages, size) <= 0:
             return False
+        if self._caution.active:
+            if not self._quiet or self._caution.over:
+                return False
+            if (head := await self._reader.head()) is not None:
+                if offence := self._caution.verdict(*head):
+                    self._reader.skip(offence.position)
+                    self._router.verdicts.append(offence)
+                    return True
+                await self._caution.suspect(head[0])
+                messages = 1
+            else:
+                self._caution.left = 0
         page = await self._reader.read(now, messages=messages, size=size, quiet=self._quiet)
-        self._incoming.extend(page or ())
+        self._router.incoming.extend(page or ())
         return page is not None
 
     def _held(self) -> Iterable[Transaction]:
         """What was read and is neither planned nor settled."""
-        return itertools.chain(self._incoming, *(lane.chain.waiting for lane in self._lanes.values()))
+        return itertools.chain(self._router.incoming, *(lane.chain.waiting for lane in self._lanes.values()))
 
     def _room(self) -> tuple[int, int]:
         """How many messages and bytes may still be read ahead."""
@@ -236,23 +231,22 @@ class Leader:
 
     @property
     def _settled(self) -> bool:
-        return not self._verdicts and all(lane.chain.idle for lane in self._lanes.values())
+        return not self._router.verdicts and all(lane.chain.idle for lane in self._lanes.values())
 
     @property
     def _quiet(self) -> bool:
-        return not self._incoming and self._settled
+        return not self._router.incoming and self._settled
 
     async def _commit(self) -> bool:
         """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
         dirty = [lane for lane in self._lanes.values() if lane.chain.dirty]
-        verdicts = self._verdicts + [each for lane in dirty for each in lane.chain.verdicts]
-        if not dirty and not verdicts and self._blocked == self._told:
+        verdicts = self._router.verdicts + [each for lane in dirty for each in lane.chain.verdicts]
+        if not dirty and not verdicts and not self._taken and self._router.blocked == self._told:
             return False
         receipts = [receipt for lane in dirty for receipt in lane.chain.receipts]
         settled = [*(each.position for each in verdicts), *(each.position for each in receipts)]
         planned = [transaction.position for lane in dirty for transaction in lane.chain.planned]
         self._written = max([self._written, *planned, *settled])
-        self._spoke = self._clock()
         await self._store.commit(
             self._lead.epoch,
             Decisions(
@@ -261,10 +255,13 @@ class Leader:
                 receipts=receipts,
                 verdicts=verdicts,
                 streams=[lane.row() for lane in dirty],
-                blocked=self._blocked,
+                blocked=self._router.blocked,
+                taken=self._taken,
+                sound=bool(receipts) and not self._caution.active and self._clock() - self._began > SOUND_SECONDS,
             ),
         )
-        self._verdicts = []
+        self._router.verdicts, self._taken = [], []
+        self._caution.left -= sum(each.last_sequence - each.first_sequence + 1 for each in receipts)
         for lane in dirty:
             lane.chain.written()
         if receipts:
@@ -281,10 +278,10 @@ class Leader:
     def _report(self, verdicts: list[Verdict]) -> None:
         for each in verdicts:
             self._tell(Died(verdict=each))
-        if self._blocked != self._told:
-            self._told = self._blocked
-            if self._blocked:
-                self._tell(Blocked(stream="", why=self._blocked))
+        if self._router.blocked != self._told:
+            self._told = self._router.blocked
+            if self._told:
+                self._tell(Blocked(stream="", why=self._told))
         for lane in self._lanes.values():
             lane.report()
         if verdicts and self._settings.on_dead is OnDead.HALT:
@@ -302,16 +299,25 @@ class Leader:
                 self._tell(Blocked(stream="", why=f"{count} events of txid {txid} belong to no transaction"))
         if now - self._spoke >= PING_SECONDS:
             self._spoke = now
-            await self._check_lead()
+            if retried := await self._store.ping(self._lead.epoch):
+                self._reader.reopen(retried)
+                self._taken = retried
+                self._news.set()
 
-    async def _check_lead(self) -> None:
-        if await self._store.ping() != self._lead.epoch:
-            raise Deposed("another relay has taken the lead")
+    async def _arrive(self) -> None:
+        """After a promotion or a restore: once every stream was settled, this is where the outbox is at home."""
+        if self._lead.moved and not self._arrived and not any(lane.moved for lane in self._lanes.values()):
+            self._arrived = True
+            await self._store.arrived(self._lead.epoch, self._lead.home)
 
     # --- waiting and ending
 
     async def _wait(self, longest: float = PING_SECONDS) -> None:
         """Wait for the first of: a reply, a notification, a lost session, the stop, or the next thing that is due."""
+        if self._caution.active:
+            if self._jetstream is not None:
+                await self._jetstream.sent()
+            await self._caution.suspect(None)
         timeout = min([longest, *(due - self._clock() for due in self._dues())])
         with self._store.watched(self._heard), contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), max(0.0, timeout))
@@ -326,11 +332,10 @@ class Leader:
         if min(self._room()) > 0:
             yield self._reader.due
         if self._jetstream is None:
-            if not self._connecting.running:
-                yield self._connecting.due
+            yield from self._link.dues()
             return
-        if self._incoming and self._asking.due > self._clock():
-            yield self._asking.due
+        if (due := self._router.due(self._clock())) is not None:
+            yield due
         for lane in self._lanes.values():
             yield from lane.dues()
 
@@ -350,12 +355,7 @@ class Leader:
         await self._commit()
 
     async def _close(self) -> None:
-        with contextlib.suppress(OutboxError):
-            if isinstance(came := self._connecting.taken(self._clock()), JetStream):
-                await came.close()
-        self._connecting.cancel()
-        self._asking.cancel()
+        self._router.close()
         for lane in self._lanes.values():
             lane.close()
-        if self._jetstream is not None:
-            await self._jetstream.close()
+        await self._link.close()

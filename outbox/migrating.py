@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from outbox import queries, schema
+from outbox import orders, schema
 from outbox.errors import Misconfigured
 from outbox.session import command_session
 
@@ -128,7 +128,7 @@ def _sweep(connection: psycopg.Connection[Any], name: str) -> None:
 
 
 def _fingerprint(connection: psycopg.Connection[Any], name: str) -> Iterator[str]:
-    for row in connection.execute(queries.FINGERPRINT, {"schema": name}):
+    for row in connection.execute(orders.FINGERPRINT, {"schema": name}):
         yield row[0]
 
 

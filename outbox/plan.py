@@ -14,22 +14,32 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A transaction's entry in the plan, with the message id of its last event."""
+    """A transaction's entry in the plan, with the message id of its last event. Its events are not loaded.
+
+    `attempts` is how many relays have died of it, as far as is known.
+    """
 
     position: int
     count: int
     last_message_id: str
+    attempts: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """The headers of a stored message that tell whose it is; None where it has no such header."""
+    """The headers of a stored message that tell whose it is; None where it has no such header.
+
+    `digest` is SHA-256 of its subject, a line feed, and its payload; None where it was not read.
+    """
 
     outbox_id: str | None
     message_id: str | None
     position: int | None
     number: int | None
+    count: int | None = None
     replayed: bool = False
+    digest: bytes | None = None
 
 
 class Look(Enum):

@@ -91,6 +91,13 @@ class Positions:
         """The open positions, sorted."""
         return merged(piece for cohort in self._cohorts for piece in cohort.ranges)
 
+    def reopen(self, ranges: Iterable[Range]) -> None:
+        """Look again at positions that were passed: retried dead letters. What lies beyond the cursor comes anyway."""
+        passed = [(low, min(high, self.cursor)) for low, high in ranges if low <= self.cursor]
+        known = [position for low, high in self.open for position in range(low, high + 1)]
+        if again := without(merged(passed), known):
+            self._cohorts.append(_Cohort(ranges=again))
+
     def observe(self, holders: Iterable[Holder]) -> None:
         """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap."""
         now = frozenset(holders)

@@ -1,4 +1,4 @@
-"""Every statement that the relay and the operator's commands run, as constant text; identifiers are composed.
+"""Every statement that the relay runs, as constant text; identifiers are composed.
 
 Floor 1: text only. Each has a head comment: which rows, which index, why this form. The relay's session has
 `enable_seqscan` and `enable_bitmapscan` off: an outbox is analysed while it is empty, and the planner must not act on
@@ -46,7 +46,30 @@ SELECT position, event_count, pending, message_id, subject, headers, payload FRO
 ORDER BY s.position, s.id
 """
 
-# The transactions of a plan, by position, with all their events: as PAGE.
+# The first pending transaction beyond the cursor and in the open positions, without its events.
+HEAD = """
+SELECT t.position, t.attempts
+  FROM (SELECT %(cursor)s::bigint + 1 AS low, 9223372036854775807 AS high
+        UNION ALL SELECT * FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[])) AS r
+ CROSS JOIN LATERAL (
+   SELECT position, attempts FROM {schema}.transactions
+    WHERE position >= r.low AND position <= r.high AND sent_at IS NULL AND dead_at IS NULL ORDER BY position LIMIT 1
+ ) AS t
+ ORDER BY t.position LIMIT 1
+"""
+
+# What a plan is judged by: positions, counts, and the message id of each transaction's last event. No payloads.
+ENTRIES = """
+SELECT p.position, t.event_count, t.attempts,
+       (SELECT message_id FROM {schema}.events WHERE txid = t.txid ORDER BY txid DESC, id DESC LIMIT 1)
+  FROM unnest(%(positions)s::bigint[]) AS p (position)
+ CROSS JOIN LATERAL (
+   SELECT * FROM {schema}.transactions
+    WHERE position = p.position AND sent_at IS NULL AND dead_at IS NULL ORDER BY position LIMIT 1
+ ) AS t
+"""
+
+# Transactions of a plan, by position, with all their events: as PAGE.
 PLANNED = """
 SELECT p.position, t.event_count, t.pending, e.message_id, e.subject, e.headers::text, e.payload
   FROM unnest(%(positions)s::bigint[]) AS p (position)
@@ -76,6 +99,7 @@ SELECT DISTINCT virtualtransaction FROM pg_locks
 COMMIT = """
 WITH lead AS (
   UPDATE {schema}.relay SET cursor = %(cursor)s, open_positions = %(open)s::int8multirange,
+         retried = retried - %(taken)s::int8multirange, deaths = CASE WHEN %(sound)s THEN 0 ELSE deaths END,
          blocked = %(blocked)s, blocked_since = CASE WHEN %(blocked)s::text IS NULL THEN NULL
            WHEN blocked IS NULL THEN now() ELSE blocked_since END
    WHERE epoch = %(epoch)s AND cardinality(%(settling)s::bigint[]) = (
@@ -91,7 +115,7 @@ WITH lead AS (
   RETURNING t.stream, t.event_count
 ), buried AS (
   UPDATE {schema}.transactions AS t
-     SET dead_at = clock_timestamp(), dead_reason = d.reason, attempts = t.attempts + 1
+     SET dead_at = clock_timestamp(), dead_reason = d.reason
     FROM lead, unnest(%(dead)s::bigint[], %(reasons)s::text[]) AS d (position, reason)
    WHERE t.position = d.position AND t.position = ANY (%(dead)s::bigint[])
   RETURNING t.position
@@ -121,7 +145,16 @@ SELECT count(*) > 0 AND coalesce(bool_and(coalesce(flush_lsn >= %(lsn)s::text::p
   FROM pg_stat_replication WHERE state IN ('streaming', 'catchup')
 """
 
-HALTED = "UPDATE {schema}.relay SET blocked = %(why)s, blocked_since = now() WHERE epoch = %(epoch)s"
+# The lead is laid down in an orderly way; after a halt with a word of why.
+RESIGN = """
+UPDATE {schema}.relay SET leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL, blocked = %(why)s,
+       blocked_since = CASE WHEN %(why)s::text IS NOT NULL THEN now() END
+ WHERE epoch = %(epoch)s
+"""
+
+SUSPECT = "UPDATE {schema}.relay SET suspect = %(position)s WHERE epoch = %(epoch)s"
+
+ARRIVED = "UPDATE {schema}.relay SET timeline = %(timeline)s WHERE epoch = %(epoch)s"
 
 # The first contact with a stream, under the leader's epoch.
 ADD_STREAM = """
@@ -129,15 +162,24 @@ INSERT INTO {schema}.streams (name, created, last_sequence, plan_base)
 SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch = %(epoch)s
 """
 
-# Take the lead: a new epoch. Run it only under the lock.
+# Take the lead: a new epoch. Run it only under the lock. A last leader that is still named did not end in an orderly
+# way: if it is another process, it died, and a transaction that it suspected has one more relay on its conscience.
 LEAD = """
-UPDATE {schema}.relay SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(), blocked = NULL,
-       blocked_since = NULL,
-       system_identifier = coalesce(system_identifier, %(cluster)s)
- WHERE system_identifier IS NULL OR system_identifier = %(cluster)s
+WITH last AS (
+  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, suspect, timeline FROM {schema}.relay
+), blamed AS (
+  UPDATE {schema}.transactions AS t SET attempts = attempts + 1
+    FROM last WHERE last.died AND t.position = last.suspect AND t.sent_at IS NULL AND t.dead_at IS NULL
+)
+UPDATE {schema}.relay AS r SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(), blocked = NULL,
+       blocked_since = NULL, system_identifier = %(cluster)s, database_oid = %(database)s,
+       timeline = coalesce(r.timeline, %(timeline)s), suspect = NULL, deaths = deaths + last.died::int
+  FROM last
+ WHERE coalesce(system_identifier, %(cluster)s) = %(cluster)s AND coalesce(database_oid, %(database)s) = %(database)s
 RETURNING outbox_id, epoch, cursor,
-          (SELECT coalesce(array_agg(lower(r)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS r),
-          (SELECT coalesce(array_agg(upper(r) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS r)
+          (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
+          (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
+          r.timeline <> %(timeline)s, deaths, last.suspect
 """
 
 STREAMS = "SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams ORDER BY name"
@@ -154,8 +196,12 @@ SELECT position FROM {schema}.transactions
  WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1
 """
 
-# Keeps the session from idle_session_timeout, and tells whether we still lead.
-PING = "SELECT epoch FROM {schema}.relay"
+# Keeps the session from idle_session_timeout; tells whether we still lead, and which dead letters are to be retried.
+PING = """
+SELECT epoch, (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
+       (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(retried) AS g)
+  FROM {schema}.relay
+"""
 
 # Facts that the relay needs to be true before it starts. One row.
 PREFLIGHT = """
@@ -165,7 +211,10 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
        (SELECT coalesce(max(s.seqcache), 1) FROM pg_sequence AS s JOIN pg_depend AS d ON d.objid = s.seqrelid
          WHERE d.classid = 'pg_class'::regclass AND d.deptype = 'i'
            AND d.refobjid IN ('{schema}.events'::regclass, '{schema}.transactions'::regclass)),
-       obj_description('{schema}.events'::regclass, 'pg_class')
+       obj_description('{schema}.events'::regclass, 'pg_class'),
+       (SELECT oid FROM pg_database WHERE datname = current_database()),
+       CASE WHEN pg_is_in_recovery() THEN 0
+            ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint END
 """
 
 # Events that no transaction row counts: the application forged the settings of the trigger. Newest ones, by
@@ -176,85 +225,4 @@ SELECT e.txid::text, count(*) FROM (
 ) AS e
  WHERE NOT EXISTS (SELECT FROM {schema}.transactions AS t WHERE t.txid = e.txid)
  GROUP BY e.txid ORDER BY e.txid LIMIT 10
-"""
-
-# What `outbox status` shows. `pending` goes by the cursor, the plans and the open positions, not over sent rows.
-STATUS = """
-SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.blocked_since,
-       obj_description('{schema}.events'::regclass, 'pg_class'),
-       (SELECT count(*) FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
-       (SELECT count(*) FROM {schema}.pending), (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending),
-       (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending),
-       (SELECT min(position) FROM {schema}.pending),
-       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL)
-  FROM {schema}.relay AS r
-"""
-
-STATUS_STREAMS = """
-SELECT name, mode, last_sequence, sent_transactions, sent_events, cardinality(plan), blocked, blocked_since
-  FROM {schema}.streams ORDER BY name
-"""
-
-STATUS_DEAD = """
-SELECT position, event_count, dead_at, dead_reason FROM {schema}.dead
- WHERE discarded_at IS NULL ORDER BY position DESC LIMIT 10
-"""
-
-# Accept a stream as it is now: what was planned for the old one is pending again, at its old position.
-FORGET_STREAM = """
-WITH forgotten AS (DELETE FROM {schema}.streams WHERE name = %(name)s RETURNING plan)
-UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
-  SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange()) FROM forgotten, unnest(plan) AS p)
- WHERE EXISTS (SELECT FROM forgotten)
-"""
-
-# Take a moved or restored database as the outbox's new home: a new id, no stream remembered, what was planned pending
-# again, and old transaction ids in the upper half of xid8 (unsigned), where no cluster ever gets.
-REBASE = (
-    """
-UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), epoch = epoch + 1, system_identifier = NULL,
-       open_positions = open_positions + (SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange())
-                                            FROM {schema}.streams AS s, unnest(s.plan) AS p)
-""",
-    "DELETE FROM {schema}.streams",
-    """
-UPDATE {schema}.transactions SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
- WHERE txid < '9223372036854775808'::xid8
-""",
-    """
-UPDATE {schema}.events SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
- WHERE txid < '9223372036854775808'::xid8
-""",
-)
-
-# Everything that makes up a schema, a line each, as the server prints it: what Alembic does not compare is here too.
-FINGERPRINT = """
-WITH home AS (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s),
-     mine AS (SELECT c.* FROM pg_class AS c JOIN home ON c.relnamespace = home.oid WHERE c.relname <> 'alembic_version')
-SELECT 'table ' || relname || ' ' || relkind::text || ' ' || coalesce(array_to_string(reloptions, ','), '') ||
-       ' row security ' || relrowsecurity FROM mine WHERE relkind IN ('r', 'p', 'v')
-UNION ALL
-SELECT 'column ' || c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod) || ' not null ' ||
-       a.attnotnull || ' identity ' || a.attidentity::text ||
-       ' default ' || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
-  FROM mine AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-  LEFT JOIN pg_attrdef AS d ON d.adrelid = c.oid AND d.adnum = a.attnum WHERE c.relkind IN ('r', 'p')
-UNION ALL
-SELECT 'constraint ' || c.relname || '.' || k.conname || ' ' || pg_get_constraintdef(k.oid)
-  FROM pg_constraint AS k JOIN mine AS c ON c.oid = k.conrelid WHERE k.contype <> 'n'
-UNION ALL
-SELECT 'index ' || pg_get_indexdef(i.indexrelid) || ' valid ' || i.indisvalid
-  FROM pg_index AS i JOIN mine ON mine.oid = i.indrelid
-UNION ALL
-SELECT 'trigger ' || pg_get_triggerdef(t.oid) || ' enabled ' || t.tgenabled::text
-  FROM pg_trigger AS t JOIN mine ON mine.oid = t.tgrelid WHERE NOT t.tgisinternal
-UNION ALL
-SELECT 'function ' || pg_get_functiondef(p.oid) FROM pg_proc AS p JOIN home ON p.pronamespace = home.oid
-UNION ALL
-SELECT 'view ' || relname || ' ' || pg_get_viewdef(oid) FROM mine WHERE relkind = 'v'
-UNION ALL
-SELECT 'sequence ' || mine.relname || ' cache ' || s.seqcache || ' cycle ' || s.seqcycle
-  FROM pg_sequence AS s JOIN mine ON mine.oid = s.seqrelid
 """

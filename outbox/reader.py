@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from outbox.config import Settings
 from outbox.positions import Positions, Range
-from outbox.store import Lead, Store
+from outbox.rows import Lead
+from outbox.store import Store
 from outbox.telemetry import Listener, PageRead, Slept
 from outbox.transaction import Transaction
 
@@ -34,6 +35,19 @@ class Reader:
     def dry(self) -> bool:
         """True if the last page was empty."""
         return self._empty_pages > 0
+
+    def reopen(self, ranges: list[Range]) -> None:
+        """Look again at positions that were passed: retried dead letters."""
+        self._positions.reopen(ranges)
+        self._empty_pages, self.due = 0, 0.0
+
+    async def head(self) -> tuple[int, int] | None:
+        """Position and attempts of the next pending transaction, which is not loaded; None if there is none."""
+        return await self._store.head(self._positions.cursor, self._positions.open)
+
+    def skip(self, position: int) -> None:
+        """Pass a transaction by that is not to be loaded."""
+        self._positions.read([position], position)
 
     async def read(self, now: float, *, messages: int, size: int, quiet: bool) -> list[Transaction] | None:
         """The next page, bounded by messages and bytes; None if there was nothing, settled or not.

@@ -17,6 +17,7 @@ from outbox.plan import Finding, Look, Planned, judge, wanted
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
 LOOKS = 100
 LOOK_SECONDS = 0.05
+SEARCHED = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Known:
     created: str
     shared: bool
     certain: bool
+    moved: bool
     base: int
     plan: Sequence[Planned]
 
@@ -55,6 +57,8 @@ async def settle(jetstream: JetStream, known: Known, outbox_id: str) -> Settleme
         # In a stream that nobody else should write to, a strange message is looked at twice.
         if finding.look is before.look is Look.FOREIGN and finding.stored == before.stored:
             break
+    if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN):
+        await _search(jetstream, known, outbox_id, finding, info)
     if finding.look in (Look.SETTLED, Look.FOREIGN):
         foreign = finding.look is Look.FOREIGN
         return Settlement(stored=finding.stored, last=info.last_sequence, foreign=foreign, info=info)
@@ -84,6 +88,25 @@ async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Fin
         seen=seen,
     )
     return finding, info
+
+
+async def _search(jetstream: JetStream, known: Known, outbox_id: str, finding: Finding, info: StreamInfo) -> None:
+    """After a promotion or a restore of the database, what lies beyond its plan is read message by message.
+
+    Raises `Halt` if there is a message of this outbox, or one is gone that could have been.
+    """
+    end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
+    for low in range(end + 1, info.last_sequence + 1, SEARCHED):
+        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
+        for place, message in (await jetstream.look(known.stream, places)).items():
+            if message is None and known.shared:
+                continue  # others write here: what is gone was most likely theirs
+            if message is None or (message.outbox_id == outbox_id and not message.replayed):
+                raise Halt(
+                    f"the database was promoted or restored, and stream {known.stream} knows more than it: what is at "
+                    f"{place} was sent after {known.base}, the last sequence that the database knows",
+                    remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
+                )
 
 
 def _halt(known: Known, finding: Finding, info: StreamInfo) -> Halt:

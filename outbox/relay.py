@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import random
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,6 +47,8 @@ class Relay:
         self._backoff = Backoff()
         self._leader: Leader | None = None
         self._proven = False
+        # Process ids come again, in a container at every start: the name must be this process's alone.
+        self._name = f"{secrets.token_hex(4)}@{socket.gethostname()}:{os.getpid()}"
 
     def stop(self) -> None:
         """Ask the relay to finish or abandon what is in flight, mark what was acked, and end. Idempotent."""
@@ -71,11 +74,11 @@ class Relay:
         self._tell(Stopped())
 
     async def _serve(self, store: Store, *, drain: bool) -> bool:
-        """Stand by and lead on one session; True if drained or stopped."""
-        cluster = await store.preflight(self._settings.max_batch_messages)
+        """Stand by and lead on one session; True if drained or stopped, False if another term is due."""
+        home = await store.preflight(self._settings.max_batch_messages)
         if not await self._stand_by(store, drain=drain):
             return True
-        lead = await store.lead(f"{socket.gethostname()}:{os.getpid()}", cluster)
+        lead = await store.lead(self._name, home)
         if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
             raise Halt(
                 f"transaction {dead} is a dead letter, and this relay halts on one",
@@ -95,12 +98,11 @@ class Relay:
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            await self._leader.run()
+            return await self._leader.run()
         finally:
             self._proven = self._leader.proven
             if clock() - began > SOUND_TERM_SECONDS:
                 self._backoff = self._backoff.reset()
-        return True
 
     async def _stand_by(self, store: Store, *, drain: bool) -> bool:
         """Wait for the lock, polling: a waiting lock request would hold back vacuum. False if stopped meanwhile."""

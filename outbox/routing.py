@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from outbox.errors import Weather
 from outbox.jetstream import JetStream, StreamInfo
+from outbox.plan import Seen
 from outbox.transaction import Transaction
 
 REMEMBERED_SUBJECTS = 10_000
@@ -31,16 +32,18 @@ class Routes:
 
     def __init__(self) -> None:
         self._infos: dict[str, StreamInfo] = {}
+        self._tails: dict[str, Seen | None] = {}
         self._streams: dict[str, str] = {}
 
     def clear(self) -> None:
         """Forget everything: ask again."""
         self._infos.clear()
+        self._tails.clear()
         self._streams.clear()
 
-    def info(self, stream: str) -> StreamInfo:
-        """What was learnt of a stream when it was asked for last."""
-        return self._infos[stream]
+    def info(self, stream: str) -> tuple[StreamInfo, Seen | None]:
+        """What was learnt of a stream when it was asked for last, and its last message, if it has one."""
+        return self._infos[stream], self._tails.get(stream)
 
     def streams(self, transaction: Transaction) -> dict[str, str]:
         """The stream of each of its subjects, as far as it is known."""
@@ -56,6 +59,8 @@ class Routes:
                 info = await jetstream.stream(name)
                 if info is None:
                     raise Weather(f"stream {name} has just gone")
+                end = info.last_sequence
+                self._tails[name] = (await jetstream.look(name, [end]))[end] if end else None
                 self._infos[name] = info.check()
             if name is not None:
                 self._remember(subject, name)

@@ -129,7 +129,8 @@ _GRANTS = {
     "operator": (
         "GRANT USAGE ON SCHEMA {schema} TO {role}",
         "GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}",
-        "GRANT UPDATE (dead_at, dead_reason, discarded_at) ON {schema}.transactions TO {role}",
+        "GRANT UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts) ON {schema}.transactions TO {role}",
+        "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence) ON {schema}.transactions TO {role}",
         "GRANT UPDATE ON {schema}.relay, {schema}.streams, {schema}.limits TO {role}",
         "GRANT DELETE ON {schema}.streams TO {role}",
     ),

@@ -5,8 +5,11 @@ Knows nothing of the outbox's tables.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +28,7 @@ SESSION = {
     "default_transaction_isolation": "read committed",
     "idle_session_timeout": "5s",
     "idle_in_transaction_session_timeout": "5s",
-    "statement_timeout": "60s",
+    "statement_timeout": "15s",
     "tcp_user_timeout": "10s",
     "client_min_messages": "warning",
 }
@@ -39,15 +42,40 @@ CONNECTION = {
 }
 
 
+ANSWER_SECONDS = 20.0  # more than statement_timeout: the server's own word comes first
+
+
 async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
     """The relay's session, in autocommit mode, set as it must be; raises `Weather` if there is no server."""
     with translated():
         connection = await psycopg.AsyncConnection.connect(
             url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
         )
-        settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
+    settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
+    with answered(connection):
         await connection.execute(f"SELECT {settings}".encode(), prepare=False)
     return connection
+
+
+@contextlib.contextmanager
+def answered(connection: psycopg.AsyncConnection[TupleRow]) -> Iterator[None]:
+    """`translated`, and hang up on a server that says nothing for long: whoever waits for it sees the session lost.
+
+    A network that swallows packets looks like a slow statement, for hours. Cancelling would need that network.
+    """
+    watchdog = asyncio.get_running_loop().call_later(ANSWER_SECONDS, _hang_up, connection)
+    try:
+        with translated():
+            yield
+    finally:
+        watchdog.cancel()
+
+
+def _hang_up(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+    with contextlib.suppress(OSError, psycopg.OperationalError):
+        same = socket.socket(fileno=os.dup(connection.fileno()))
+        same.shutdown(socket.SHUT_RDWR)
+        same.close()
 
 
 @contextlib.contextmanager

@@ -8,66 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
-from uuid import UUID
 
 import psycopg
 from psycopg.rows import TupleRow
 
 from outbox import queries, schema
 from outbox.errors import Deposed, Halt, Misconfigured, Weather
-from outbox.event import Event
+from outbox.plan import Planned
 from outbox.positions import Holder, Range
-from outbox.session import open_session, refuse_pooler, translated
-from outbox.transaction import Receipt, Transaction, Verdict
+from outbox.rows import Decisions, Home, Lead, Page, StreamRow, multirange, read_page
+from outbox.session import answered, open_session, refuse_pooler
+from outbox.transaction import Transaction
 
 OLDEST_POSTGRES = 140005
+DEATHS = 2  # leaders in a row that died before they had shown that they live
 REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lead:
-    """What a new leader finds: its epoch, the outbox's id, the cursor and the open positions."""
-
-    epoch: int
-    outbox_id: UUID
-    cursor: int
-    open_positions: list[Range]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamRow:
-    """What the outbox remembers of a stream. `last_sequence` is the last settled one; `plan` are positions."""
-
-    name: str
-    created: str
-    mode: str
-    last_sequence: int
-    plan: list[int]
-    blocked: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """Transactions in commit order, and all positions that the page covers, settled ones included."""
-
-    transactions: list[Transaction]
-    positions: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decisions:
-    """What one commit writes: how far was read, the receipts and verdicts, and the plan of each changed stream."""
-
-    cursor: int
-    open_positions: Sequence[Range]
-    receipts: Sequence[Receipt]
-    verdicts: Sequence[Verdict]
-    streams: Sequence[StreamRow]
-    blocked: str | None
 
 
 class Store:
@@ -106,11 +63,12 @@ class Store:
         number = self._connection.info.server_version
         return f"{number // 10000}.{number % 10000}"
 
-    async def preflight(self, max_batch_messages: int) -> int:
-        """The cluster's system identifier, when all that the relay builds on is true; else `Misconfigured`."""
-        with translated():
+    async def preflight(self, max_batch_messages: int) -> Home:
+        """Where the database is, when all that the relay builds on is true; else `Misconfigured`."""
+        with answered(self._connection):
             await refuse_pooler(self._connection)
-            number, cluster, max_prepared, standby, max_events, cache, comment = (await self._all("PREFLIGHT"))[0]
+            row = (await self._all("PREFLIGHT"))[0]
+        number, cluster, max_prepared, standby, max_events, cache, comment, database, timeline = row
         if standby:
             raise Weather("the database is in recovery: this server is a standby")
         if number < OLDEST_POSTGRES:
@@ -134,23 +92,36 @@ class Store:
                 remedy="GRANT pg_monitor TO the relay's role",
             )
         self.polls_only = max_prepared > 0  # NOTIFY makes PREPARE TRANSACTION fail, so the trigger never notifies
-        return int(cluster)
+        return Home(cluster=int(cluster), database=int(database), timeline=int(timeline))
 
     async def try_lock(self) -> bool:
         """Try to get the leader's lock; never blocks. It is held until the session ends."""
         return await self._lock("pg_try_advisory_lock", schema.LEADER_LOCK)
 
-    async def lead(self, leader: str, cluster: int) -> Lead:
-        """Begin a new epoch; call it under the lock. Raises `Halt` if this is not the cluster the outbox knows."""
-        rows = await self._all("LEAD", leader=leader, cluster=cluster)
+    async def lead(self, leader: str, home: Home) -> Lead:
+        """Begin a new epoch; call it under the lock. Raises `Halt` if this is not the database the outbox knows.
+
+        `leader` names this process and no other one before or after it.
+        """
+        rows = await self._all(
+            "LEAD", leader=leader, cluster=home.cluster, database=home.database, timeline=home.timeline
+        )
         if not rows:
             raise Halt(
-                "this is not the database cluster that the outbox was in: after a restore or a move, transaction ids "
-                "and positions may be handed out again",
+                "this is not the database that the outbox was in, or not its cluster: after a restore, a copy or a "
+                "move, transaction ids and positions may be handed out again",
                 remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
             )
-        outbox_id, epoch, cursor, lows, highs = rows[0]
-        return Lead(epoch=epoch, outbox_id=outbox_id, cursor=cursor, open_positions=list(zip(lows, highs, strict=True)))
+        outbox_id, epoch, cursor, lows, highs, moved, deaths, suspect = rows[0]
+        return Lead(
+            epoch=epoch,
+            outbox_id=outbox_id,
+            cursor=cursor,
+            open_positions=list(zip(lows, highs, strict=True)),
+            home=home,
+            moved=moved,
+            careful=deaths >= DEATHS or suspect is not None,
+        )
 
     async def who_leads(self) -> str:
         """Host and process id of the last relay that took the lead."""
@@ -188,18 +159,29 @@ class Store:
             messages=messages,
             bytes=size,
         )
-        return _page(rows, self._schema)
+        return read_page(rows, self._schema)
 
-    async def planned(self, positions: Sequence[int]) -> list[Transaction]:
-        """The transactions of a plan, in the plan's order; raises `Halt` if one is not there to be sent."""
-        page = _page(await self._all("PLANNED", positions=list(positions)), self._schema)
-        found = {transaction.position: transaction for transaction in page.transactions}
-        if missing := [position for position in positions if position not in found]:
+    async def head(self, cursor: int, open_positions: Sequence[Range]) -> tuple[int, int] | None:
+        """Position and attempts of the next pending transaction, without loading it."""
+        lows, highs = [low for low, _ in open_positions], [high for _, high in open_positions]
+        rows = await self._all("HEAD", cursor=cursor, lows=lows, highs=highs)
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    async def entries(self, positions: Sequence[int]) -> list[Planned]:
+        """What a plan is judged by, in its order; raises `Halt` if a transaction is not there to be sent."""
+        rows = await self._all("ENTRIES", positions=list(positions))
+        found = {row[0]: row for row in rows}
+        if missing := [position for position in positions if position not in found or not found[position][3]]:
             raise Halt(
                 f"transaction {missing[0]} is in the plan, but it is gone or no longer pending",
                 remedy=f"look at position {missing[0]} in {self._schema}.transactions: who changed it?",
             )
-        return [found[position] for position in positions]
+        ordered = (found[position] for position in positions)
+        return [Planned(position=p, count=n, attempts=a, last_message_id=str(last)) for p, n, a, last in ordered]
+
+    async def planned(self, positions: Sequence[int]) -> list[Transaction]:
+        """These transactions of a plan with all their events; raises `Halt` if one is not whole."""
+        return read_page(await self._all("PLANNED", positions=list(positions)), self._schema).transactions
 
     async def holders(self) -> list[Holder]:
         """Who may own a missing position now."""
@@ -216,7 +198,9 @@ class Store:
             "COMMIT",
             epoch=epoch,
             cursor=decisions.cursor,
-            open=_multirange(decisions.open_positions),
+            open=multirange(decisions.open_positions),
+            taken=multirange(decisions.taken),
+            sound=decisions.sound,
             blocked=decisions.blocked,
             settling=settling,
             positions=[receipt.position for receipt in receipts],
@@ -234,8 +218,7 @@ class Store:
         if self._warnings:
             raise Weather(f"the commit is not known to be durable: {self._warnings.pop()}")
         if rows[0] == (0, 0, 0, 0):
-            if await self.ping() != epoch:
-                raise Deposed("another relay has taken the lead")
+            await self.ping(epoch)
             raise Halt(
                 f"transactions {min(settling)} to {max(settling)} were to be marked, but not all are pending",
                 remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",
@@ -259,13 +242,24 @@ class Store:
         """Remember a stream at the first contact."""
         await self._all("ADD_STREAM", epoch=epoch, name=name, created=created, last=last)
 
-    async def ping(self) -> int:
-        """The current epoch; keeps the session alive."""
-        return int((await self._all("PING"))[0][0])
+    async def ping(self, epoch: int) -> list[Range]:
+        """Keep the session alive; the dead letters that are to be retried. Raises `Deposed` if another relay leads."""
+        current, lows, highs = (await self._all("PING"))[0]
+        if current != epoch:
+            raise Deposed("another relay has taken the lead")
+        return list(zip(lows, highs, strict=True))
 
-    async def halted(self, epoch: int, why: str) -> None:
-        """Leave word of why the relay halts, for `outbox status`; the next leader takes it away."""
-        await self._all("HALTED", epoch=epoch, why=f"halted: {why}")
+    async def resign(self, epoch: int, why: str | None = None) -> None:
+        """Lay the lead down in an orderly way; `why` is left for `outbox status` until somebody leads again."""
+        await self._all("RESIGN", epoch=epoch, why=why)
+
+    async def suspect(self, epoch: int, position: int | None) -> None:
+        """Note which transaction is being worked on: if this process dies now, it is a suspect."""
+        await self._all("SUSPECT", epoch=epoch, position=position)
+
+    async def arrived(self, epoch: int, home: Home) -> None:
+        """Every stream was settled after a promotion or a restore: the database is at home in this timeline."""
+        await self._all("ARRIVED", epoch=epoch, timeline=home.timeline)
 
     async def strays(self) -> list[tuple[str, int]]:
         """Transaction ids with events that no row of transactions counts, and how many events each has."""
@@ -276,7 +270,7 @@ class Store:
         if self.polls_only:
             return False
         if not self._listening:
-            with translated():
+            with answered(self._connection):
                 await self._connection.execute(f'LISTEN "{schema.channel(self._schema)}"'.encode())
             self._listening = True
         return await self._lock("pg_try_advisory_lock", schema.AWAKE_LOCK)
@@ -307,7 +301,7 @@ class Store:
         return await self._rows(text, parameters)
 
     async def _rows(self, text: bytes, parameters: dict[str, Any]) -> list[TupleRow]:
-        with translated():
+        with answered(self._connection):
             cursor = self._connection.cursor(binary=True)
             await cursor.execute(text, parameters)
             return await cursor.fetchall() if cursor.description else []
@@ -316,32 +310,3 @@ class Store:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
         if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
-
-
-def _page(rows: Sequence[TupleRow], name: str) -> Page:
-    transactions: list[Transaction] = []
-    positions: list[int] = []
-    events: list[Event] = []
-    for index, (position, count, pending, message_id, subject, headers, payload) in enumerate(rows):
-        if subject is not None:
-            loaded = json.loads(headers) if headers else {}
-            events.append(Event(message_id=message_id, subject=subject, payload=payload, headers=loaded))
-        if index + 1 < len(rows) and rows[index + 1][0] == position:
-            continue
-        positions.append(position)
-        if pending:
-            if len(events) != count:
-                raise Halt(
-                    f"transaction {position} has {count} events, but {'only ' if len(events) < count else ''}"
-                    f"{len(events)} are in {name}.events: it is never published in part",
-                    remedy=f"find out who changed the table; to set the transaction aside, set dead_at and "
-                    f"dead_reason of position {position} in {name}.transactions",
-                )
-            size = sum(len(event.payload) + 200 for event in events)
-            transactions.append(Transaction(position=position, events=tuple(events), size=size))
-        events = []
-    return Page(transactions=transactions, positions=positions)
-
-
-def _multirange(ranges: Sequence[Range]) -> str:
-    return "{" + ",".join(f"[{low},{high}]" for low, high in ranges) + "}"

@@ -27,6 +27,11 @@ class TookLead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Careful:
+    """Relays before this one died: it handles one transaction at a time, to find out whether they died of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LostLead:
     """The session or the epoch is gone: nothing of what was in memory counts any more."""
 
@@ -130,6 +135,7 @@ class Stopped:
 Happening = (
     StandingBy
     | TookLead
+    | Careful
     | LostLead
     | Unreachable
     | Connected
@@ -158,6 +164,8 @@ def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one
             return f"standing by: {leader} leads"
         case TookLead(epoch=epoch):
             return f"leading, epoch {epoch}"
+        case Careful():
+            return "relays before this one died: one transaction at a time"
         case LostLead(why=why):
             return f"lost the lead: {why}"
         case Unreachable(server=server, why=why, delay=delay):

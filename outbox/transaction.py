@@ -26,6 +26,7 @@ class DeadReason(StrEnum):
     TTL_NOT_PERMITTED = "ttl-not-permitted"
     INVALID_TTL = "invalid-ttl"
     INVALID_EVENT = "invalid-event"
+    KILLS_RELAY = "kills-relay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from outbox import recovery
+from outbox import batch, jetstream, recovery, rows, store
 from outbox.chain import Chain
 from outbox.cli import main
 from outbox.jetstream import JetStream
 from outbox.outcome import Outcome, Stored
-from outbox.store import Decisions, Lead, Store
+from outbox.rows import Decisions, Home, Lead
+from outbox.store import Store
 
 Act = Callable[[], None]
 
@@ -128,12 +129,36 @@ def at_takeover(act: Act) -> None:
     """The epoch is raised, and nothing else was done."""
     lead = Store.lead
 
-    async def armed(self: Store, leader: str, cluster: int) -> Lead:
-        found = await lead(self, leader, cluster)
+    async def armed(self: Store, leader: str, home: Home) -> Lead:
+        found = await lead(self, leader, home)
         act()
         return found
 
     Store.lead = armed  # type: ignore[method-assign]
+
+
+def poisoned_load(act: Act) -> None:
+    """An event whose payload is `poison` is loaded."""
+    read_page = rows.read_page
+
+    def armed(found: Any, name: str) -> rows.Page:
+        if any(row[-1] == b"poison" for row in found):
+            act()
+        return read_page(found, name)
+
+    vars(store)["read_page"] = armed
+
+
+def poisoned_send(act: Act) -> None:
+    """An event whose payload is `poison` is put on the wire."""
+    messages = batch.messages
+
+    def armed(sent: batch.Batch, outbox_id: str) -> Any:
+        if any(event.payload == b"poison" for each in sent.transactions for event in each.events):
+            act()
+        return messages(sent, outbox_id)
+
+    vars(jetstream)["messages"] = armed
 
 
 POINTS: dict[str, Callable[[Act], None]] = {
@@ -145,6 +170,8 @@ POINTS: dict[str, Callable[[Act], None]] = {
     "after-mark": after_mark,
     "in-recovery": in_recovery,
     "at-takeover": at_takeover,
+    "poisoned-load": poisoned_load,
+    "poisoned-send": poisoned_send,
 }
 
 

@@ -42,6 +42,7 @@ CREATE TABLE {schema}.transactions (
   dead_at        timestamptz,
   dead_reason    text,
   discarded_at   timestamptz,
+  retried_at     timestamptz,
   CONSTRAINT transactions_pkey PRIMARY KEY (position),
   CONSTRAINT transactions_have_events CHECK (event_count > 0),
   CONSTRAINT transactions_attempts_not_negative CHECK (attempts >= 0),
@@ -81,11 +82,17 @@ CREATE TABLE {schema}.relay (
   singleton         boolean        NOT NULL DEFAULT true,
   outbox_id         uuid           NOT NULL DEFAULT gen_random_uuid(),
   system_identifier bigint,
+  database_oid      oid,
+  timeline          bigint,
   epoch             bigint         NOT NULL DEFAULT 0,
   leader            text,
   leader_since      timestamptz,
+  deaths            integer        NOT NULL DEFAULT 0,
+  suspect           bigint,
   cursor            bigint         NOT NULL DEFAULT 0,
   open_positions    int8multirange NOT NULL DEFAULT int8multirange(),
+  retried           int8multirange NOT NULL DEFAULT int8multirange(),
+  purged            bigint         NOT NULL DEFAULT 0,
   blocked           text,
   blocked_since     timestamptz,
   CONSTRAINT relay_pkey PRIMARY KEY (singleton),
@@ -273,15 +280,17 @@ CREATE VIEW {schema}.pending AS
       SELECT planned.* FROM {schema}.streams AS s CROSS JOIN LATERAL unnest(s.plan) AS p (position)
         JOIN {schema}.transactions AS planned ON planned.position = p.position WHERE p.position <= r.cursor
       UNION ALL
-      SELECT opened.* FROM unnest(r.open_positions) AS gap
-        JOIN {schema}.transactions AS opened ON opened.position >= lower(gap) AND opened.position < upper(gap)
+      SELECT opened.* FROM unnest(r.open_positions + r.retried) AS gap
+        JOIN {schema}.transactions AS opened
+          ON opened.position >= lower(gap) AND opened.position < least(upper(gap), r.cursor + 1)
     ) AS t
    WHERE t.sent_at IS NULL AND t.dead_at IS NULL;
 
 COMMENT ON VIEW {schema}.pending IS 'Transactions that are committed and neither sent nor dead.';
 
 CREATE VIEW {schema}.dead AS
-  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts, t.dead_at, t.dead_reason, t.discarded_at
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts, t.dead_at, t.dead_reason, t.discarded_at,
+         t.retried_at
     FROM {schema}.transactions AS t WHERE t.dead_at IS NOT NULL;
 
 COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, with the reason.';

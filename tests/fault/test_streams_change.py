@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 
-from outbox import admin
+from outbox import admin, rebasing
 from outbox.config import Settings
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
@@ -88,7 +89,7 @@ def test_stream_recreated_under_a_running_relay_halts_it(database: str, broker: 
     assert "outbox rebase --stream RECREATED" in str(admin.status(database).blocked)
     assert rows(database, "SELECT event_count FROM outbox.pending") == [(2,)]
     assert broker.read("RECREATED") == []
-    admin.accept_stream(database, "outbox", "RECREATED")
+    asyncio.run(rebasing.accept_stream(settings, "RECREATED"))
     with ThreadRelay(settings, drain=True) as after:
         assert after.ended() is None
     assert [each.payload for each in broker.read("RECREATED")] == [b"1", b"2"]

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox import migrating, queries, schema
+from outbox import migrating, orders, schema
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
 from tests.bed import rows, value
@@ -35,7 +35,7 @@ def empty(any_postgres: Postgres) -> str:
 
 def fingerprint(url: str, name: str = "outbox") -> list[str]:
     with psycopg.connect(url) as connection:
-        return sorted(line for (line,) in connection.execute(queries.FINGERPRINT, {"schema": name}))
+        return sorted(line for (line,) in connection.execute(orders.FINGERPRINT, {"schema": name}))
 
 
 def everything(url: str) -> set[str]:

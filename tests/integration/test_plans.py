@@ -109,6 +109,8 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
         "bases": [1],
         "plans": ["{1,2}"],
         "blocks": [None],
+        "taken": "{}",
+        "sound": True,
     }
     assert touched(filled, "COMMIT", **parameters) < 5000
     row = filled.execute("SELECT count(*) FROM outbox.transactions WHERE dead_at IS NOT NULL").fetchone()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from outbox import admin, migrating
+from outbox import admin, migrating, rebasing
 from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
@@ -118,7 +119,7 @@ def test_other_cluster_is_refused_until_rebase(
     assert isinstance(error, Halt)
     assert "outbox rebase" in error.remedy
     assert len(broker.read(stream.name)) == 1
-    assert admin.rebase(database) != old
+    assert asyncio.run(rebasing.rebase(settings)).outbox_id != old
     with ThreadRelay(settings, drain=True) as relay:
         assert relay.ended() is None
     assert [each.payload for each in broker.read(stream.name)] == [b"x", b"y"]

@@ -18,7 +18,7 @@ from outbox.batch import Batch, Packing, messages, take
 from outbox.chain import Chain
 from outbox.event import Event
 from outbox.outcome import Rejected, Stored, Unknown
-from outbox.plan import Seen, judge, wanted
+from outbox.plan import Planned, Seen, judge, wanted
 from outbox.transaction import Transaction
 
 OUTBOX = "outbox"
@@ -91,7 +91,10 @@ class Play:
             base=model.base,
             shared=model.shared,
         )
-        chain.planned.extend(transaction(p, model.sizes[p - 1]) for p in model.plan)
+        loaded = [transaction(p, model.sizes[p - 1]) for p in model.plan]
+        chain.planned.extend(
+            Planned(position=t.position, count=t.count, last_message_id=str(t.events[-1].message_id)) for t in loaded
+        )
         self.leaders.append(Leader(model.epoch, chain))
 
     def commit(self, leader: Leader) -> bool:
@@ -116,6 +119,9 @@ class Play:
                 leader.pending.clear()
         if chain.in_doubt:
             self.settle(leader)
+        # Sometimes one by one, as a careful leader does.
+        unloaded = chain.unloaded[: 1 if leader.epoch % 3 == 0 else None]
+        chain.load(transaction(each.position, each.count) for each in unloaded)
         while len(chain.waiting) < 6 and leader.epoch == self.model.epoch:
             held = [t.position for t in (*chain.waiting, *chain.plan)]
             following = max([self.model.read, *held]) + 1

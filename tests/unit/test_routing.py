@@ -35,7 +35,15 @@ def test_matches(subject: str, pattern: str, fits: bool) -> None:
 def test_more_subjects_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "REMEMBERED_SUBJECTS", 3)
     routes = Routes()
-    info = StreamInfo(name="S", created="x", last_sequence=0, subjects=("a.>",), problem=None, max_message_bytes=None)
+    info = StreamInfo(
+        name="S",
+        created="x",
+        first_sequence=1,
+        last_sequence=0,
+        subjects=("a.>",),
+        problem=None,
+        max_message_bytes=None,
+    )
     routes._infos["S"] = info
     subjects = [f"a.{number}" for number in range(10)]
     events = tuple(Event(message_id=uuid4(), subject=s, payload=b"", headers={}) for s in subjects)

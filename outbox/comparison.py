@@ -1,0 +1,196 @@
+"""What a stream holds, compared with what the outbox's database knows: message by message, transaction by transaction.
+
+Pure. The one place that says what missing, duplicated, split, phantom and misplaced mean: `outbox verify`, `outbox
+rebase` and the fault tests all stand on it. Messages are taken in by sequence, each with the transaction that it names;
+memory grows with what is wrong, not with the stream.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from outbox.plan import Seen
+from outbox.positions import Range, merged
+
+UNKNOWN = "the database has no such transaction"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are of subject and payload."""
+
+    position: int
+    message_ids: Sequence[str]
+    digests: Sequence[bytes | None] = ()
+    dead: bool = False
+    stream: str | None = None
+    first: int = 0
+    last: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anomaly:
+    """Something that is promised not to be."""
+
+    kind: str
+    position: int | None
+    sequence: int | None
+    what: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """One stream against the outbox. Call `take` for its messages in order, then `recheck`, then `confirm`.
+
+    Others may write to a `shared` stream; in any other a foreign message is an anomaly. `removed` counts messages that
+    the stream itself has removed (limits, rollup, purge, a work queue), `unknown` those whose transaction was purged.
+    """
+
+    outbox_id: str
+    stream: str
+    shared: bool = False
+    anomalies: list[Anomaly] = field(default_factory=list)
+    messages: int = 0
+    transactions: int = 0
+    foreign: int = 0
+    replayed: int = 0
+    removed: int = 0
+    unknown: int = 0
+    _good: list[Range] = field(default_factory=list)
+    _other: list[Range] = field(default_factory=list)
+    _unmarked: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def take(self, seen: Mapping[int, Seen | None], rows: Mapping[int, Row]) -> None:
+        """Compare the next messages, by sequence, with the transactions that they name, as far as there are any."""
+        for sequence, message in seen.items():
+            if message is None:
+                continue
+            self.messages += 1
+            row = rows.get(message.position or 0)
+            if self._is_good(sequence, message, row):
+                _extend(self._good, sequence)
+            else:
+                _extend(self._other, sequence)
+                self._judge(sequence, message, row)
+
+    def _is_good(self, sequence: int, message: Seen, row: Row | None) -> bool:
+        ours = message.outbox_id == self.outbox_id and not message.replayed
+        if not ours or row is None or row.stream != self.stream or not _is_of(message, row):
+            return False
+        return sequence == row.first + (message.number or 0) - 1
+
+    def _judge(self, sequence: int, message: Seen, row: Row | None) -> None:
+        position = message.position
+        if message.outbox_id != self.outbox_id or position is None:
+            self.foreign += 1
+            if not self.shared:
+                self._add("foreign", None, sequence, "a message of somebody else, in a stream of the relay alone")
+        elif message.replayed:
+            self.replayed += 1
+        elif row is None:
+            self._add("phantom", position, sequence, UNKNOWN)
+        elif not _is_of(message, row):
+            self._add("phantom", position, sequence, f"event {message.number} of {message.count} was not committed so")
+        elif row.stream is None:
+            self._unmarked[position].append((message.number or 0, sequence))
+        else:
+            self._add("duplicated", position, sequence, f"its receipt says {row.first} to {row.last} of {row.stream}")
+
+    @property
+    def unmarked(self) -> list[int]:
+        """Positions that are in the stream and were not marked when they were looked up."""
+        return sorted(self._unmarked)
+
+    def recheck(self, rows: Mapping[int, Row], purged: int) -> None:
+        """Judge the unmarked ones by what the database says of them now: a relay at work has marked them meanwhile.
+
+        Up to the position `purged` transactions may have been deleted, with their receipts.
+        """
+        for position, found in sorted(self._unmarked.items()):
+            row, sequence = rows.get(position), found[0][1]
+            if row is not None and row.stream == self.stream:
+                if found == [(number, row.first + number - 1) for number, _ in found]:
+                    self._good += [(place, place) for _, place in found]
+                else:
+                    self._add("duplicated", position, sequence, f"its receipt begins at {row.first}")
+            elif row is not None and row.dead:
+                self._add("phantom", position, sequence, "it is a dead letter, and yet stored")
+            elif row is not None and not _is_whole(found, row):
+                numbers = [number for number, _ in found]
+                kind = "duplicated" if len(set(numbers)) < len(numbers) else "split"
+                self._add(
+                    kind, position, sequence, f"pending, and of its {len(row.message_ids)} events {numbers} are there"
+                )
+        self._good = merged(self._good)
+        known = [each for each in self.anomalies if each.what != UNKNOWN or (each.position or 0) > purged]
+        self.unknown, self.anomalies = len(self.anomalies) - len(known), known
+
+    def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int]]:
+        """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""
+        pending = {position: row for position, row in rows.items() if row.stream is None and not row.dead}
+        found = ((position, self._unmarked[position]) for position in self.unmarked if position in pending)
+        return [(position, places[0][1]) for position, places in found if _is_whole(places, pending[position])]
+
+    def confirm(self, rows: Iterable[Row], *, first: int, last: int, end: int) -> None:
+        """Compare receipts with what was found; the stream was read from `first` to `last`, and ends at `end` now."""
+        for row in rows:
+            if row.stream != self.stream or last < row.last <= end:
+                continue
+            self.transactions += 1
+            expected = range(max(row.first, first), min(row.last, last) + 1)
+            good = sum(1 for place in expected if _holds(self._good, place))
+            taken = sum(1 for place in expected if _holds(self._other, place))
+            lost = max(0, row.last - max(end, row.first - 1))
+            self.removed += row.last - row.first + 1 - good - taken - lost
+            if taken or lost:
+                kind = "split" if good else "missing"
+                what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
+                self._add(kind, row.position, row.first, what)
+
+    def summary(self) -> dict[str, object]:
+        """Counts and anomalies, for machines."""
+        return {
+            "stream": self.stream,
+            "transactions": self.transactions,
+            "messages": self.messages,
+            "foreign": self.foreign,
+            "replayed": self.replayed,
+            "removed": self.removed,
+            "purged": self.unknown,
+            "anomalies": [asdict(anomaly) for anomaly in self.anomalies],
+        }
+
+    def _add(self, kind: str, position: int | None, sequence: int | None, what: str) -> None:
+        self.anomalies.append(Anomaly(kind=kind, position=position, sequence=sequence, what=what))
+
+
+def _is_of(message: Seen, row: Row) -> bool:
+    """True if the message is the very event that the transaction has at that place."""
+    number = message.number or 0
+    if not 1 <= number <= len(row.message_ids) == message.count:
+        return False
+    same = message.message_id == row.message_ids[number - 1]
+    return same and (not row.digests or message.digest is None or message.digest == row.digests[number - 1])
+
+
+def _is_whole(found: list[tuple[int, int]], row: Row) -> bool:
+    """True if these numbers and sequences are all events of the transaction, once each, in one piece."""
+    start = found[0][1]
+    return found == [(number, start + number - 1) for number in range(1, len(row.message_ids) + 1)]
+
+
+def _extend(ranges: list[Range], place: int) -> None:
+    """Add a place behind all others."""
+    if ranges and ranges[-1][1] == place - 1:
+        ranges[-1] = (ranges[-1][0], place)
+    else:
+        ranges.append((place, place))
+
+
+def _holds(ranges: Sequence[Range], place: int) -> bool:
+    index = bisect_right(ranges, (place, sys.maxsize))
+    return index > 0 and ranges[index - 1][0] <= place <= ranges[index - 1][1]

@@ -1,0 +1,141 @@
+"""`outbox dead`: list, show, retry and discard dead letters. Parse, call one function, print, exit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from outbox import letters, screen
+from outbox.config import Settings
+from outbox.letters import DeadLetter, Selection
+from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
+from outbox.transaction import DeadReason
+
+app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
+
+Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead letters.")]
+Reason = Annotated[DeadReason | None, typer.Option(help="Only those with this reason.")]
+Subject = Annotated[str | None, typer.Option(help="Only those with an event on this subject; * and > as in NATS.")]
+Since = Annotated[datetime | None, typer.Option(help="Only those that died at this time or later.")]
+Until = Annotated[datetime | None, typer.Option(help="Only those that died before this time.")]
+All = Annotated[bool, typer.Option("--all", help="All that fit; needed where no position is given.")]
+
+
+def _selected(given: Settings, selection: Selection) -> list[DeadLetter]:
+    return letters.dead_letters(given.database_url, given.schema, selection)
+
+
+def _selection(
+    positions: list[int] | None,
+    reason: DeadReason | None,
+    subject: str | None,
+    since: datetime | None,
+    until: datetime | None,
+) -> Selection:
+    return Selection(
+        positions=positions or (),
+        reason=reason,
+        subject=subject,
+        since=since and since.astimezone(),
+        until=until and until.astimezone(),
+    )
+
+
+@app.command(name="list")
+def list_(
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    reason: Reason = None,
+    subject: Subject = None,
+    since: Since = None,
+    until: Until = None,
+    discarded: Annotated[bool, typer.Option("--discarded", help="Discarded ones too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters that nobody has discarded, by position.
+
+    Example: outbox dead list --reason message-too-large
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    selection = dataclasses.replace(_selection(None, reason, subject, since, until), discarded=discarded)
+    found = _selected(given, selection)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(each) for each in found], default=str, indent=2))
+    else:
+        screen.show_letters(found)
+
+
+@app.command()
+def show(
+    position: Annotated[int, typer.Argument(help="Position of the dead letter.")],
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+) -> None:
+    """Show one dead letter with its events.
+
+    Example: outbox dead show 42
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    events = letters.events_of(given.database_url, given.schema, position)
+    letter = _selected(given, Selection(positions=[position], discarded=True))[0]
+    screen.show_letter(letter, events)
+
+
+@app.command()
+def retry(
+    positions: Positions = None,
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    reason: Reason = None,
+    subject: Subject = None,
+    since: Since = None,
+    until: Until = None,
+    every: All = False,
+    yes: Yes = False,
+) -> None:
+    """Make dead letters pending again: they are sent as they are, late, out of their place in the order.
+
+    Example: outbox dead retry 42 43
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
+    confirm(f"Send {len(chosen)} dead letters after all, out of their place in the order?", yes=yes)
+    done = letters.retry(given.database_url, given.schema, chosen)
+    screen.out.print(f"{len(done)} transactions are pending again", markup=False)
+
+
+@app.command()
+def discard(
+    positions: Positions = None,
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    reason: Reason = None,
+    subject: Subject = None,
+    since: Since = None,
+    until: Until = None,
+    every: All = False,
+    yes: Yes = False,
+) -> None:
+    """Declare that dead letters are never to be sent. They stay in the table, with the time of this.
+
+    Example: outbox dead discard --reason spans-streams --all
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
+    confirm(f"Discard {len(chosen)} dead letters for good?", yes=yes)
+    done = letters.discard(given.database_url, given.schema, chosen)
+    screen.out.print(f"{len(done)} dead letters are discarded", markup=False)
+
+
+def _chosen(given: Settings, selection: Selection, *, every: bool) -> list[int]:
+    """The positions that are meant; a usage error if that is not clear, or if one is not a dead letter."""
+    if bool(selection.positions) == every:
+        raise typer.BadParameter("name positions, or say --all")
+    chosen = [letter.position for letter in _selected(given, selection)]
+    if missing := sorted(set(selection.positions) - set(chosen)):
+        raise typer.BadParameter(f"not a dead letter that fits: {', '.join(map(str, missing))}; see outbox dead list")
+    return chosen

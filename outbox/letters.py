@@ -1,0 +1,103 @@
+"""Dead letters as a whole story: list them, look at one, retry or discard it.
+
+A retried transaction is pending again at its old position, which the leader looks at again; it comes late, and its
+place in the order is lost. A discarded one stays in the table and is never sent. Both are recorded with their time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from outbox import orders, queries
+from outbox.errors import Misconfigured
+from outbox.routing import matches
+from outbox.session import command_session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A transaction that was set aside whole. `subjects` are those of its events, each once."""
+
+    position: int
+    event_count: int
+    subjects: list[str]
+    sealed_at: datetime
+    dead_at: datetime
+    reason: str
+    discarded_at: datetime | None
+    retried_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadEvent:
+    """An event of a dead letter, as it was added."""
+
+    message_id: UUID
+    subject: str
+    headers: Any
+    payload: bytes
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which dead letters: those that fit everything that is given. `subject` may have wildcards; times are of death."""
+
+    positions: Sequence[int] = ()
+    reason: str | None = None
+    subject: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    discarded: bool = False  # those that were discarded, too
+
+    def holds(self, letter: DeadLetter) -> bool:
+        """True if this dead letter is meant."""
+        return (
+            (not self.positions or letter.position in self.positions)
+            and (self.reason is None or letter.reason.partition(":")[0] == self.reason)
+            and (self.subject is None or any(matches(subject, self.subject) for subject in letter.subjects))
+            and (self.since is None or letter.dead_at >= self.since)
+            and (self.until is None or letter.dead_at < self.until)
+            and (self.discarded or letter.discarded_at is None)
+        )
+
+
+def dead_letters(url: str, name: str, selection: Selection) -> list[DeadLetter]:
+    """The dead letters that are meant, by position. Reads only."""
+    with command_session(url) as connection:
+        names = ("position", "event_count", "subjects", "sealed_at", "dead_at", "reason", "discarded_at", "retried_at")
+        rows = connection.execute(queries.compose(orders.DEAD_LETTERS, name))
+        found = (DeadLetter(**dict(zip(names, row, strict=True))) for row in rows)
+        return [letter for letter in found if selection.holds(letter)]
+
+
+def events_of(url: str, name: str, position: int) -> list[DeadEvent]:
+    """The events of a dead letter, in their order. Raises `Misconfigured` if there is no such dead letter."""
+    with command_session(url) as connection:
+        rows = connection.execute(queries.compose(orders.DEAD_EVENTS, name), {"position": position}).fetchall()
+    if not rows:
+        raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
+    return [DeadEvent(message_id=m, subject=s, headers=h, payload=p, created_at=c) for m, s, h, p, c in rows]
+
+
+def retry(url: str, name: str, positions: Sequence[int]) -> list[int]:
+    """Make dead letters pending again; returns the positions of those that were dead and not discarded. Commits.
+
+    The leader takes them up within about a second; without one, the next leader does.
+    """
+    return _change(url, name, orders.RETRY, positions)
+
+
+def discard(url: str, name: str, positions: Sequence[int]) -> list[int]:
+    """Declare that dead letters are never to be sent; returns the positions of those it took. Commits."""
+    return _change(url, name, orders.DISCARD, positions)
+
+
+def _change(url: str, name: str, query: str, positions: Sequence[int]) -> list[int]:
+    with command_session(url) as connection:
+        rows = connection.execute(queries.compose(query, name), {"positions": list(positions)}).fetchall()
+    return sorted(row[0] for row in rows)

@@ -1,0 +1,67 @@
+"""The leader's connection to NATS: one at a time, made again with a back-off whenever it is lost.
+
+The leader's loop asks whether it was lost, and goes on; connecting runs beside the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+
+from outbox.errand import Errand
+from outbox.errors import OutboxError, Weather
+from outbox.jetstream import JetStream
+from outbox.telemetry import Connected, Listener, Unreachable
+
+
+class Link:
+    """`jetstream` is the connection, or None while there is none. `news` is called when something has changed."""
+
+    def __init__(
+        self,
+        connect: Callable[[Callable[[], None]], Awaitable[JetStream]],
+        *,
+        tell: Listener,
+        news: Callable[[], None],
+    ) -> None:
+        self.jetstream: JetStream | None = None
+        self._connect, self._tell, self._news = connect, tell, news
+        self._connecting: Errand[JetStream] = Errand(news)
+
+    def lost(self) -> str | None:
+        """Why the connection was lost, once; it is closed and forgotten."""
+        if self.jetstream is None or (why := self.jetstream.lost) is None:
+            return None
+        self._tell(Unreachable(server="nats", why=why, delay=0.0))
+        closing = asyncio.ensure_future(self.jetstream.close())
+        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.jetstream = None
+        return why
+
+    def reach(self, now: float) -> None:
+        """Connect if there is no connection; raises `Misconfigured` if the server can never be used."""
+        if self.jetstream is not None:
+            return
+        self._connecting.start(lambda: self._connect(self._news), now)
+        came = self._connecting.taken(now)
+        if isinstance(came, Weather):
+            self._tell(Unreachable(server="nats", why=came.message, delay=self._connecting.due - now))
+        elif came is not None:
+            self.jetstream = came
+            self._connecting.reset()
+            self._tell(Connected(server="nats", version=".".join(map(str, came.version))))
+
+    def dues(self) -> Iterator[float]:
+        """The loop's time of the next try."""
+        if not self._connecting.running:
+            yield self._connecting.due
+
+    async def close(self) -> None:
+        """Close what is open and what is being opened; idempotent, blocks for at most two seconds."""
+        with contextlib.suppress(OutboxError):
+            if isinstance(came := self._connecting.taken(0.0), JetStream):
+                await came.close()
+        self._connecting.cancel()
+        if self.jetstream is not None:
+            await self.jetstream.close()

@@ -1,0 +1,36 @@
+"""What the commands share: options, settings from flags and their sources, and the question before what is final."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from outbox.config import PREFIX, Settings
+
+err = Console(stderr=True, soft_wrap=True)
+
+DatabaseURL = Annotated[str | None, typer.Option("--database-url", help="Postgres URL (OUTBOX_DATABASE_URL).")]
+NatsURL = Annotated[str | None, typer.Option("--nats-url", help="NATS URL or URLs (OUTBOX_NATS_URL).")]
+Schema = Annotated[str | None, typer.Option("--schema", help="Postgres schema of the outbox (OUTBOX_SCHEMA).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def settings(**flags: Any) -> Settings:
+    """Settings from the given flags and their sources; prints every mistake at once and exits with 2."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        for each in error.errors():
+            name = ".".join(map(str, each["loc"]))
+            err.print(f"outbox: setting {name} ({PREFIX}{name.upper()}): {each['msg']}", markup=False)
+        raise typer.Exit(2) from None
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before what cannot be undone; exits with 1 on a no."""
+    if not yes and not typer.confirm(question):
+        raise typer.Exit(1)

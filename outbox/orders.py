@@ -1,0 +1,168 @@
+"""Every statement of the operator's commands, as constant text, composed by `outbox.queries.compose`.
+
+Floor 1: text only. They run in sessions of their own, with the planner as it is.
+"""
+
+from __future__ import annotations
+
+# What `outbox status` shows. `pending` goes by the cursor, the plans and the open positions, not over sent rows.
+STATUS = """
+SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.blocked_since,
+       obj_description('{schema}.events'::regclass, 'pg_class'),
+       (SELECT count(*) FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       (SELECT count(*) FROM {schema}.pending), (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending),
+       (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending),
+       (SELECT min(position) FROM {schema}.pending),
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL)
+  FROM {schema}.relay AS r
+"""
+
+STATUS_STREAMS = """
+SELECT name, mode, last_sequence, sent_transactions, sent_events, cardinality(plan), blocked, blocked_since
+  FROM {schema}.streams ORDER BY name
+"""
+
+STATUS_DEAD = """
+SELECT position, event_count, dead_at, dead_reason FROM {schema}.dead
+ WHERE discarded_at IS NULL ORDER BY position DESC LIMIT 10
+"""
+
+# Dead letters, by transactions_dead, with the subjects of their events.
+DEAD_LETTERS = """
+SELECT d.position, d.event_count,
+       ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = d.txid ORDER BY subject),
+       d.sealed_at, d.dead_at, d.dead_reason, d.discarded_at, d.retried_at
+  FROM {schema}.dead AS d ORDER BY d.position
+"""
+
+DEAD_EVENTS = """
+SELECT e.message_id, e.subject, e.headers, e.payload, e.created_at
+  FROM {schema}.dead AS d JOIN {schema}.events AS e ON e.txid = d.txid WHERE d.position = %(position)s ORDER BY e.id
+"""
+
+# A dead letter is pending again. The leader takes its position from relay.retried into its open positions: in the
+# column open_positions it would be written over by the leader's next commit.
+RETRY = """
+WITH again AS (
+  UPDATE {schema}.transactions SET dead_at = NULL, dead_reason = NULL, attempts = 0, retried_at = clock_timestamp()
+   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+), asked AS (
+  UPDATE {schema}.relay SET retried = retried + (
+    SELECT coalesce(range_agg(int8range(position, position, '[]')), int8multirange()) FROM again)
+   WHERE EXISTS (SELECT FROM again)
+)
+SELECT position FROM again
+"""
+
+DISCARD = """
+UPDATE {schema}.transactions SET discarded_at = clock_timestamp()
+ WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+"""
+
+# What `outbox verify` and `outbox rebase` compare messages with: transactions, and the ids of their events in order.
+KNOWN = """
+SELECT t.position, e.ids, e.digests, t.dead_at IS NOT NULL, t.stream, t.first_sequence, t.last_sequence
+  FROM {schema}.transactions AS t CROSS JOIN LATERAL (
+    SELECT array_agg(message_id::text ORDER BY id) AS ids,
+           array_agg(sha256(convert_to(subject, 'UTF8') || '\x0a'::bytea || payload) ORDER BY id) AS digests
+      FROM {schema}.events WHERE txid = t.txid
+  ) AS e
+ WHERE t.position = ANY (%(positions)s)
+"""
+
+# Receipts, a page at a time.
+RECEIPTS = """
+SELECT position, stream, first_sequence, last_sequence FROM {schema}.transactions
+ WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position LIMIT 5000
+"""
+
+# What there is to verify. One row.
+EXTENT = """
+SELECT outbox_id, purged, (SELECT coalesce(max(position), 0) FROM {schema}.transactions) FROM {schema}.relay
+"""
+
+SENT_RANGE = """
+SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
+ WHERE position >= %(from)s AND position <= %(to)s AND stream = %(stream)s
+"""
+
+# Accept a stream as it is now: nothing is planned for it; what was planned and not found in it is pending again.
+ACCEPT_STREAM = """
+WITH accepted AS (
+  UPDATE {schema}.streams AS s SET created = %(created)s, last_sequence = %(last)s, plan_base = %(last)s,
+         plan = ARRAY[]::bigint[], mode = 'chained', blocked = NULL, blocked_since = NULL
+    FROM (SELECT name, plan FROM {schema}.streams WHERE name = %(name)s FOR UPDATE) AS before
+   WHERE s.name = before.name RETURNING before.plan
+)
+UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
+  SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange()) FROM accepted, unnest(plan) AS p)
+ WHERE EXISTS (SELECT FROM accepted)
+"""
+
+# Transactions that were found in a stream, whole, though the database had not learnt of it.
+ADOPT = """
+UPDATE {schema}.transactions AS t
+   SET sent_at = clock_timestamp(), stream = %(stream)s, first_sequence = a.first,
+       last_sequence = a.first + event_count - 1
+  FROM unnest(%(positions)s::bigint[], %(firsts)s::bigint[]) AS a (position, first)
+ WHERE t.position = a.position AND t.sent_at IS NULL AND t.dead_at IS NULL
+"""
+
+# Take a moved or restored database as the outbox's new home: a new id, no stream remembered, what was planned pending
+# again, and old transaction ids in the upper half of xid8 (unsigned), where no cluster ever gets.
+REBASE = (
+    """
+UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), epoch = epoch + 1, system_identifier = NULL,
+       database_oid = NULL, timeline = NULL, leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL,
+       open_positions = open_positions + (SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange())
+                                            FROM {schema}.streams AS s, unnest(s.plan) AS p)
+""",
+    "DELETE FROM {schema}.streams",
+    """
+UPDATE {schema}.transactions SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
+ WHERE txid < '9223372036854775808'::xid8
+""",
+    """
+UPDATE {schema}.events SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
+ WHERE txid < '9223372036854775808'::xid8
+""",
+)
+
+# Positions above everything in the streams are drawn from here on.
+LIFT = """
+SELECT setval(seq.name, greatest(%(highest)s, (SELECT coalesce(max(position), 0) FROM {schema}.transactions),
+                                 pg_sequence_last_value(seq.name::regclass), 1))
+  FROM (SELECT pg_get_serial_sequence('{schema}.transactions', 'position') AS name) AS seq
+"""
+
+# Everything that makes up a schema, a line each, as the server prints it: what Alembic does not compare is here too.
+FINGERPRINT = """
+WITH home AS (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s),
+     mine AS (SELECT c.* FROM pg_class AS c JOIN home ON c.relnamespace = home.oid WHERE c.relname <> 'alembic_version')
+SELECT 'table ' || relname || ' ' || relkind::text || ' ' || coalesce(array_to_string(reloptions, ','), '') ||
+       ' row security ' || relrowsecurity FROM mine WHERE relkind IN ('r', 'p', 'v')
+UNION ALL
+SELECT 'column ' || c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod) || ' not null ' ||
+       a.attnotnull || ' identity ' || a.attidentity::text ||
+       ' default ' || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
+  FROM mine AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+  LEFT JOIN pg_attrdef AS d ON d.adrelid = c.oid AND d.adnum = a.attnum WHERE c.relkind IN ('r', 'p')
+UNION ALL
+SELECT 'constraint ' || c.relname || '.' || k.conname || ' ' || pg_get_constraintdef(k.oid)
+  FROM pg_constraint AS k JOIN mine AS c ON c.oid = k.conrelid WHERE k.contype <> 'n'
+UNION ALL
+SELECT 'index ' || pg_get_indexdef(i.indexrelid) || ' valid ' || i.indisvalid
+  FROM pg_index AS i JOIN mine ON mine.oid = i.indrelid
+UNION ALL
+SELECT 'trigger ' || pg_get_triggerdef(t.oid) || ' enabled ' || t.tgenabled::text
+  FROM pg_trigger AS t JOIN mine ON mine.oid = t.tgrelid WHERE NOT t.tgisinternal
+UNION ALL
+SELECT 'function ' || pg_get_functiondef(p.oid) FROM pg_proc AS p JOIN home ON p.pronamespace = home.oid
+UNION ALL
+SELECT 'view ' || relname || ' ' || pg_get_viewdef(oid) FROM mine WHERE relkind = 'v'
+UNION ALL
+SELECT 'sequence ' || mine.relname || ' cache ' || s.seqcache || ' cycle ' || s.seqcycle
+  FROM pg_sequence AS s JOIN mine ON mine.oid = s.seqrelid
+"""

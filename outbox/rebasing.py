@@ -1,0 +1,153 @@
+"""`outbox rebase`: after a halt, take a database or a stream as it is now, by an operator's order.
+
+What the database does not know as sent and the stream holds whole is adopted: marked, and not sent again. Transactions
+that the database has lost stay in the stream, under an outbox id or positions that never come again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox import orders, queries, schema
+from outbox.comparison import Comparison
+from outbox.config import Settings
+from outbox.errors import Misconfigured
+from outbox.jetstream import JetStream, StreamInfo
+from outbox.session import command_session
+from outbox.verifying import known_rows, read
+
+LOCK_TRIES, LOCK_SECONDS = 50, 0.2  # a relay that a supervisor starts again and again holds the lock for moments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebased:
+    """What was found: `adopted` transactions were marked, `unknown` messages are of transactions nobody knows."""
+
+    outbox_id: UUID
+    adopted: int
+    unknown: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    name: str
+    created: str
+    last_sequence: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What was read in the streams, added up."""
+
+    adopted: int = 0
+    unknown: int = 0
+    highest: int = 0
+
+
+async def accept_stream(settings: Settings, stream: str) -> Rebased:
+    """Accept a stream as it is now: what was planned for it and is not in it is sent again. Commits.
+
+    Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream, or if it does not exist.
+    """
+    jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+    try:
+        with command_session(settings.database_url) as connection:
+            await _lock(connection, settings.schema)
+            outbox_id = _outbox_id(connection, settings.schema)
+            known = [each for each in _streams(connection, settings.schema) if each.name == stream]
+            if not known:
+                raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
+            found = _Found()
+            info = await _adopt(jetstream, connection, settings.schema, outbox_id, known[0], found)
+            if info is None:
+                raise Misconfigured(f"stream {stream} does not exist", remedy="create it first, then accept it")
+            accepted = {"name": stream, "created": info.created, "last": info.last_sequence}
+            connection.execute(queries.compose(orders.ACCEPT_STREAM, settings.schema), accepted)
+            return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
+    finally:
+        await jetstream.close()
+
+
+async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
+    """Take a restored, copied or moved database as the outbox's home, with a new id. Commits; blocks writers briefly.
+
+    With `read_back` the streams are read from the last sequence that the database knows, so that nothing in them is
+    sent again, and no position that they hold is drawn again; without, everything pending is sent. Raises
+    `Misconfigured` while a relay leads.
+    """
+    with command_session(settings.database_url) as connection:
+        await _lock(connection, settings.schema)
+        outbox_id = _outbox_id(connection, settings.schema)
+        found = _Found()
+        if read_back:
+            jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+            try:
+                for known in _streams(connection, settings.schema):
+                    await _adopt(jetstream, connection, settings.schema, outbox_id, known, found)
+            finally:
+                await jetstream.close()
+        locked = queries.compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", settings.schema)
+        connection.execute(locked)
+        for statement in orders.REBASE:
+            connection.execute(queries.compose(statement, settings.schema))
+        connection.execute(queries.compose(orders.LIFT, settings.schema), {"highest": found.highest})
+        new_id = _outbox_id(connection, settings.schema)
+        return Rebased(outbox_id=new_id, adopted=found.adopted, unknown=found.unknown)
+
+
+async def _lock(connection: psycopg.Connection[TupleRow], name: str) -> None:
+    """Keep relays from leading until the transaction ends."""
+    keys = [schema.LEADER_LOCK, schema.lock_key(name)]
+    for _ in range(LOCK_TRIES):
+        if connection.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", keys).fetchone() == (True,):
+            return
+        await asyncio.sleep(LOCK_SECONDS)
+    raise Misconfigured("a relay leads this outbox", remedy="stop every relay of it first")
+
+
+async def _adopt(
+    jetstream: JetStream,
+    connection: psycopg.Connection[TupleRow],
+    name: str,
+    outbox_id: UUID,
+    known: _Known,
+    found: _Found,
+) -> StreamInfo | None:
+    """Mark what the stream holds whole and the database has as pending; the stream as it is, or None if it is gone."""
+    info = await jetstream.stream(known.name)
+    if info is None:
+        return None
+    same = info.created == known.created and info.last_sequence >= known.last_sequence
+    comparison = Comparison(outbox_id=str(outbox_id), stream=known.name, shared=True)
+    low = max(known.last_sequence + 1 if same else 1, info.first_sequence)
+    highest = await read(
+        jetstream, lambda positions: known_rows(connection, name, positions), comparison, low, info.last_sequence
+    )
+    adoptable = comparison.adoptable(known_rows(connection, name, comparison.unmarked))
+    places = {
+        "stream": known.name,
+        "positions": [position for position, _ in adoptable],
+        "firsts": [first for _, first in adoptable],
+    }
+    connection.execute(queries.compose(orders.ADOPT, name), places)
+    found.adopted += len(adoptable)
+    found.unknown += sum(anomaly.kind == "phantom" for anomaly in comparison.anomalies)
+    found.highest = max(found.highest, highest)
+    return info
+
+
+def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
+    row = connection.execute(queries.compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
+    if row is None:
+        raise Misconfigured(f"the table {name}.relay is empty", remedy="restore its row from a backup")
+    return UUID(str(row[0]))
+
+
+def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Known]:
+    rows = connection.execute(queries.compose(queries.STREAMS, name))
+    return [_Known(name=row[0], created=row[1], last_sequence=row[3]) for row in rows]

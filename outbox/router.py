@@ -1,0 +1,120 @@
+"""Where transactions go: from what was read to the lane of their stream, in order, or among the dead letters.
+
+Belongs to the leader's loop. A transaction whose subject is in no stream holds all behind it: its stream is unknown,
+so anything behind it may be in conflict with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.errand import Errand
+from outbox.errors import Halt, Misconfigured, Unusable
+from outbox.jetstream import JetStream
+from outbox.lane import Lane
+from outbox.routing import Routes
+from outbox.rows import Lead, StreamRow
+from outbox.store import Store
+from outbox.transaction import DeadReason, Transaction, Verdict, verdict
+
+
+class Router:
+    """What was read and has no lane yet, the verdicts on it, and what holds its head back."""
+
+    def __init__(self, store: Store, lead: Lead, settings: Settings, *, news: Callable[[], None]) -> None:
+        self.incoming: deque[Transaction] = deque()
+        self.verdicts: list[Verdict] = []
+        self.blocked: str | None = None
+        self._store, self._lead, self._settings = store, lead, settings
+        self._routes = Routes()
+        self._asking: Errand[dict[str, str | None]] = Errand(news)
+
+    def forget(self) -> None:
+        """Subjects may have moved: ask again."""
+        self._routes.clear()
+
+    def lost(self) -> None:
+        """The connection is gone, and with it whatever was asked."""
+        self._asking.cancel()
+        self._routes.clear()
+
+    def due(self, now: float) -> float | None:
+        """The loop's time of the next question, if it is later than now."""
+        return self._asking.due if self.incoming and self._asking.due > now else None
+
+    async def route(
+        self,
+        jetstream: JetStream,
+        lanes: dict[str, Lane],
+        now: float,
+        *,
+        add_lane: Callable[[StreamRow], Lane],
+        settled: Callable[[], bool],
+        proven: bool,
+    ) -> None:
+        """Give incoming transactions to their lanes; `settled` tells whether all before the head is out and marked.
+
+        Raises `Misconfigured` if a stream cannot be used from the start (`proven` says that it is not the start).
+        """
+        await self._take_answers(now, proven=proven)
+        while self.incoming:
+            head = self.incoming[0]
+            streams = self._routes.streams(head)
+            if unknown := {event.subject for event in head.events} - streams.keys():
+                self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
+                return
+            name = next(iter(streams.values()))
+            if name not in lanes:
+                await self._first_contact(name, add_lane, jetstream)
+            offence = verdict(head, streams, lanes[name].limits)
+            if offence is None:
+                lanes[name].chain.waiting.append(head)
+            elif self._settings.on_dead is OnDead.HALT and not settled():
+                return  # all before it goes out first, then the relay halts behind it
+            else:
+                self.verdicts.append(offence)
+            self._next_head()
+
+    def close(self) -> None:
+        """Stop what runs beside the loop; idempotent."""
+        self._asking.cancel()
+
+    def _next_head(self) -> None:
+        self.incoming.popleft()
+        self._asking.reset()
+        self.blocked = None
+
+    async def _first_contact(self, name: str, add_lane: Callable[[StreamRow], Lane], jetstream: JetStream) -> None:
+        info, tail = self._routes.info(name)
+        if tail is not None and tail.outbox_id == str(self._lead.outbox_id) and not tail.replayed:
+            raise Halt(
+                f"stream {name} ends with transaction {tail.position} of this outbox, which does not know the stream: "
+                "the database is older than the stream, or is a copy",
+                remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
+            )
+        await self._store.add_stream(self._lead.epoch, name, info.created, info.last_sequence)
+        row = StreamRow(name=name, created=info.created, mode="chained", last_sequence=info.last_sequence, plan=[])
+        add_lane(row).limit(info, jetstream)
+
+    async def _take_answers(self, now: float, *, proven: bool) -> None:
+        """Take in what JetStream said about the subjects of the head."""
+        came = self._asking.taken(now)
+        if isinstance(came, Unusable):
+            if not proven:
+                raise Misconfigured(came.message, remedy=came.remedy)
+            self.blocked = came.message
+        elif isinstance(came, dict) and self.incoming:
+            nowhere = next((subject for subject, stream in came.items() if stream is None), None)
+            if nowhere is not None:
+                await self._unrouted(self.incoming[0], f"subject {nowhere} is in no stream", now)
+
+    async def _unrouted(self, head: Transaction, why: str, now: float) -> None:
+        if self._settings.on_unrouted is OnUnrouted.DEAD:
+            self.verdicts.append(Verdict(position=head.position, reason=DeadReason.UNROUTED, detail=why))
+        elif await self._store.still_pending(head.position):
+            self.blocked = f"transaction {head.position}: {why}"
+            self._asking.fail(now)
+            return
+        self._next_head()

@@ -1,0 +1,139 @@
+"""`outbox verify`, and what `outbox rebase` adopts: a stream read message by message beside the outbox's database.
+
+Reads only, on both sides: messages one by one from the stream's leader, no consumer (on a work queue a consumer would
+remove what it reads). What is wrong is decided in `outbox.comparison`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox import orders, queries
+from outbox.comparison import Comparison, Row
+from outbox.config import Settings
+from outbox.errors import Misconfigured
+from outbox.jetstream import JetStream, StreamInfo
+from outbox.session import command_session
+
+READ_AT_ONCE = 512
+HIGHEST = (1 << 63) - 1
+Progress = Callable[[str, int, int], None]  # stream, messages read, messages in all
+
+
+def no_progress(stream: str, done: int, total: int) -> None:
+    """The progress that nobody looks at."""
+
+
+async def verify(
+    settings: Settings,
+    *,
+    first: int = 1,
+    last: int = HIGHEST,
+    stream: str | None = None,
+    progress: Progress = no_progress,
+) -> list[Comparison]:
+    """Compare the transactions from position `first` to `last` with every stream they are in, or with one.
+
+    Without bounds the whole of each stream is read, so that what nobody knows of is found too. Works while relays and
+    writers are at work. Raises `Misconfigured` if a stream is unknown or gone, `Weather` if a server cannot be reached.
+    """
+    bounded = first > 1 or last < HIGHEST
+    jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+    try:
+        with command_session(settings.database_url) as connection:
+            connection.autocommit = True  # each look-up sees what was committed by then
+            outbox = _Outbox(connection, settings.schema)
+            outbox_id, _, highest = outbox.one(orders.EXTENT)
+            compared = []
+            for name, shared in outbox.streams(stream):
+                info = await _existing(jetstream, name)
+                comparison = Comparison(outbox_id=str(outbox_id), stream=name, shared=shared)
+                low, high = info.first_sequence, info.last_sequence
+                if bounded:
+                    bounds = outbox.one(orders.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
+                    low, high = max(low, bounds[0] or high + 1), min(high, bounds[1] or 0)
+                await read(jetstream, outbox.rows, comparison, low, high, progress)
+                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(orders.EXTENT)[1])
+                after = first - 1
+                while receipts := outbox.receipts(after, min(last, highest)):
+                    end = (await _existing(jetstream, name)).last_sequence
+                    comparison.confirm(receipts, first=low, last=high, end=end)
+                    after = receipts[-1].position
+                compared.append(comparison)
+            return compared
+    finally:
+        await jetstream.close()
+
+
+async def read(
+    jetstream: JetStream,
+    rows: Callable[[Sequence[int]], dict[int, Row]],
+    comparison: Comparison,
+    low: int,
+    high: int,
+    progress: Progress = no_progress,
+) -> int:
+    """Take the messages from `low` to `high` into the comparison; the highest position that this outbox has there."""
+    highest = 0
+    for start in range(low, high + 1, READ_AT_ONCE):
+        end = min(start + READ_AT_ONCE, high + 1)
+        seen = await jetstream.look(comparison.stream, range(start, end))
+        ours = [each for each in seen.values() if each is not None and each.outbox_id == comparison.outbox_id]
+        positions = {each.position for each in ours if each.position is not None}
+        comparison.take(seen, rows(sorted(positions)))
+        highest = max([highest, *positions])
+        progress(comparison.stream, end - low, high + 1 - low)
+    return highest
+
+
+async def _existing(jetstream: JetStream, name: str) -> StreamInfo:
+    info = await jetstream.stream(name)
+    if info is None:
+        raise Misconfigured(f"stream {name} does not exist", remedy="outbox status lists the streams of this outbox")
+    return info
+
+
+class _Outbox:
+    """The database's side; every statement reads what is committed at that moment."""
+
+    def __init__(self, connection: psycopg.Connection[TupleRow], name: str) -> None:
+        self._connection, self._name = connection, name
+
+    def one(self, query: str, **parameters: object) -> TupleRow:
+        return self._all(query, **parameters)[0]
+
+    def streams(self, only: str | None) -> list[tuple[str, bool]]:
+        known = [(row[0], row[2] == "shared") for row in self._all(queries.STREAMS) if only in (None, row[0])]
+        if only is not None and not known:
+            raise Misconfigured(f"the outbox does not know a stream {only!r}", remedy="outbox status lists them")
+        return known
+
+    def rows(self, positions: Sequence[int]) -> dict[int, Row]:
+        return known_rows(self._connection, self._name, positions)
+
+    def receipts(self, after: int, to: int) -> list[Row]:
+        rows = self._all(orders.RECEIPTS, after=after, to=to)
+        return [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+
+    def _all(self, query: str, **parameters: object) -> list[TupleRow]:
+        return self._connection.execute(queries.compose(query, self._name), parameters).fetchall()
+
+
+def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: Sequence[int]) -> dict[int, Row]:
+    """These transactions as the database has them now, as far as it has them."""
+    found = connection.execute(queries.compose(orders.KNOWN, name), {"positions": list(positions)})
+    return {
+        position: Row(
+            position=position,
+            message_ids=ids or (),
+            digests=digests or (),
+            dead=dead,
+            stream=stream,
+            first=first or 0,
+            last=last or 0,
+        )
+        for position, ids, digests, dead, stream, first, last in found
+    }
