@@ -47,11 +47,13 @@ class Comparison:
     """One stream against the outbox. Call `take` for its messages in order, then `recheck`, then `confirm`.
 
     Others may write to a `shared` stream; in any other a foreign message is an anomaly. `removed` counts messages that
-    the stream itself has removed (limits, rollup, purge, a work queue), `unknown` those whose transaction was purged.
+    the stream itself has removed (limits, rollup, purge, a work queue), `unknown` those whose transaction was
+    purged, or that have one of the `former` ids that the outbox had, and were not in the database that was restored.
     """
 
     outbox_id: str
     stream: str
+    former: frozenset[str] = frozenset()
     shared: bool = False
     anomalies: list[Anomaly] = field(default_factory=list)
     messages: int = 0
@@ -77,20 +79,26 @@ class Comparison:
                 _extend(self._other, sequence)
                 self._judge(sequence, message, row)
 
+    def knows(self, outbox_id: str | None) -> bool:
+        """True if this is or was the id of the outbox."""
+        return outbox_id == self.outbox_id or outbox_id in self.former
+
     def _is_good(self, sequence: int, message: Seen, row: Row | None) -> bool:
-        ours = message.outbox_id == self.outbox_id and not message.replayed
+        ours = self.knows(message.outbox_id) and not message.replayed
         if not ours or row is None or row.stream != self.stream or not _is_of(message, row):
             return False
         return sequence == row.first + (message.number or 0) - 1
 
     def _judge(self, sequence: int, message: Seen, row: Row | None) -> None:
         position = message.position
-        if message.outbox_id != self.outbox_id or position is None:
+        if not self.knows(message.outbox_id) or position is None:
             self.foreign += 1
             if not self.shared:
                 self._add("foreign", None, sequence, "a message of somebody else, in a stream of the relay alone")
         elif message.replayed:
             self.replayed += 1
+        elif message.outbox_id != self.outbox_id and (row is None or not _is_of(message, row)):
+            self.unknown += 1
         elif row is None:
             self._add("phantom", position, sequence, UNKNOWN)
         elif not _is_of(message, row):
@@ -127,7 +135,7 @@ class Comparison:
                 )
         self._good = merged(self._good)
         known = [each for each in self.anomalies if each.what != UNKNOWN or (each.position or 0) > purged]
-        self.unknown, self.anomalies = len(self.anomalies) - len(known), known
+        self.unknown, self.anomalies = self.unknown + len(self.anomalies) - len(known), known
 
     def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int]]:
         """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""
@@ -160,7 +168,7 @@ class Comparison:
             "foreign": self.foreign,
             "replayed": self.replayed,
             "removed": self.removed,
-            "purged": self.unknown,
+            "unknown": self.unknown,
             "anomalies": [asdict(anomaly) for anomaly in self.anomalies],
         }
 

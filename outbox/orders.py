@@ -80,7 +80,7 @@ SELECT position, stream, first_sequence, last_sequence FROM {schema}.transaction
 
 # What there is to verify. One row.
 EXTENT = """
-SELECT outbox_id, purged, (SELECT coalesce(max(position), 0) FROM {schema}.transactions) FROM {schema}.relay
+SELECT outbox_id, former_ids, purged, (SELECT coalesce(max(position), 0) FROM {schema}.transactions) FROM {schema}.relay
 """
 
 SENT_RANGE = """
@@ -114,7 +114,8 @@ UPDATE {schema}.transactions AS t
 # again, and old transaction ids in the upper half of xid8 (unsigned), where no cluster ever gets.
 REBASE = (
     """
-UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), epoch = epoch + 1, system_identifier = NULL,
+UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids || outbox_id, epoch = epoch + 1,
+       system_identifier = NULL,
        database_oid = NULL, timeline = NULL, leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL,
        open_positions = open_positions + (SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange())
                                             FROM {schema}.streams AS s, unnest(s.plan) AS p)

@@ -96,7 +96,7 @@ def show_letter(letter: DeadLetter, events: Iterable[DeadEvent]) -> None:
 
 def show_comparisons(comparisons: Iterable[Comparison]) -> None:
     """What a verification found, a row for each stream and one for each anomaly."""
-    columns = ("stream", "transactions", "messages", "anomalies", "foreign", "replayed", "removed", "purged")
+    columns = ("stream", "transactions", "messages", "anomalies", "foreign", "replayed", "removed", "unknown")
     table, anomalies = _table(*columns), []
     for each in comparisons:
         counts = (each.transactions, each.messages, len(each.anomalies), each.foreign, each.replayed, each.removed)

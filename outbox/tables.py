@@ -101,6 +101,7 @@ def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, s
         metadata,
         singleton(),
         sa.Column("outbox_id", sa.Uuid, server_default=uuid_default, nullable=False),
+        sa.Column("former_ids", postgresql.ARRAY(sa.Uuid), server_default=sa.text("ARRAY[]::uuid[]"), nullable=False),
         number("system_identifier", nullable=True),
         sa.Column("database_oid", postgresql.OID),
         number("timeline", nullable=True),

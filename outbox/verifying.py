@@ -46,17 +46,19 @@ async def verify(
         with command_session(settings.database_url) as connection:
             connection.autocommit = True  # each look-up sees what was committed by then
             outbox = _Outbox(connection, settings.schema)
-            outbox_id, _, highest = outbox.one(orders.EXTENT)
+            outbox_id, former, _, highest = outbox.one(orders.EXTENT)
             compared = []
             for name, shared in outbox.streams(stream):
                 info = await _existing(jetstream, name)
-                comparison = Comparison(outbox_id=str(outbox_id), stream=name, shared=shared)
+                comparison = Comparison(
+                    outbox_id=str(outbox_id), former=frozenset(map(str, former)), stream=name, shared=shared
+                )
                 low, high = info.first_sequence, info.last_sequence
                 if bounded:
                     bounds = outbox.one(orders.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
                     low, high = max(low, bounds[0] or high + 1), min(high, bounds[1] or 0)
                 await read(jetstream, outbox.rows, comparison, low, high, progress)
-                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(orders.EXTENT)[1])
+                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(orders.EXTENT)[2])
                 after = first - 1
                 while receipts := outbox.receipts(after, min(last, highest)):
                     end = (await _existing(jetstream, name)).last_sequence
@@ -81,7 +83,7 @@ async def read(
     for start in range(low, high + 1, READ_AT_ONCE):
         end = min(start + READ_AT_ONCE, high + 1)
         seen = await jetstream.look(comparison.stream, range(start, end))
-        ours = [each for each in seen.values() if each is not None and each.outbox_id == comparison.outbox_id]
+        ours = [each for each in seen.values() if each is not None and comparison.knows(each.outbox_id)]
         positions = {each.position for each in ours if each.position is not None}
         comparison.take(seen, rows(sorted(positions)))
         highest = max([highest, *positions])

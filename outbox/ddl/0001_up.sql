@@ -81,6 +81,7 @@ COMMENT ON TABLE {schema}.streams IS 'One row per stream that this outbox publis
 CREATE TABLE {schema}.relay (
   singleton         boolean        NOT NULL DEFAULT true,
   outbox_id         uuid           NOT NULL DEFAULT gen_random_uuid(),
+  former_ids        uuid[]         NOT NULL DEFAULT ARRAY[]::uuid[],
   system_identifier bigint,
   database_oid      oid,
   timeline          bigint,
