@@ -281,7 +281,7 @@ def _stream_info(answer: dict[str, Any]) -> StreamInfo:
     return StreamInfo(
         name=config["name"],
         created=answer["created"],
-        first_sequence=int(answer["state"]["first_seq"]),
+        first_sequence=max(1, int(answer["state"]["first_seq"])),
         last_sequence=int(answer["state"]["last_seq"]),
         subjects=tuple(config.get("subjects") or ()),
         problem=_problem(config),

@@ -12,6 +12,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -19,6 +20,9 @@ import psycopg
 from psycopg import errors
 
 from outbox import Outbox, event
+from outbox.comparison import Comparison, Row
+from outbox.plan import Seen
+from outbox.verifying import known_rows
 from tests.bed import Stored
 
 AGGREGATES = 20
@@ -52,15 +56,14 @@ class Report:
 
 
 def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
-    """Compare the whole stream with the ledger and with the receipts."""
+    """Compare the whole stream with the ledger, message by message, and by `outbox.comparison` with the receipts."""
     report = Report(messages=len(stored))
     with psycopg.connect(url) as connection:
         ledger = {str(m): (marker, n) for m, marker, n in connection.execute("SELECT * FROM ledger")}
         bumps: dict[UUID, list[tuple[int, int]]] = defaultdict(list)
         for marker, aggregate, version in connection.execute("SELECT * FROM bumps"):
             bumps[marker].append((aggregate, version))
-        sent = "SELECT position, stream, first_sequence, last_sequence, event_count FROM {}.transactions WHERE sent_at"
-        receipts = list(connection.execute(f"{sent} IS NOT NULL".format(schema).encode()))
+        compared = compare(connection, stored, schema)
     ids = Counter(message.message_id for message in stored)
     report.doubled = [each for each, times in ids.items() if times > 1]
     report.missing = sorted(ledger.keys() - ids.keys())
@@ -90,12 +93,42 @@ def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
             versions[aggregate] = version
         report.transactions += 1
         at += first.count
-    places = {m.sequence: m for m in stored}
-    for position, _, low, high, count in receipts:
-        there = [places.get(sequence) for sequence in range(low, high + 1)]
-        if len(there) != count or any(m is not None and m.position != position for m in there):
-            report.receipts.append((position, low, high))
+    kinds = {"duplicated": report.doubled, "split": report.split, "phantom": report.phantom, "missing": report.receipts}
+    for anomaly in compared.anomalies:
+        kinds[anomaly.kind].append(anomaly)
     return report
+
+
+def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schema: str) -> Comparison:
+    """What `outbox verify` says of these messages, all of one stream."""
+    statement = f'SELECT outbox_id::text, purged FROM "{schema}".relay'
+    (outbox_id, purged) = connection.execute(statement.encode()).fetchall()[0]
+    sent = 'SELECT position, stream, first_sequence, last_sequence FROM "{}".transactions WHERE sent_at IS NOT NULL'
+    receipts = [
+        Row(position=p, message_ids=(), stream=s, first=low, last=high)
+        for p, s, low, high in connection.execute(sent.format(schema).encode())
+    ]
+    rows = known_rows(connection, schema, sorted({message.position for message in stored}))
+    names = Counter(row.stream for row in (*rows.values(), *receipts) if row.stream)
+    comparison = Comparison(outbox_id=outbox_id, stream=max(names, key=lambda n: names[n], default=""), shared=True)
+    comparison.take({message.sequence: seen(message) for message in stored}, rows)
+    comparison.recheck(rows, purged)
+    if stored:
+        low, high = stored[0].sequence, stored[-1].sequence
+        comparison.confirm(receipts, first=low, last=high, end=high)
+    return comparison
+
+
+def seen(message: Stored) -> Seen:
+    """A message of a consumer as the relay sees one that it reads back."""
+    return Seen(
+        outbox_id=message.headers.get("Outbox-Id"),
+        message_id=message.message_id,
+        position=message.position,
+        number=message.number,
+        count=message.count,
+        digest=sha256(message.subject.encode() + b"\n" + message.payload).digest(),
+    )
 
 
 @dataclass
