@@ -6,6 +6,7 @@ A test awaits what happened (telemetry, a row, a message); the deadlines here on
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from outbox.relay import Relay
 
 T = TypeVar("T")
 PATIENCE = 25.0
+logs = itertools.count()
 
 
 def until(condition: Callable[[], T], *, patience: float = PATIENCE, what: str = "") -> T:
@@ -141,6 +143,7 @@ class ThreadRelay:
         self._changed = threading.Condition()
         self._relay: Relay | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, args=(settings, drain, locked), daemon=True)
         self._thread.start()
 
@@ -148,7 +151,8 @@ class ThreadRelay:
         async def work() -> None:
             self._loop = asyncio.get_running_loop()
             self._relay = Relay(settings, tell=self._tell, locked=locked)
-            await self._relay.run(drain=drain)
+            self._task = asyncio.ensure_future(self._relay.run(drain=drain))
+            await self._task
 
         try:
             asyncio.run(work())
@@ -181,6 +185,14 @@ class ThreadRelay:
         assert not self._thread.is_alive(), self.happenings[-10:]
         return self.error
 
+    def kill(self) -> None:
+        """End it in the middle of what it does, without a last word: nothing is finished or marked."""
+        until(lambda: self._task is not None or not self._thread.is_alive())
+        if self._task is not None and self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), self.happenings[-10:]
+
     def stop(self) -> BaseException | None:
         until(lambda: self._relay is not None or not self._thread.is_alive())
         if self._relay is not None and self._loop is not None and self._thread.is_alive():
@@ -206,8 +218,7 @@ class ProcessRelay:
     ) -> None:
         """`armed` is a stop point, the signal it gives there, and at which time; see `tests.armed`."""
         module = ["tests.armed", *map(str, armed)] if armed else ["outbox"]
-        number = len(list(directory.glob("relay-*.log")))
-        self.log = directory / f"relay-{number}.log"
+        self.log = directory / f"relay-{next(logs)}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *module, "relay", "--log", "json", "--verbose", *flags],

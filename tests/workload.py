@@ -144,6 +144,7 @@ class Writers:
     slow: float = 0.002
     endless: bool = False
     schema: str = "outbox"
+    events: int = 12
     committed: int = 0
     rolled_back: int = 0
     retried: Counter[str] = field(default_factory=Counter)
@@ -198,7 +199,7 @@ class Writers:
     def _transaction(self, connection: psycopg.Connection[Any], chance: random.Random) -> bool:
         connection.isolation_level = chance.choice(list(psycopg.IsolationLevel)[1:])
         marker, added = uuid4(), 0
-        total = chance.randint(1, 12)
+        total = chance.randint(1, self.events)
         early = chance.randint(0, total - 1)
         add = self._adder(connection, chance, marker)
         for _ in range(early):

@@ -1,0 +1,282 @@
+"""A soak: writers, two relays and random faults for minutes, then the whole stream against the whole database.
+
+`python -m tests.soak --minutes 10 --seed 1` ends in a table of the faults, the transactions, and the anomalies by kind;
+exit code 1 if there is any. Everything is reachable through proxies, so that each connection can be hurt.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from outbox.embedded import Nats, Postgres
+from tests.armed import POINTS
+from tests.bed import Broker, ProcessRelay, rows, value, wait_until_sent
+from tests.conftest import own_nats, own_postgres, prepared
+from tests.proxy import NatsProxy, Proxy
+from tests.workload import Writers, check
+
+STREAM, PREFIX = "SOAK", "soak"
+EXPECTED_ENDS = (0, -signal.SIGKILL)
+console = Console()
+
+
+@dataclass
+class Soak:
+    """Two servers, two relays, and what can be done to them."""
+
+    directory: Path
+    postgres: Postgres
+    nats: Nats
+    to_postgres: Proxy
+    to_nats: NatsProxy
+    chance: random.Random
+    faults: Counter[str] = field(default_factory=Counter)
+    halted: list[str] = field(default_factory=list)
+    relays: list[ProcessRelay] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def relay(self, *, armed: bool = False) -> ProcessRelay:
+        environment = {
+            "OUTBOX_DATABASE_URL": self.postgres.url().replace(f":{self.postgres.port}/", f":{self.to_postgres.port}/"),
+            "OUTBOX_NATS_URL": self.to_nats.url,
+            "OUTBOX_ACK_TIMEOUT": "2",
+        }
+        points = [point for point in POINTS if not point.startswith("poisoned")]
+        armed_at = (self.chance.choice(points), "SIGKILL", self.chance.randint(1, 20)) if armed else None
+        return ProcessRelay(self.directory, environment, armed=armed_at)
+
+    def replace(self, index: int, *, armed: bool = False) -> None:
+        """A new relay where one has ended, was killed or stopped; a halt is kept and told at the end."""
+        old = self.relays[index]
+        old.send_signal(signal.SIGCONT)
+        code = old.stop()
+        if code not in EXPECTED_ENDS:
+            self.halted.append(f"exit code {code}: {old.log.read_text()[-1500:]}")
+        old.log.unlink(missing_ok=True)
+        self.relays[index] = self.relay(armed=armed)
+
+    # --- faults of relays
+
+    def kill_relay(self) -> None:
+        index = self.chance.randrange(2)
+        self.relays[index].kill()
+        self.replace(index)
+
+    def kill_relay_at_a_stop_point(self) -> None:
+        self.replace(index := self.chance.randrange(2), armed=True)
+        self.pause(4)
+        if not self.relays[index].running:
+            self.replace(index)
+
+    def stop_relay(self) -> None:
+        self.replace(self.chance.randrange(2))
+
+    def freeze_relay(self) -> None:
+        relay = self.relays[self.chance.randrange(2)]
+        relay.send_signal(signal.SIGSTOP)
+        self.pause(self.chance.uniform(0.5, 8))
+        relay.send_signal(signal.SIGCONT)
+
+    # --- faults of nats-server and the way to it
+
+    def kill_nats(self) -> None:
+        self.nats.kill()
+        self.pause(self.chance.uniform(0, 1))
+        self.nats.start()
+
+    def freeze_nats(self) -> None:
+        self.nats.send_signal(signal.SIGSTOP)
+        self.pause(self.chance.uniform(0.2, 3))
+        self.nats.send_signal(signal.SIGCONT)
+
+    def cut_nats(self) -> None:
+        self.to_nats.cut()
+
+    def stall_nats(self) -> None:
+        flow = self.chance.choice([self.to_nats.up, self.to_nats.down])
+        self.to_nats.change(flow, stalled=True)
+        self.pause(self.chance.uniform(0.2, 4))
+        self.to_nats.heal()
+
+    def lose_acks(self) -> None:
+        self.to_nats.acks = "drop"
+        self.pause(self.chance.uniform(0.1, 1))
+        self.to_nats.acks = "pass"
+
+    def reorder_acks(self) -> None:
+        self.to_nats.acks = "hold"
+        self.pause(self.chance.uniform(0.1, 4))
+        self.to_nats.release(reverse=True)
+
+    def disable_atomic(self) -> None:
+        self.reconfigure(allow_atomic=False)
+        self.pause(self.chance.uniform(0.1, 1))
+        self.reconfigure(allow_atomic=True)
+
+    def fill_stream(self) -> None:
+        self.reconfigure(max_msgs=Broker(self.nats.url).last_sequence(STREAM) + self.chance.randint(0, 500))
+        self.pause(self.chance.uniform(0.1, 2))
+        self.reconfigure(max_msgs=-1)
+
+    def reconfigure(self, **changes: bool | int) -> None:
+        broker = Broker(self.nats.url)
+        broker.api(f"STREAM.UPDATE.{STREAM}", {**broker.info(STREAM)["config"], **changes})
+
+    # --- faults of Postgres and the way to it
+
+    def restart_postgres(self) -> None:
+        self.postgres.restart()
+
+    def kill_postgres(self) -> None:
+        self.postgres.restart(kill=True)
+
+    def crash_postgres(self) -> None:
+        self.postgres.crash()
+        self.postgres.start()
+
+    def terminate_backends(self) -> None:
+        rows(
+            self.postgres.url(),
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'outbox relay'",
+        )
+
+    def cut_postgres(self) -> None:
+        self.to_postgres.cut()
+
+    def stall_postgres(self) -> None:
+        flow = self.chance.choice([self.to_postgres.up, self.to_postgres.down])
+        self.to_postgres.change(flow, stalled=True)
+        self.pause(self.chance.uniform(0.2, 6))
+        self.to_postgres.heal()
+
+    def read_only(self) -> None:
+        for setting in ("on", "off"):
+            with_superuser = "ALTER SYSTEM SET default_transaction_read_only = " + setting
+            rows(self.postgres.url() + "?options=-cdefault_transaction_read_only%3Doff", with_superuser)
+            rows(self.postgres.url(), "SELECT pg_reload_conf()")
+            self.pause(0.5)
+
+    def pause(self, seconds: float) -> None:
+        self.done.wait(seconds)
+
+    def hurt(self, kinds: list[Callable[[], None]]) -> None:
+        """One fault after the other, with pauses, until it is done. Every one is healed before the next of its kind."""
+        while not self.done.is_set():
+            fault = self.chance.choice(kinds)
+            fault()
+            with self.lock:
+                self.faults[fault.__name__] += 1
+            self.pause(self.chance.uniform(0.3, 3.5))
+
+    def parties(self) -> list[list[Callable[[], None]]]:
+        relays = [self.kill_relay, self.kill_relay_at_a_stop_point, self.stop_relay, self.freeze_relay]
+        nats = [self.kill_nats, self.freeze_nats, self.cut_nats, self.stall_nats, self.lose_acks, self.reorder_acks]
+        nats += [self.disable_atomic, self.fill_stream]
+        postgres = [self.restart_postgres, self.kill_postgres, self.crash_postgres, self.terminate_backends]
+        postgres += [self.cut_postgres, self.stall_postgres, self.read_only]
+        return [relays, nats, postgres]
+
+
+@contextmanager
+def begun(seed: int) -> Iterator[Soak]:
+    directory = Path(tempfile.mkdtemp(prefix="outbox-soak-"))
+    with ExitStack() as stack:
+        postgres = own_postgres(directory / "postgres", synchronous_commit="off", wal_writer_delay="500ms")
+        nats = own_nats(directory / "nats")
+        for server in (postgres, nats):
+            stack.enter_context(server)
+        prepared(postgres)
+        Broker(nats.url).create_stream(STREAM, f"{PREFIX}.>")
+        to_postgres = stack.enter_context(Proxy(postgres.port))
+        to_nats = stack.enter_context(NatsProxy(nats.port))
+        soak = Soak(directory, postgres, nats, to_postgres, to_nats, random.Random(seed))
+        soak.relays = [soak.relay(), soak.relay()]
+        try:
+            yield soak
+        finally:
+            for relay in soak.relays:
+                relay.kill()
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long faults are injected.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 1,
+) -> None:
+    """Random faults under load, then every message against what was committed."""
+    with begun(seed) as soak:
+        writers = Writers(soak.postgres.url(), PREFIX, threads=4, endless=True, seed=seed, events=4, slow=0.0).start()
+        failures: list[BaseException] = []
+        threads = [threading.Thread(target=_guarded, args=(soak, kinds, failures)) for kinds in soak.parties()]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        while time.monotonic() - began < 60 * minutes and not failures:
+            soak.pause(10)
+            took = time.monotonic() - began
+            print(
+                f"{took:4.0f} s: {sum(soak.faults.values())} faults, {writers.committed} transactions", file=sys.stderr
+            )
+        soak.done.set()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        writers.stop()
+        soak.to_nats.acks = "pass"
+        for index in range(2):
+            soak.replace(index)
+        wait_until_sent(soak.postgres.url(), patience=300)
+        report = check(soak.postgres.url(), Broker(soak.nats.url).read(STREAM))
+        dead = int(value(soak.postgres.url(), "SELECT count(*) FROM outbox.dead"))
+        given = Settings(database_url=soak.postgres.url())
+        console.print(
+            f"seed {seed}, {minutes:g} minutes, {given.batch} batches, PostgreSQL and nats-server on one host"
+        )
+        _print(soak, report.transactions, report.messages, dead, {k: len(v) for k, v in report.anomalies.items()})
+        for halt in soak.halted:
+            console.print(halt, markup=False)
+        if report.anomalies or dead or soak.halted:
+            raise typer.Exit(1)
+
+
+def _guarded(soak: Soak, kinds: list[Callable[[], None]], failures: list[BaseException]) -> None:
+    try:
+        soak.hurt(kinds)
+    except BaseException as error:  # noqa: BLE001 - raised again by main
+        failures.append(error)
+
+
+def _print(soak: Soak, transactions: int, messages: int, dead: int, anomalies: dict[str, int]) -> None:
+    faults = Table("fault", "times")
+    for name, times in sorted(soak.faults.items()):
+        faults.add_row(name.replace("_", " "), str(times))
+    faults.add_row("all", str(sum(soak.faults.values())), style="bold")
+    console.print(faults)
+    found = Table("what", "number")
+    found.add_row("transactions", str(transactions))
+    found.add_row("messages", str(messages))
+    for kind in ("missing", "doubled", "split", "phantom", "disordered", "receipts"):
+        found.add_row(kind, str(anomalies.get(kind, 0)))
+    found.add_row("dead letters", str(dead))
+    found.add_row("relays that halted", str(len(soak.halted)))
+    console.print(found)
+
+
+if __name__ == "__main__":
+    typer.run(main)
