@@ -23,7 +23,7 @@ from outbox.reader import Reader
 from outbox.routing import Routes
 from outbox.store import Decisions, Lead, Store, StreamRow
 from outbox.telemetry import Blocked, Connected, Died, Listener, Marked, TookLead, Unreachable
-from outbox.transaction import DeadReason, Transaction, Verdict, verdict
+from outbox.transaction import DeadReason, Transaction, Verdict, invalid, verdict
 
 PING_SECONDS = 1.0
 STRAY_SECONDS = 60.0
@@ -163,12 +163,13 @@ class Leader:
         await self._take_routes(now)
         while self._incoming and (jetstream := self._jetstream) is not None:
             head = self._incoming[0]
-            streams = self._routes.streams(head)
-            if unknown := {event.subject for event in head.events} - streams.keys():
-                self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
-                return
-            lane = self._lanes.get(name := next(iter(streams.values()))) or await self._first_contact(name)
-            offence = verdict(head, streams, lane.limits)
+            if (offence := invalid(head)) is None:
+                streams = self._routes.streams(head)
+                if unknown := {event.subject for event in head.events} - streams.keys():
+                    self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
+                    return
+                lane = self._lanes.get(name := next(iter(streams.values()))) or await self._first_contact(name)
+                offence = verdict(head, streams, lane.limits)
             if offence is None:
                 lane.chain.waiting.append(head)
             elif self._settings.on_dead is OnDead.HALT and not self._settled:
