@@ -85,7 +85,7 @@ def test_killed_at(
 def test_terminated_at(
     database: str, environment: dict[str, str], nats: Nats, stream: Stream, workplace: Path, point: str
 ) -> None:
-    """Fault: SIGTERM at a stop point. Promise: exit code 0, nothing marked that is not stored, the next one finishes."""
+    """Fault: SIGTERM at a stop point. Promise: exit code 0, and the next one finishes."""
     broker = Broker(nats.url)
     writers = Writers(database, stream.prefix, threads=3, endless=True, seed=73).start()
     with ProcessRelay(workplace, environment, armed=(point, "SIGTERM", 2)) as relay:
