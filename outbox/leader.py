@@ -151,6 +151,7 @@ class Leader:
         lane = self._add_lane(row)
         if row.plan:
             lane.chain.planned.extend(await self._store.planned(row.plan))
+            lane.chain.dirty = True  # its commit may not have reached the standbys: commit it before it is sent
 
     def _add_lane(self, row: StreamRow) -> Lane:
         lane = Lane(row, self._settings, str(self._lead.outbox_id), tell=self._tell, news=self._news.set)
