@@ -13,15 +13,15 @@ from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
 from outbox.telemetry import Blocked, Marked, Unreachable
 from tests.bed import Broker, ThreadRelay, rows
-from tests.conftest import Stream
+from tests.conftest import Stream, own_postgres
 
 
-def standby_of(primary: Postgres, directory: Path) -> Postgres:
-    """An asynchronous streaming standby, not started yet."""
-    made = Postgres(directory)
+def standby_of(primary: Postgres, directory: Path, url: str = "") -> Postgres:
+    """An asynchronous streaming standby, not started yet. `url` is another way to the primary, such as a proxy's."""
+    made = own_postgres(directory)
     made.prepare()
     subprocess.run(
-        [made.installation / "bin" / "pg_basebackup", "-D", made.data, "-R", "-c", "fast", "-d", primary.url()],
+        [made.installation / "bin" / "pg_basebackup", "-D", made.data, "-R", "-c", "fast", "-d", url or primary.url()],
         check=True,
         capture_output=True,
         cwd=directory,
@@ -33,7 +33,7 @@ def standby_of(primary: Postgres, directory: Path) -> Postgres:
 def test_nothing_is_published_that_a_standby_does_not_have(nats: Nats, stream: Stream, workplace: Path) -> None:
     """Fault: the standby lags or is away. Promise: what it would lose in a failover is not in the stream."""
     broker = Broker(nats.url)
-    with Postgres(workplace / "primary") as primary:
+    with own_postgres(workplace / "primary") as primary:
         migrating.migrate(primary.url())
         settings = Settings(database_url=primary.url(), nats_url=nats.url, durability=Durability.REPLICAS)
         standby = standby_of(primary, workplace / "standby")
@@ -65,7 +65,7 @@ def test_role_that_cannot_see_the_standbys_is_refused(database: str, nats: Nats)
 
 def test_standby_itself_is_waited_out(nats: Nats, workplace: Path) -> None:
     """Fault: the URL leads to a standby, as in the middle of a failover. Promise: weather, until it is promoted."""
-    with Postgres(workplace / "primary") as primary:
+    with own_postgres(workplace / "primary") as primary:
         migrating.migrate(primary.url())
         standby = standby_of(primary, workplace / "standby")
     with standby, ThreadRelay(Settings(database_url=standby.url(), nats_url=nats.url)) as relay:

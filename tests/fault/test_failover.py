@@ -1,0 +1,96 @@
+"""What dies is the primary, and a streaming standby is promoted under load. Promises 1 to 3, 5, and 6 on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outbox import store
+from outbox.config import Durability, Settings
+from outbox.embedded import Nats
+from outbox.telemetry import Marked, TookLead, Unreachable
+from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.conftest import Stream, own_postgres, prepared
+from tests.fault.test_postgres_fails import more_sent
+from tests.fault.test_standby import standby_of
+from tests.proxy import Proxy
+from tests.workload import Writers, check
+
+STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
+COUNT = "SELECT count(*) FROM outbox.transactions"
+
+
+@pytest.mark.parametrize("way", ["proxy", "hosts"])
+def test_relay_follows_to_the_promoted_standby(nats: Nats, stream: Stream, workplace: Path, way: str) -> None:
+    """Fault: switch-over to a standby that has everything. Promise: the same relay goes on there, by itself."""
+    broker = Broker(nats.url)
+    primary = own_postgres(workplace / "primary")
+    with primary:
+        prepared(primary)
+        standby = standby_of(primary, workplace / "standby")
+        with standby, Proxy(primary.port) as proxy:
+            until(lambda: value(primary.url(), STREAMING) == 1)
+            ports = f"{primary.port},{standby.port}"
+            url = {
+                "proxy": f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres",
+                "hosts": f"postgresql://postgres@/postgres?host=127.0.0.1,127.0.0.1&port={ports}"
+                "&target_session_attrs=read-write",
+            }[way]
+            writers = Writers(url, stream.prefix, threads=3, endless=True, seed=137).start()
+            with ThreadRelay(Settings(database_url=url, nats_url=nats.url)) as relay:
+                more_sent(primary.url())
+                primary.stop()
+                relay.wait_for(Unreachable)
+                rows(standby.url(), "SELECT pg_promote()")
+                proxy.target = standby.port
+                more_sent(standby.url(), 100)
+                writers.stop()
+                wait_until_sent(standby.url())
+                assert sum(isinstance(each, TookLead) for each in relay.happenings) >= 2
+            report = check(standby.url(), broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions >= writers.committed
+
+
+@pytest.mark.core
+def test_failover_that_loses_transactions_loses_none_that_is_published(
+    nats: Nats, stream: Stream, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the standby lags when the primary dies, and is promoted. Promise: no phantom, if asked for."""
+    monkeypatch.setattr(store, "REPLICA_LOOKS", 50)
+    broker = Broker(nats.url)
+    primary = own_postgres(workplace / "primary")
+    with primary, Proxy(primary.port) as line:
+        url = prepared(primary).url()
+        standby = standby_of(primary, workplace / "standby", f"postgresql://postgres@127.0.0.1:{line.port}/postgres")
+        with standby:
+            until(lambda: value(url, STREAMING) == 1)
+            writers = Writers(url, stream.prefix, threads=3, endless=True, seed=139).start()
+            with ThreadRelay(Settings(database_url=url, nats_url=nats.url, durability=Durability.REPLICAS)) as relay:
+                more_sent(url, 50)
+                line.change(line.down, stalled=True)  # what the primary sends stays here, and is lost with it
+                after = len(relay.happenings)
+                relay.wait_for(Unreachable, lambda each: "standby" in each.why, after=after)
+                written = int(value(url, COUNT))
+                until(lambda: value(url, COUNT) > written + 50)
+                published = len(broker.read(stream.name))
+                relay.wait_for(Unreachable, lambda each: "standby" in each.why, after=len(relay.happenings))
+                assert len(broker.read(stream.name)) == published
+                writers._stop.set()
+                primary.kill()
+                line.refusing = True
+                line.cut()
+                writers.join()
+            until(lambda: value(standby.url(), "SELECT pg_last_wal_replay_lsn() = pg_last_wal_receive_lsn()"))
+            rows(standby.url(), "SELECT pg_promote()")
+            assert int(value(standby.url(), COUNT)) < written, "nothing was lost in the failover"
+            assert check(standby.url(), broker.read(stream.name)).phantom == []
+            again = Writers(standby.url(), stream.prefix, threads=3, transactions=200, seed=149).start()
+            with ThreadRelay(Settings(database_url=standby.url(), nats_url=nats.url)) as successor:
+                successor.wait_for(Marked)
+                again.join()
+                wait_until_sent(standby.url())
+            report = check(standby.url(), broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions >= again.committed
