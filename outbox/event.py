@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from uuid import UUID
 
 from outbox.errors import InvalidEvent
@@ -20,6 +21,8 @@ MAX_EVENT_BYTES = 1_000_000
 _BLANK = re.compile("[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _RESERVED = re.compile(r"(nats|outbox)-", re.IGNORECASE)
+_ORDINARY = re.compile(rf"(?!(?i:nats|outbox)-){_TOKEN.pattern}")  # a name that no rule but the value's is about
+_REMEMBERED_SUBJECTS = 10_000
 ROLLUP = "Nats-Rollup"
 
 
@@ -55,8 +58,10 @@ def subject_problem(subject: str) -> str | None:  # noqa: PLR0911 - one return f
     return None
 
 
-def header_problem(headers: Mapping[str, str]) -> str | None:
+def header_problem(headers: Mapping[str, str]) -> str | None:  # noqa: PLR0911 - one return for each rule
     """What makes `headers` unpublishable, or None. The words are those of the database."""
+    if not isinstance(headers, Mapping):
+        return "must be an object of strings"
     for name, value in headers.items():
         if not isinstance(value, str):
             return f"value of '{name}' is not a string"
@@ -71,6 +76,26 @@ def header_problem(headers: Mapping[str, str]) -> str | None:
         if _RESERVED.match(name):
             return f"name '{name}' is reserved"
     return None
+
+
+_subject_problem = lru_cache(_REMEMBERED_SUBJECTS)(subject_problem)
+
+
+def event_problem(event: Event) -> str | None:
+    """What makes an event from the database unpublishable, or None: a row that was written around its triggers.
+
+    For every event on its way out: what is in order is told apart cheaply.
+    """
+    if problem := _subject_problem(event.subject):
+        return f"subject {event.subject[:80]!r} {problem}"
+    if type(event.headers) is dict and all(
+        type(value) is str and _ORDINARY.fullmatch(name) and "\n" not in value and "\r" not in value
+        for name, value in event.headers.items()
+    ):
+        return None
+    problem = header_problem(event.headers)
+    # Its words quote a hostile name: kept short and on one line.
+    return f"headers: {problem}"[:200].encode("unicode_escape").decode() if problem else None
 
 
 def header_bytes(headers: Mapping[str, str]) -> int:

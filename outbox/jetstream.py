@@ -112,6 +112,7 @@ class JetStream:
         self._prefix = self._nc.new_inbox()
         await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
         self._sender = asyncio.create_task(self._send_in_order())
+        self._sender.add_done_callback(lambda _: self._news())
         return self
 
     async def close(self) -> None:
@@ -124,6 +125,8 @@ class JetStream:
     @property
     def lost(self) -> str | None:
         """Why the connection is gone, or None while it stands."""
+        if self._sender is not None and self._sender.done() and not self._sender.cancelled():
+            return f"sending has ended: {self._sender.exception()!r}"
         if not self._nc.is_closed:
             return None
         return str(self._nc.last_error or "the connection was closed")

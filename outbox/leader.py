@@ -155,6 +155,7 @@ class Leader:
         lane = self._add_lane(row, moved=self._lead.moved)
         if row.plan:
             lane.chain.planned.extend(await self._store.entries(row.plan))
+            lane.chain.dirty = True  # its commit may not have reached the standbys: commit it before it is sent
 
     def _add_lane(self, row: StreamRow, *, moved: bool = False) -> Lane:
         lane = Lane(row, self._settings, self._lead, moved=moved, tell=self._tell, news=self._news.set)

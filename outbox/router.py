@@ -17,7 +17,7 @@ from outbox.lane import Lane
 from outbox.routing import Routes
 from outbox.rows import Lead, StreamRow
 from outbox.store import Store
-from outbox.transaction import DeadReason, Transaction, Verdict, verdict
+from outbox.transaction import DeadReason, Transaction, Verdict, invalid, verdict
 
 
 class Router:
@@ -61,14 +61,15 @@ class Router:
         await self._take_answers(now, proven=proven)
         while self.incoming:
             head = self.incoming[0]
-            streams = self._routes.streams(head)
-            if unknown := {event.subject for event in head.events} - streams.keys():
-                self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
-                return
-            name = next(iter(streams.values()))
-            if name not in lanes:
-                await self._first_contact(name, add_lane, jetstream)
-            offence = verdict(head, streams, lanes[name].limits)
+            if (offence := invalid(head)) is None:
+                streams = self._routes.streams(head)
+                if unknown := {event.subject for event in head.events} - streams.keys():
+                    self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
+                    return
+                name = next(iter(streams.values()))
+                if name not in lanes:
+                    await self._first_contact(name, add_lane, jetstream)
+                offence = verdict(head, streams, lanes[name].limits)
             if offence is None:
                 lanes[name].chain.waiting.append(head)
             elif self._settings.on_dead is OnDead.HALT and not settled():

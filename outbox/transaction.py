@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from uuid import UUID
 
-from outbox.event import Event
+from outbox.event import Event, event_problem
 
 
 class DeadReason(StrEnum):
@@ -71,6 +71,19 @@ class Limits:
 
     max_batch_messages: int
     max_message_bytes: int
+
+
+def invalid(transaction: Transaction) -> Verdict | None:
+    """Why this transaction can never be sent, whatever the streams: its rows were written around the triggers; or None.
+
+    Look before anybody is asked where its subjects go: a hostile header could end a batch, a hostile subject is a
+    question that has no answer.
+    """
+    for number, event in enumerate(transaction.events, start=1):
+        if problem := event_problem(event):
+            detail = f"event {number}: {problem}"
+            return Verdict(position=transaction.position, reason=DeadReason.INVALID_EVENT, detail=detail)
+    return None
 
 
 def verdict(transaction: Transaction, streams: Mapping[str, str], limits: Limits) -> Verdict | None:

@@ -244,10 +244,7 @@ def main(
         wait_until_sent(soak.postgres.url(), patience=300)
         report = check(soak.postgres.url(), Broker(soak.nats.url).read(STREAM))
         dead = int(value(soak.postgres.url(), "SELECT count(*) FROM outbox.dead"))
-        given = Settings(database_url=soak.postgres.url())
-        console.print(
-            f"seed {seed}, {minutes:g} minutes, {given.batch} batches, PostgreSQL and nats-server on one host"
-        )
+        console.print(f"seed {seed}, {minutes:g} minutes")
         _print(soak, report.transactions, report.messages, dead, {k: len(v) for k, v in report.anomalies.items()})
         for halt in soak.halted:
             console.print(halt, markup=False)

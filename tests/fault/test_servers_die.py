@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from outbox import migrating
 from outbox.config import Settings
-from outbox.embedded import Nats, Postgres
+from outbox.embedded import Nats
 from outbox.telemetry import Marked
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.workload import LEDGER, Writers, check
+from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
+from tests.conftest import own_nats, own_postgres, prepared
+from tests.workload import Writers, check
 
 
 def sent(url: str) -> int:
@@ -20,8 +20,7 @@ def sent(url: str) -> int:
 
 def test_nats_server_is_killed_five_times_under_load(database: str, workplace: Path) -> None:
     """Fault: SIGKILL and restart of nats-server, file storage."""
-    with Nats(workplace / "nats") as server:
-        assert isinstance(server, Nats)
+    with own_nats(workplace / "nats") as server:
         broker = Broker(server.url)
         broker.create_stream("S", "s.>")
         writers = Writers(database, "s", threads=4, endless=True, seed=21).start()
@@ -46,10 +45,8 @@ def test_postgres_is_restarted_five_times_under_load(nats: Nats, workplace: Path
     Promise 6 besides: nothing is in the stream whose transaction vanished in the crash.
     """
     settings = {"wal_writer_delay": "2s", "synchronous_commit": "off", "max_connections": "50"}
-    with Postgres(workplace / "postgres", settings=settings) as server:
-        assert isinstance(server, Postgres)
-        migrating.migrate(server.url())
-        rows(server.url(), LEDGER)
+    with own_postgres(workplace / "postgres", **settings) as server:
+        prepared(server)
         broker = Broker(nats.url)
         name, prefix = f"PG{how}", f"pg-{how}"
         broker.create_stream(name, f"{prefix}.>")

@@ -16,12 +16,12 @@ from tests.bed import Broker, ThreadRelay, rows
 from tests.conftest import Stream, own_postgres
 
 
-def standby_of(primary: Postgres, directory: Path) -> Postgres:
-    """An asynchronous streaming standby, not started yet."""
-    made = own_postgres(directory, hot_standby="on")
+def standby_of(primary: Postgres, directory: Path, url: str = "") -> Postgres:
+    """An asynchronous streaming standby, not started yet. `url` is another way to the primary, such as a proxy's."""
+    made = own_postgres(directory)
     made.prepare()
     subprocess.run(
-        [made.installation / "bin" / "pg_basebackup", "-D", made.data, "-R", "-c", "fast", "-d", primary.url()],
+        [made.installation / "bin" / "pg_basebackup", "-D", made.data, "-R", "-c", "fast", "-d", url or primary.url()],
         check=True,
         capture_output=True,
         cwd=directory,

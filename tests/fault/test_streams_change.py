@@ -12,7 +12,7 @@ from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
 from outbox.telemetry import Blocked, Marked, Shared
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, clone
+from tests.conftest import Stream, clone, own_nats
 from tests.workload import Writers, check
 
 
@@ -98,8 +98,7 @@ def test_stream_recreated_under_a_running_relay_halts_it(database: str, broker: 
 
 def test_memory_stream_that_a_restart_lost_is_waited_for_and_then_asked_about(database: str, workplace: Path) -> None:
     """Fault: a server restart loses a memory stream. Promise: blocked and visible; nothing is marked meanwhile."""
-    with Nats(workplace / "nats") as server:
-        assert isinstance(server, Nats)
+    with own_nats(workplace / "nats") as server:
         broker = Broker(server.url)
         broker.create_stream("MEMORY", "m.>", storage="memory")
         relay = ThreadRelay(Settings(database_url=database, nats_url=server.url))

@@ -1,0 +1,128 @@
+"""What fails is Postgres, without losing anything: sessions, the postmaster, locks, writes. Promises 1 to 3 and 5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from outbox import session
+from outbox.config import Settings
+from outbox.embedded import Nats
+from outbox.telemetry import Connected, LostLead, Marked, TookLead, Unreachable
+from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.conftest import Stream, own_postgres, prepared
+from tests.workload import Writers, check
+
+TERMINATE = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+    " WHERE application_name = 'outbox relay' AND datname = current_database()"
+)
+SENT = "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL"
+
+
+def more_sent(url: str, than: int = 20) -> None:
+    """Wait until so many more transactions are marked."""
+    before = int(value(url, SENT))
+    until(lambda: value(url, SENT) > before + than, what="more transactions sent")
+
+
+def wait_for_times(relay: ThreadRelay, times: int, words: str) -> None:
+    """Wait until the relay has met this weather so many times."""
+    after = 0
+    for _ in range(times):
+        relay.wait_for(Unreachable, lambda each: words in each.why, after=after)
+        after = next(
+            at + 1
+            for at, each in enumerate(relay.happenings)
+            if at >= after and isinstance(each, Unreachable) and words in each.why
+        )
+
+
+@pytest.mark.core
+def test_session_is_terminated_under_load(database: str, settings: Settings, broker: Broker, stream: Stream) -> None:
+    """Fault: pg_terminate_backend of the relay, at whatever it does. Promise: the same relay goes on by itself."""
+    writers = Writers(database, stream.prefix, threads=4, endless=True, seed=101).start()
+    with ThreadRelay(settings) as relay:
+        for _ in range(8):
+            more_sent(database)
+            assert value(database, TERMINATE) == 1
+        more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+        terms = sum(isinstance(each, TookLead) for each in relay.happenings)
+    assert terms == 9
+    report = check(database, broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+
+
+def test_postmaster_is_killed_under_load(nats: Nats, broker: Broker, stream: Stream, workplace: Path) -> None:
+    """Fault: SIGKILL of the postmaster, and crash recovery, five times. Promise: the same relay goes on by itself."""
+    with own_postgres(workplace / "postgres") as server:
+        url = prepared(server).url()
+        writers = Writers(url, stream.prefix, threads=4, endless=True, seed=103).start()
+        with ThreadRelay(Settings(database_url=url, nats_url=nats.url)) as relay:
+            for _ in range(5):
+                more_sent(url)
+                server.restart(kill=True)
+            more_sent(url)
+            writers.stop()
+            wait_until_sent(url)
+            assert sum(isinstance(each, TookLead) for each in relay.happenings) >= 6
+        report = check(url, broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions >= writers.committed
+
+
+@pytest.mark.parametrize("table", ["transactions", "events", "streams", "relay"])
+def test_statement_time_outs_in_a_wait_for_a_lock(
+    database: str,
+    settings: Settings,
+    broker: Broker,
+    stream: Stream,
+    monkeypatch: pytest.MonkeyPatch,
+    table: str,
+) -> None:
+    """Fault: somebody locks a table of the outbox, and every statement times out. Promise: waited out."""
+    monkeypatch.setitem(session.SESSION, "statement_timeout", "500ms")
+    writers = Writers(database, stream.prefix, threads=3, endless=True, seed=107).start()
+    with ThreadRelay(settings) as relay:
+        more_sent(database)
+        with psycopg.connect(database) as locking:
+            locking.execute(f"LOCK TABLE outbox.{table} IN ACCESS EXCLUSIVE MODE".encode())
+            wait_for_times(relay, 3, "statement timeout")
+        more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    report = check(database, broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+
+
+def test_read_only_for_a_while(nats: Nats, broker: Broker, stream: Stream, workplace: Path) -> None:
+    """Fault: the relay may only read, first in the midst of a term, then from its start. Promise: waited out."""
+    with own_postgres(workplace / "postgres") as server:
+        url = prepared(server).url()
+        writing = f"{url}?options=-c%20default_transaction_read_only%3Doff"
+        writers = Writers(writing, stream.prefix, threads=3, endless=True, seed=109).start()
+        with ThreadRelay(Settings(database_url=url, nats_url=nats.url)) as relay:
+            more_sent(url)
+            rows(url, "ALTER SYSTEM SET default_transaction_read_only = on")
+            rows(url, "SELECT pg_reload_conf()")
+            wait_for_times(relay, 2, "read-only")
+            connected = sum(isinstance(each, Connected) for each in relay.happenings)
+            rows(url, TERMINATE)
+            until(lambda: sum(isinstance(each, Connected) for each in relay.happenings) > connected)
+            assert value(url, "SELECT count(*) FROM outbox.pending") > 0
+            rows(writing, "ALTER SYSTEM RESET default_transaction_read_only")
+            rows(url, "SELECT pg_reload_conf()")
+            more_sent(url)
+            writers.stop()
+            wait_until_sent(url)
+            assert not any(isinstance(each, LostLead) for each in relay.happenings)
+            relay.wait_for(Marked)
+        report = check(url, broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
