@@ -170,6 +170,8 @@ POINTS: dict[str, Callable[[Act], None]] = {
     "after-mark": after_mark,
     "in-recovery": in_recovery,
     "at-takeover": at_takeover,
+}
+POISONS: dict[str, Callable[[Act], None]] = {
     "poisoned-load": poisoned_load,
     "poisoned-send": poisoned_send,
 }
@@ -186,7 +188,7 @@ def arm(point: str, number: int, nth: int) -> None:
             print(f"at {point}: {signal.Signals(number).name}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), number)
 
-    POINTS[point](act)
+    {**POINTS, **POISONS}[point](act)
 
 
 if __name__ == "__main__":

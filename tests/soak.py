@@ -57,8 +57,7 @@ class Soak:
             "OUTBOX_NATS_URL": self.to_nats.url,
             "OUTBOX_ACK_TIMEOUT": "2",
         }
-        points = [point for point in POINTS if not point.startswith("poisoned")]
-        armed_at = (self.chance.choice(points), "SIGKILL", self.chance.randint(1, 20)) if armed else None
+        armed_at = (self.chance.choice([*POINTS]), "SIGKILL", self.chance.randint(1, 20)) if armed else None
         return ProcessRelay(self.directory, environment, armed=armed_at)
 
     def replace(self, index: int, *, armed: bool = False) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from outbox.config import Settings
 from outbox.embedded import Nats, Postgres
-from outbox.store import Decisions, Store
+from outbox.rows import Decisions
+from outbox.store import Store
 from outbox.telemetry import Marked, StandingBy, TookLead
 from tests.bed import PATIENCE, Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import Stream
