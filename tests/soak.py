@@ -65,7 +65,7 @@ class Soak:
         old = self.relays[index]
         old.send_signal(signal.SIGCONT)
         code = old.stop()
-        if code not in EXPECTED_ENDS:
+        if code not in EXPECTED_ENDS and old.log.read_text():  # else it was stopped before it had begun
             self.halted.append(f"exit code {code}: {old.log.read_text()[-1500:]}")
         old.log.unlink(missing_ok=True)
         self.relays[index] = self.relay(armed=armed)

@@ -33,7 +33,7 @@ CREATE TABLE bumps (marker uuid, aggregate int, version int);
 CREATE TABLE ledger (message_id uuid, marker uuid, n int);
 """
 RETRIED = (errors.SerializationFailure, errors.DeadlockDetected)
-RESTART = (psycopg.OperationalError, psycopg.InterfaceError)
+RESTART = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
 
 
 @dataclass
