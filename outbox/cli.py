@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outbox import admin, deadcli, demo, migrating, rebasing, schema, screen, telemetry, verifying
+from outbox import admin, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
 from outbox.config import BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
@@ -214,6 +214,21 @@ def verify(
         screen.show_comparisons(found)
     if any(each.anomalies for each in found):
         raise typer.Exit(1)
+
+
+@app.command()
+def purge(
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours since it was sent.")] = 24,
+) -> None:
+    """Delete what was sent, in pages: transactions with their events and receipts, never one that is pending or dead.
+
+    Example: outbox purge --older-than 48
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    gone = retention.purge(given.database_url, given.schema, older_than * 3600)
+    out.print(f"{gone} transactions are deleted", markup=False)
 
 
 app.command(name="demo")(demo.command)

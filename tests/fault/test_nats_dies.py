@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from outbox import admin
 from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt
+from outbox.rebasing import accept_stream
 from outbox.telemetry import Blocked, Marked
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats
@@ -110,7 +112,7 @@ def test_memory_stream_dies_with_its_server(
     assert_receipts_tile(database, "M", acked)
     assert broker.read("M") == []
     left = unsent_ids(database)
-    admin.accept_stream(database, "outbox", "M")
+    asyncio.run(accept_stream(settings, "M"))
     with ThreadRelay(settings, drain=True) as after:
         assert after.ended() is None
     assert [each.message_id for each in broker.read("M")] == left

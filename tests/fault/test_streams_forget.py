@@ -5,6 +5,7 @@ Where messages are gone, the receipts are the witness: they tile the stream's se
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from collections import Counter
@@ -14,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from outbox import admin
 from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt
+from outbox.rebasing import accept_stream
 from outbox.telemetry import Marked, Settled
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
@@ -190,7 +191,7 @@ def test_recreated_under_load(database: str, broker: Broker, settings: Settings)
         left = unsent_ids(database)
         assert left
         assert_receipts_tile(database, "AGAIN", value(database, "SELECT last_sequence FROM outbox.streams"))
-        admin.accept_stream(database, "outbox", "AGAIN")
+        asyncio.run(accept_stream(settings, "AGAIN"))
         with ThreadRelay(settings, drain=True) as after:
             assert after.ended() is None
         assert [each.message_id for each in broker.read("AGAIN")] == left
@@ -228,7 +229,7 @@ def test_stream_restored_from_an_older_snapshot(database: str, workplace: Path, 
         assert "outbox rebase --stream OLD" in error.remedy
         assert sent(database) == 2
         left = unsent_ids(database)
-        admin.accept_stream(database, "outbox", "OLD")
+        asyncio.run(accept_stream(settings, "OLD"))
         with ThreadRelay(settings, drain=True) as after:
             assert after.ended() is None
         assert [each.message_id for each in broker.read("OLD")[3:]] == left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from outbox import admin
 from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt
+from outbox.rebasing import accept_stream
 from outbox.telemetry import Blocked, Marked
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
@@ -80,7 +82,7 @@ def test_one_of_two_streams_is_sealed(database: str, broker: Broker, stream: Str
     broker.api("STREAM.DELETE.SEALED")
     broker.create_stream("SEALED", "sealed.>")
     assert isinstance(relay.ended(), Halt)
-    admin.accept_stream(database, "outbox", "SEALED")
+    asyncio.run(accept_stream(settings, "SEALED"))
     with ThreadRelay(settings, drain=True) as after:
         assert after.ended() is None
     assert [each.message_id for each in broker.read("SEALED")] == left
