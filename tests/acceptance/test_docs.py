@@ -22,7 +22,7 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
 import outbox
-from outbox import migrating, schema, tables
+from outbox import letters, migrating, retention, schema, tables
 from outbox.cli import app
 from outbox.config import Settings
 from outbox.embedded import Nats
@@ -89,12 +89,17 @@ def check_command(words: list[str]) -> None:
     """Fails unless the command line would be accepted: command, flags and the values of choices."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert words[0] in commands, f"there is no command outbox {words[0]}"
-    commands[words[0]].make_context(words[0], words[1:])
+    if below := getattr(commands[words[0]], "commands", None):
+        assert not words[1:] or words[1] in below, f"there is no command outbox {' '.join(words[:2])}"
+        commands, words = below, words[1:]
+    if words:
+        commands[words[0]].make_context(words[0], words[1:])
 
 
 def flags() -> set[str]:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return {flag for command in commands.values() for parameter in command.params for flag in parameter.opts}
+    below = [command for group in commands.values() for command in getattr(group, "commands", {}).values()]
+    return {flag for command in (*commands.values(), *below) for parameter in command.params for flag in parameter.opts}
 
 
 def anchors(document: Path) -> set[str]:
@@ -226,27 +231,21 @@ def test_sql_of_the_operators_guide(database: str) -> None:
     rows(database, """SELECT outbox.add('a.b', n::text, '{"k": "v"}') FROM generate_series(1, 3) AS n""")
     rows(as_operator, statements["set aside"])
     assert rows(database, "SELECT position, discarded_at FROM outbox.dead") == [(42, None)]
-    assert rows(as_operator, statements["look"]) == [("a.b", {"k": "v"}, f"{n}") for n in (1, 2, 3)]
-
-    rows(database, statements["send after all"])
-    assert rows(database, "SELECT position, event_count FROM outbox.pending") == [(43, 3)]
-    again = "SELECT subject, headers, payload FROM outbox.events JOIN outbox.pending USING (txid) ORDER BY id"
-    assert rows(database, again) == [("a.b", {"k": "v"}, f"{n}".encode()) for n in (1, 2, 3)]
-    assert value(database, "SELECT count(*) FROM outbox.dead WHERE discarded_at IS NULL") == 0
-
-    rows(database, "UPDATE outbox.transactions SET discarded_at = NULL WHERE position = 42")
-    rows(as_operator, statements["discard"])
-    assert value(database, "SELECT discarded_at IS NOT NULL FROM outbox.dead WHERE position = 42")
+    assert letters.retry(as_operator, "outbox", [42]) == [42]
+    rows(as_operator, statements["set aside"])
+    assert letters.discard(as_operator, "outbox", [42]) == [42]
 
     rows(database, "SELECT outbox.add('a.b', 'pending')")
+    rows(database, "SELECT outbox.add('a.b', 'sent')")
     rows(
         database,
         "UPDATE outbox.transactions SET sent_at = now() - interval '2 days', stream = 'S', first_sequence = 1, "
-        "last_sequence = 3 WHERE position = 43",
+        "last_sequence = 1 WHERE position = 44",
     )
-    rows(as_relay, statements["delete what was sent"])
-    assert rows(database, "SELECT position FROM outbox.transactions ORDER BY 1") == [(42,), (44,)]
+    assert retention.purge(as_relay, "outbox", 3600) == 1
+    assert rows(database, "SELECT position FROM outbox.transactions ORDER BY 1") == [(42,), (43,)]
     assert value(database, "SELECT count(*) FROM outbox.events") == 4
+    assert value(database, "SELECT purged FROM outbox.relay") == 44
 
 
 def test_reasons_and_columns_of_dead_letters(database: str) -> None:
