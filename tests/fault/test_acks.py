@@ -1,0 +1,195 @@
+"""What fails is the way to NATS: acks lost, late or out of order, stalled or cut connections. Promises 1 to 3 and 5."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from outbox.config import Settings
+from outbox.embedded import Nats
+from outbox.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
+from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
+from tests.conftest import Stream
+from tests.fault.common import Breaks, add, more_sent
+from tests.proxy import NatsProxy
+from tests.workload import Writers, check
+
+
+@pytest.fixture
+def proxy(nats: Nats) -> Iterator[NatsProxy]:
+    with NatsProxy(nats.port) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(database: str, proxy: NatsProxy) -> Settings:
+    """A relay through the proxy that waits a second for an ack."""
+    return Settings(database_url=database, nats_url=proxy.url, ack_timeout=1)
+
+
+def ended_well(writers: Writers, broker: Broker, stream: Stream) -> None:
+    report = check(writers.url, broker.read(stream.name))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+
+
+@pytest.mark.core
+def test_lost_acks(database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings) -> None:
+    """Fault: every ack is lost, for a while, three times. Promise: read back and marked, nothing is sent twice."""
+    writers = Writers(database, stream.prefix, threads=4, endless=True, seed=71).start()
+    with ThreadRelay(impatient) as relay:
+        relay.wait_for(Marked)
+        for _ in range(3):
+            after, dropped = len(relay.happenings), proxy.dropped
+            proxy.acks = "drop"
+            relay.wait_for(Settled, lambda each: each.stored > 0, after=after)
+            proxy.acks = "pass"
+            assert proxy.dropped > dropped
+            more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    ended_well(writers, broker, stream)
+
+
+def late_acks(settings: Settings, broker: Broker, proxy: NatsProxy, stream: Stream, delay: float) -> ThreadRelay:
+    writers = Writers(settings.database_url, stream.prefix, threads=4, endless=True, seed=73).start()
+    with ThreadRelay(settings) as relay:
+        relay.wait_for(Marked)
+        for _ in range(2):
+            proxy.acks = "hold"
+            until(lambda: proxy.held)
+            threading.Event().wait(delay)
+            proxy.release()
+            more_sent(settings.database_url)
+        writers.stop()
+        wait_until_sent(settings.database_url)
+    ended_well(writers, broker, stream)
+    return relay
+
+
+def test_acks_that_come_after_the_stream_was_read_back(
+    broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings
+) -> None:
+    """Fault: acks are 3 s late, the relay waits for 1 s. Promise: what was settled without them stays so."""
+    relay = late_acks(impatient, broker, proxy, stream, 3)
+    assert any(isinstance(each, Settled) and each.stored for each in relay.happenings)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("patience", [10, 60])
+def test_acks_that_are_thirty_seconds_late(
+    broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, patience: float
+) -> None:
+    """Fault: acks are 30 s late, and the relay gives up before, or does not. Promise: whole, once, in order."""
+    relay = late_acks(impatient.model_copy(update={"ack_timeout": patience}), broker, proxy, stream, 30)
+    timed_out = any(isinstance(each, InDoubt) and "time limit" in each.why for each in relay.happenings)
+    assert timed_out == (patience < 30)
+
+
+def test_acks_in_the_opposite_order(
+    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings
+) -> None:
+    """Fault: the acks of four large batches come in the opposite order. Promise: taken in order, none is in doubt."""
+    writers = Writers(database, stream.prefix, threads=4, transactions=600, seed=79).start()
+    writers.join()
+    rows(database, "UPDATE outbox.limits SET max_transaction_events = 20")
+    settings = impatient.model_copy(update={"ack_timeout": 20, "max_batch_messages": 300, "window": 4})
+    proxy.acks = "hold"
+    with ThreadRelay(settings) as relay:
+        until(lambda: len(proxy.held) == 4)
+        assert sum(isinstance(each, BatchSent) for each in relay.happenings) == 4
+        proxy.release(reverse=True)
+        wait_until_sent(database)
+    assert not any(isinstance(each, InDoubt) for each in relay.happenings)
+    ended_well(writers, broker, stream)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_stalled_connection(
+    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, direction: str
+) -> None:
+    """Fault: one direction of the connection stalls for seconds, and goes on with all that was written into it.
+
+    Promise: what the relay had given up meanwhile and comes late is not stored besides what it sends then.
+    """
+    writers = Writers(database, stream.prefix, threads=4, endless=True, seed=83).start()
+    flow = getattr(proxy, direction)
+    with ThreadRelay(impatient) as relay:
+        relay.wait_for(Marked)
+        for _ in range(2):
+            after = len(relay.happenings)
+            proxy.change(flow, stalled=True)
+            relay.wait_for(InDoubt, after=after)
+            threading.Event().wait(2)
+            proxy.heal()
+            more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    ended_well(writers, broker, stream)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_connection_that_stalls_until_it_is_given_up(
+    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, direction: str
+) -> None:
+    """Fault: a direction stalls until the pings find out; then it goes on, beside the relay's new connection."""
+    writers = Writers(database, stream.prefix, threads=4, endless=True, seed=89, transactions=0).start()
+    with ThreadRelay(impatient) as relay:
+        relay.wait_for(Marked)
+        proxy.change(getattr(proxy, direction), stalled=True)
+        relay.wait_for(Unreachable)
+        proxy.heal()
+        more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    ended_well(writers, broker, stream)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("point", ["mid-batch", "before-ack"])
+def test_connection_is_cut_around_a_batch(
+    database: str,
+    broker: Broker,
+    proxy: NatsProxy,
+    stream: Stream,
+    impatient: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+) -> None:
+    """Fault: the connection is reset inside a batch, or behind its last message, eight times; once for a while."""
+    breaks = Breaks(monkeypatch, point, proxy.cut)
+    writers = Writers(database, stream.prefix, threads=4, endless=True, seed=97).start()
+    with ThreadRelay(impatient) as relay:
+        relay.wait_for(Marked)
+        for number in range(8):
+            proxy.refusing = number == 4
+            after = len(relay.happenings)
+            breaks.now()
+            relay.wait_for(Unreachable, lambda each, n=number: n != 4 or each.delay > 0, after=after)  # type: ignore[misc]
+            proxy.refusing = False
+            more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    ended_well(writers, broker, stream)
+
+
+def test_commit_that_arrives_after_it_was_given_up(
+    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings
+) -> None:
+    """Fault: a large batch waits in a stalled connection until the relay gives it up. Promise: stored once, whole."""
+    with ThreadRelay(impatient) as relay:
+        add(database, f"{stream.prefix}.warm", 2)
+        relay.wait_for(Marked)
+        proxy.change(proxy.up, stalled=True)
+        after = len(relay.happenings)
+        for _ in range(5):
+            add(database, f"{stream.prefix}.large", 150, size=1000)
+        relay.wait_for(InDoubt, after=after)
+        proxy.heal()
+        wait_until_sent(database)
+    stored = broker.read(stream.name)
+    assert len({each.message_id for each in stored}) == len(stored) == 752
+    assert [each.number for each in stored] == [1, 2, *list(range(1, 151)) * 5]

@@ -1,0 +1,120 @@
+"""What dies is nats-server, at the worst moments. Promises 1 to 3 and 5: whole, once, in order, waited out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outbox import admin
+from outbox.config import Settings
+from outbox.embedded import Nats
+from outbox.errors import Halt
+from outbox.telemetry import Blocked, Marked
+from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
+from tests.conftest import own_nats
+from tests.fault.common import Breaks, add, assert_receipts_tile, more_sent, sent, unsent_ids
+from tests.proxy import NatsProxy
+from tests.workload import Writers, check
+
+
+@pytest.fixture
+def server(workplace: Path) -> Iterator[Nats]:
+    """A server of the test's own."""
+    with own_nats(workplace / "nats") as made:
+        assert isinstance(made, Nats)
+        yield made
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("point", ["mid-batch", "before-ack"])
+def test_killed_around_a_batch(database: str, server: Nats, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    """Fault: SIGKILL and restart of nats-server inside a batch, or between its commit and the ack, under load.
+
+    Promise: the batch is in the file stream whole and once, or is sent again; never a part, never twice.
+    """
+    breaks = Breaks(monkeypatch, point, lambda: server.restart(kill=True))
+    broker = Broker(server.url)
+    broker.create_stream("S", "s.>")
+    writers = Writers(database, "s", threads=4, endless=True, seed=101).start()
+    with ThreadRelay(Settings(database_url=database, nats_url=server.url)) as relay:
+        relay.wait_for(Marked)
+        for _ in range(6):
+            breaks.now()
+            more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    report = check(database, broker.read("S"))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+
+
+def test_killed_while_it_stores_large_batches(database: str, server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: SIGKILL while batches of 4 MB are being stored. Promise: none is cut, doubled or lost."""
+    breaks = Breaks(monkeypatch, "before-ack", lambda: server.restart(kill=True))
+    broker = Broker(server.url)
+    broker.create_stream("S", "s.>")
+    with ThreadRelay(Settings(database_url=database, nats_url=server.url)):
+        for number in range(6):
+            add(database, f"s.{number}", 900, size=4500)
+            breaks.now()
+        wait_until_sent(database)
+    stored = broker.read("S")
+    assert [(each.subject, each.number) for each in stored] == [(f"s.{b}", n) for b in range(6) for n in range(1, 901)]
+    assert_receipts_tile(database, "S", 5400)
+
+
+def test_killed_while_its_acks_are_held_back(database: str, server: Nats) -> None:
+    """Fault: batches are stored, their acks are on the way, the server is killed. Promise: read back, not resent."""
+    broker = Broker(server.url)
+    broker.create_stream("S", "s.>")
+    writers = Writers(database, "s", threads=4, endless=True, seed=103).start()
+    with NatsProxy(server.port) as proxy, ThreadRelay(Settings(database_url=database, nats_url=proxy.url)) as relay:
+        relay.wait_for(Marked)
+        for _ in range(4):
+            proxy.acks = "hold"
+            until(lambda: proxy.held)
+            server.restart(kill=True)
+            proxy.release()
+            more_sent(database)
+        writers.stop()
+        wait_until_sent(database)
+    report = check(database, broker.read("S"))
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+
+
+@pytest.mark.parametrize("point", ["mid-batch", "before-ack"])
+def test_memory_stream_dies_with_its_server(
+    database: str, server: Nats, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Fault: the server is killed around a batch, and its memory stream with it.
+
+    Promise: blocked and visible while there is no stream, halted when there is another one; marked is what was acked.
+    """
+    breaks = Breaks(monkeypatch, point, lambda: server.restart(kill=True))
+    broker = Broker(server.url)
+    broker.create_stream("M", "m.>", storage="memory")
+    writers = Writers(database, "m", threads=4, endless=True, seed=107).start()
+    settings = Settings(database_url=database, nats_url=server.url)
+    relay = ThreadRelay(settings)
+    relay.wait_for(Marked)
+    breaks.now()
+    relay.wait_for(Blocked, lambda each: "does not exist" in each.why)
+    until(lambda: any("does not exist" in str(each.blocked) for each in admin.status(database).streams))
+    marked = sent(database)
+    acked = value(database, "SELECT last_sequence FROM outbox.streams")
+    writers.stop()
+    broker.create_stream("M", "m.>", storage="memory")
+    error = relay.ended()
+    assert isinstance(error, Halt)
+    assert "outbox rebase --stream M" in error.remedy
+    assert sent(database) == marked
+    assert_receipts_tile(database, "M", acked)
+    assert broker.read("M") == []
+    left = unsent_ids(database)
+    admin.accept_stream(database, "outbox", "M")
+    with ThreadRelay(settings, drain=True) as after:
+        assert after.ended() is None
+    assert [each.message_id for each in broker.read("M")] == left
