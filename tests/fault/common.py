@@ -12,6 +12,7 @@ import pytest
 
 from outbox.jetstream import JetStream
 from tests.bed import Broker, rows, until, value
+from tests.workload import Writers, check
 
 
 def add(url: str, subject: str, events: int = 1, *, size: int = 0) -> None:
@@ -61,6 +62,15 @@ def assert_receipts_tile(url: str, stream: str, last: int) -> None:
         assert (first, high) == (end + 1, end + count)
         end = high
     assert end == last
+
+
+def assert_ended_well(writers: Writers, broker: Broker, stream: str) -> None:
+    """The stream is exactly what the writers committed, and each of their transactions is marked with its place."""
+    stored = broker.read(stream)
+    report = check(writers.url, stored)
+    assert report.anomalies == {}
+    assert report.transactions == writers.committed
+    assert_receipts_tile(writers.url, stream, len(stored))
 
 
 class Breaks:

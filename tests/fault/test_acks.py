@@ -12,9 +12,9 @@ from outbox.embedded import Nats
 from outbox.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
 from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
 from tests.conftest import Stream
-from tests.fault.common import Breaks, add, more_sent
+from tests.fault.common import Breaks, add, assert_ended_well, more_sent
 from tests.proxy import NatsProxy
-from tests.workload import Writers, check
+from tests.workload import Writers
 
 
 @pytest.fixture
@@ -27,12 +27,6 @@ def proxy(nats: Nats) -> Iterator[NatsProxy]:
 def impatient(database: str, proxy: NatsProxy) -> Settings:
     """A relay through the proxy that waits a second for an ack."""
     return Settings(database_url=database, nats_url=proxy.url, ack_timeout=1)
-
-
-def ended_well(writers: Writers, broker: Broker, stream: Stream) -> None:
-    report = check(writers.url, broker.read(stream.name))
-    assert report.anomalies == {}
-    assert report.transactions == writers.committed
 
 
 @pytest.mark.core
@@ -50,7 +44,7 @@ def test_lost_acks(database: str, broker: Broker, proxy: NatsProxy, stream: Stre
             more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    ended_well(writers, broker, stream)
+    assert_ended_well(writers, broker, stream.name)
 
 
 def late_acks(settings: Settings, broker: Broker, proxy: NatsProxy, stream: Stream, delay: float) -> ThreadRelay:
@@ -65,7 +59,7 @@ def late_acks(settings: Settings, broker: Broker, proxy: NatsProxy, stream: Stre
             more_sent(settings.database_url)
         writers.stop()
         wait_until_sent(settings.database_url)
-    ended_well(writers, broker, stream)
+    assert_ended_well(writers, broker, stream.name)
     return relay
 
 
@@ -103,7 +97,7 @@ def test_acks_in_the_opposite_order(
         proxy.release(reverse=True)
         wait_until_sent(database)
     assert not any(isinstance(each, InDoubt) for each in relay.happenings)
-    ended_well(writers, broker, stream)
+    assert_ended_well(writers, broker, stream.name)
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
@@ -127,7 +121,7 @@ def test_stalled_connection(
             more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    ended_well(writers, broker, stream)
+    assert_ended_well(writers, broker, stream.name)
 
 
 @pytest.mark.long
@@ -145,7 +139,7 @@ def test_connection_that_stalls_until_it_is_given_up(
         more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    ended_well(writers, broker, stream)
+    assert_ended_well(writers, broker, stream.name)
 
 
 @pytest.mark.core
@@ -173,7 +167,7 @@ def test_connection_is_cut_around_a_batch(
             more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    ended_well(writers, broker, stream)
+    assert_ended_well(writers, broker, stream.name)
 
 
 def test_commit_that_arrives_after_it_was_given_up(

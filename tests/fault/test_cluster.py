@@ -13,8 +13,8 @@ from outbox.config import Settings
 from outbox.telemetry import Marked
 from tests.bed import ThreadRelay, until, wait_until_sent
 from tests.cluster import Cluster, three_nodes
-from tests.fault.common import more_sent
-from tests.workload import Writers, check
+from tests.fault.common import assert_ended_well, more_sent
+from tests.workload import Writers
 
 SLOW = 60  # an election can take ten seconds, and on a loaded machine more
 
@@ -40,9 +40,7 @@ def ended_well(database: str, cluster: Cluster, name: str, writers: Writers, rel
     wait_until_sent(database, patience=SLOW)
     assert relay.stop() is None
     cluster.leader(name)
-    report = check(database, cluster.broker.read(name))
-    assert report.anomalies == {}
-    assert report.transactions == writers.committed
+    assert_ended_well(writers, cluster.broker, name)
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.long)])

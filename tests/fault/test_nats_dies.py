@@ -14,9 +14,9 @@ from outbox.errors import Halt
 from outbox.telemetry import Blocked, Marked
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats
-from tests.fault.common import Breaks, add, assert_receipts_tile, more_sent, sent, unsent_ids
+from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
 from tests.proxy import NatsProxy
-from tests.workload import Writers, check
+from tests.workload import Writers
 
 
 @pytest.fixture
@@ -45,9 +45,7 @@ def test_killed_around_a_batch(database: str, server: Nats, monkeypatch: pytest.
             more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    report = check(database, broker.read("S"))
-    assert report.anomalies == {}
-    assert report.transactions == writers.committed
+    assert_ended_well(writers, broker, "S")
 
 
 def test_killed_while_it_stores_large_batches(database: str, server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +78,7 @@ def test_killed_while_its_acks_are_held_back(database: str, server: Nats) -> Non
             more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    report = check(database, broker.read("S"))
-    assert report.anomalies == {}
-    assert report.transactions == writers.committed
+    assert_ended_well(writers, broker, "S")
 
 
 @pytest.mark.parametrize("point", ["mid-batch", "before-ack"])

@@ -21,7 +21,7 @@ from outbox.errors import Halt
 from outbox.telemetry import Marked, Settled
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
-from tests.fault.common import add, assert_receipts_tile, more_sent, sent, stream_of, unsent_ids
+from tests.fault.common import add, assert_ended_well, assert_receipts_tile, more_sent, sent, stream_of, unsent_ids
 from tests.proxy import NatsProxy
 from tests.workload import Writers, check
 
@@ -150,9 +150,7 @@ def test_duplicate_window_ends_before_the_outage(
         with ThreadRelay(settings):
             writers.stop()
             wait_until_sent(database)
-        report = check(database, broker.read("WINDOW"))
-        assert report.anomalies == {}
-        assert report.transactions == writers.committed
+        assert_ended_well(writers, broker, "WINDOW")
 
 
 def test_purged_under_load(database: str, broker: Broker, stream: Stream, settings: Settings) -> None:

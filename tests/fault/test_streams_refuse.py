@@ -13,7 +13,7 @@ from outbox.errors import Halt
 from outbox.telemetry import Blocked, Marked
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
-from tests.fault.common import add, assert_receipts_tile, more_sent, sent, unsent_ids
+from tests.fault.common import add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
 from tests.workload import Writers, check
 
 
@@ -53,9 +53,7 @@ def test_stream_is_full(
         more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    report = check(database, broker.read(stream.name))
-    assert report.anomalies == {}
-    assert report.transactions == writers.committed
+    assert_ended_well(writers, broker, stream.name)
     assert blocked(database, stream.name) == ""
 
 
@@ -104,9 +102,7 @@ def test_allow_atomic_is_switched_off_and_on(database: str, broker: Broker, stre
             more_sent(database)
         writers.stop()
         wait_until_sent(database)
-    report = check(database, broker.read(stream.name))
-    assert report.anomalies == {}
-    assert report.transactions == writers.committed
+    assert_ended_well(writers, broker, stream.name)
 
 
 @pytest.mark.core
