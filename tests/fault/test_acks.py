@@ -12,7 +12,7 @@ from outbox.embedded import Nats
 from outbox.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
 from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
 from tests.conftest import Stream
-from tests.fault.common import Breaks, add, assert_ended_well, more_sent
+from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of
 from tests.proxy import NatsProxy
 from tests.workload import Writers
 
@@ -187,3 +187,36 @@ def test_commit_that_arrives_after_it_was_given_up(
     stored = broker.read(stream.name)
     assert len({each.message_id for each in stored}) == len(stored) == 752
     assert [each.number for each in stored] == [1, 2, *list(range(1, 151)) * 5]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_batch_of_a_former_leader_arrives_late(
+    database: str, broker: Broker, nats: Nats, proxy: NatsProxy, impatient: Settings, when: str
+) -> None:
+    """Fault: a batch waits in the network until another relay leads, and longer than the duplicate window.
+
+    Promise: it is stored once, by one of the two, be it before or after the new leader has sent the same events.
+    """
+    with stream_of(broker, "LATE", duplicate_window=100_000_000):
+        with ThreadRelay(impatient.model_copy(update={"ack_timeout": 60})) as former:
+            add(database, "LATE.warm", 2)
+            former.wait_for(Marked)
+            proxy.change(proxy.up, stalled=True)
+            before, after = proxy.up.bytes, len(former.happenings)
+            for number in range(4):
+                add(database, f"LATE.{number}", 250, size=300)
+            former.wait_for(BatchSent, after=after)
+        if when == "before":
+            proxy.heal()
+        with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
+            wait_until_sent(database)
+            threading.Event().wait(0.3)
+            proxy.heal()
+            until(lambda: proxy.up.bytes - before > 250 * 300)
+            add(database, "LATE.last", 2)
+            wait_until_sent(database)
+        stored = broker.read("LATE")
+        assert [each.subject for each in stored[2:-2:250]] == [f"LATE.{number}" for number in range(4)]
+        assert_receipts_tile(database, "LATE", 1004)
+        assert len({each.message_id for each in stored}) == len(stored) == 1004

@@ -32,7 +32,6 @@ def blocked(url: str, stream: str) -> str:
     return next((str(each.blocked or "") for each in admin.status(url).streams if each.name == stream), "")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("limit", "steps"),
     [("max_msgs", (300, 1500, -1)), ("max_bytes", (100_000, 400_000, -1))],
@@ -105,7 +104,6 @@ def test_allow_atomic_is_switched_off_and_on(database: str, broker: Broker, stre
     assert_ended_well(writers, broker, stream.name)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("limit", ["server", "account"])
 def test_storage_ends_inside_a_commit(database: str, workplace: Path, limit: str) -> None:
     """Fault: the storage limit is reached inside a commit; a part of the batch stays, and there is no answer.
