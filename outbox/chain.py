@@ -16,6 +16,7 @@ from outbox.batch import Batch, Packing, receipts, take
 from outbox.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
+    CUT,
     DUPLICATE_ID,
     REASONS,
     Duplicate,
@@ -177,6 +178,7 @@ class Chain:
                     batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}")
                 )
             case Rejected():
+                self.unanswered = self.unanswered or outcome.code in CUT
                 # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
                 self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
                 if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):

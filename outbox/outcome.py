@@ -30,7 +30,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """JetStream refused it: nothing of the batch is stored, and will not be from this attempt."""
+    """JetStream refused it: nothing of the batch is stored, and will not be from this attempt; but see `CUT`."""
 
     code: int
     description: str
@@ -97,6 +97,8 @@ REASONS: dict[int, DeadReason] = {
     10201: DeadReason.DUPLICATE_MESSAGE_ID,
 }
 
+# Storage that ends inside a commit on one replica: up to nats-server 2.12 a part is stored, and the commit is refused.
+CUT = frozenset({10002, 10023, 10028, 10047})
 MESSAGE_TOO_LARGE = 10054
 BATCH_INCOMPLETE = 10176
 BATCH_TOO_LARGE = 10199
