@@ -1,0 +1,230 @@
+"""Break each guard once, and see the test that is there for it fail.
+
+`python -m tests.mutations` copies the project, changes one line, runs one test, and says whether it noticed. Exit code
+1 if a test still passes with its guard broken, or if a line is not there any more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+console = Console()
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `file` of the package, `line` becomes `broken`, and `test` must fail."""
+
+    file: str
+    line: str
+    broken: str
+    test: str
+
+
+MUTATIONS = [
+    # A batch of a former leader fits nowhere but where it was planned.
+    Mutation(
+        "batch.py",
+        'headers["Nats-Expected-Last-Sequence"] = str(batch.base)',
+        "pass",
+        "test_acks.py::test_batch_of_a_former_leader_arrives_late[after]",
+    ),
+    # What may be in flight is written down before it is sent.
+    Mutation(
+        "lane.py",
+        "plan=[transaction.position for transaction in chain.plan],",
+        "plan=[],",
+        "test_stop_points.py::test_killed_at[before-first-message-1]",
+    ),
+    # After a doubt the plan is settled as it is: what is stored is not sent again, what is not is not forgotten.
+    Mutation(
+        "chain.py",
+        "done = [self.planned.popleft() for _ in range(stored)]",
+        "done = [self.planned.popleft() for _ in range(0)]",
+        "test_acks.py::test_lost_acks",
+    ),
+    Mutation(
+        "chain.py",
+        "self.planned = deque(self.plan)",
+        "pass",
+        "test_nats_dies.py::test_killed_around_a_batch[before-ack]",
+    ),
+    # Messages that are gone count as ours only after an attempt without an answer, and then they do.
+    Mutation(
+        "chain.py",
+        "        self.unanswered = True\n        self.doubt(why)",
+        "        self.doubt(why)",
+        "test_streams_forget.py::test_stream_removes_a_batch_before_it_is_known_as_stored[ttl-same relay]",
+    ),
+    Mutation(
+        "plan.py",
+        "stored = confirmed + len(gone)",
+        "stored = confirmed",
+        "test_streams_forget.py::test_work_queue_is_worked_off_before_the_batch_is_known_as_stored[0-next relay]",
+    ),
+    # A stream that went back, was made again, or keeps a part of a batch is a halt.
+    Mutation(
+        "plan.py",
+        "if last < base:",
+        "if last < 0:",
+        "test_streams_forget.py::test_stream_restored_from_an_older_snapshot[before the relay]",
+    ),
+    Mutation(
+        "recovery.py",
+        "if info.created != known.created:",
+        "if not info.created:",
+        "test_streams_forget.py::test_recreated_under_load",
+    ),
+    Mutation(
+        "recovery.py",
+        "    if finding.look in (Look.SETTLED, Look.FOREIGN):\n        foreign",
+        "    if finding.look in (Look.SETTLED, Look.FOREIGN, Look.APPLYING):\n        foreign",
+        "test_streams_refuse.py::test_storage_ends_inside_a_commit",
+    ),
+    # A lost connection sends nothing any more; a reply is taken for its own batch.
+    Mutation(
+        "jetstream.py",
+        "allow_reconnect=False,",
+        "allow_reconnect=True,",
+        "test_acks.py::test_connection_is_cut_around_a_batch[mid-batch]",
+    ),
+    Mutation(
+        "jetstream.py",
+        'token = message.subject.rpartition(".")[2]',
+        'token = next(iter(self._awaited), "")',
+        "test_acks.py::test_acks_in_the_opposite_order",
+    ),
+    # A frozen leader loses its session; a silent server is given up; a read-only one is weather.
+    Mutation(
+        "session.py",
+        '"idle_session_timeout": "5s",',
+        '"idle_session_timeout": "0",',
+        "test_stop_points.py::test_frozen_at[before-ack]",
+    ),
+    Mutation(
+        "session.py",
+        "same.shutdown(socket.SHUT_RDWR)",
+        "pass",
+        "test_postgres_silent.py::test_relay_gives_up_on_a_server_that_never_answers[down]",
+    ),
+    Mutation(
+        "session.py",
+        "except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:",
+        "except psycopg.errors.DivisionByZero as error:",
+        "test_postgres_fails.py::test_read_only_for_a_while",
+    ),
+    # No phantom: a plan is sent only when its commit has reached the standbys, in this term or in the next.
+    Mutation(
+        "leader.py",
+        "lane.chain.dirty = True  # its commit may not have reached the standbys: commit it before it is sent",
+        "pass",
+        "test_failover.py::test_failover_that_loses_transactions_loses_none_that_is_published[asynchronous]",
+    ),
+    Mutation(
+        "store.py",
+        "if self._warnings:",
+        "if not self._warnings and False:",
+        "test_failover.py::test_failover_that_loses_transactions_loses_none_that_is_published[synchronous]",
+    ),
+    # A database with another past halts the relay, and a rebase sends nothing twice.
+    Mutation(
+        "recovery.py",
+        "if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN):",
+        "if False:",
+        "test_restores.py::test_failover_that_lost_commits_halts[messages removed]",
+    ),
+    Mutation(
+        "queries.py",
+        " AND coalesce(database_oid, %(database)s) = %(database)s",
+        "",
+        "test_restores.py::test_copy_within_the_cluster_halts",
+    ),
+    Mutation(
+        "router.py",
+        "if tail is not None and tail.outbox_id",
+        "if tail is None and tail.outbox_id",
+        "test_restores.py::test_stream_that_the_database_does_not_know_yet_holds_its_messages",
+    ),
+    Mutation(
+        "rebasing.py",
+        "connection.execute(queries.compose(orders.ADOPT, name), places)",
+        "places.clear()",
+        "test_restores.py::test_older_physical_copy_halts_and_rebase_sends_nothing_twice",
+    ),
+    # Rows are hostile until they are checked.
+    Mutation(
+        "router.py",
+        "if (offence := invalid(head)) is None:",
+        "if (offence := None) is None:",
+        "test_data.py::test_rows_written_around_the_triggers_are_set_aside",
+    ),
+    Mutation(
+        "event.py",
+        'and "\\n" not in value and "\\r" not in value',
+        'and "\\n" not in value',
+        "test_data.py::test_rows_written_around_the_triggers_are_set_aside",
+    ),
+    # A transaction that kills relays is found, and nobody is blamed for an outage; a retry is taken up.
+    Mutation(
+        "caution.py",
+        "if attempts < ATTEMPTS:",
+        "if attempts >= 0:",
+        "test_dead_letters.py::test_transaction_that_kills_the_relay_is_set_aside[poisoned-send]",
+    ),
+    Mutation(
+        "leader.py",
+        "            await self._caution.suspect(None)",
+        "            pass",
+        "test_dead_letters.py::test_kills_that_are_nobodys_fault_convict_nobody",
+    ),
+    Mutation(
+        "reader.py",
+        "self._positions.reopen(ranges)",
+        "pass",
+        "test_dead_letters.py::test_retry_without_a_relay_is_taken_up_by_the_next_one",
+    ),
+]
+
+
+def tried(mutation: Mutation, copy: Path) -> str:
+    """What came of it: noticed, or what is wrong."""
+    file = copy / "outbox" / mutation.file
+    sound = file.read_text()
+    if sound.count(mutation.line) != 1:
+        return f"the line is there {sound.count(mutation.line)} times"
+    file.write_text(sound.replace(mutation.line, mutation.broken))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", f"tests/fault/{mutation.test}"]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    file.write_text(sound)
+    return {0: "NOT NOTICED", 1: "noticed"}.get(done.returncode, f"pytest ended with {done.returncode}")
+
+
+def main() -> int:
+    copy = Path(tempfile.mkdtemp(prefix="outbox-mutations-")) / "project"
+    left_out = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    table = Table("file", "guard", "test", "")
+    chosen = [each for each in MUTATIONS if all(word in f"{each.file} {each.test}" for word in sys.argv[1:])]
+    results = []
+    for mutation in chosen:
+        results.append(tried(mutation, copy))
+        console.print(f"{mutation.file}: {mutation.test}: {results[-1]}", markup=False)
+        table.add_row(mutation.file, mutation.line.strip().splitlines()[0], mutation.test, results[-1])
+    console.print(table)
+    shutil.rmtree(copy.parent)
+    return int(any(result != "noticed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
