@@ -68,6 +68,16 @@ class Chain:
         """What a former leader planned and this one has yet to load, now that it is known not to be stored."""
         return [] if self.in_doubt else [each for each in self.planned if isinstance(each, Planned)]
 
+    @property
+    def loaded(self) -> list[Transaction]:
+        """The head of the plan, as far as its events are at hand."""
+        head: list[Transaction] = []
+        for each in self.planned:
+            if isinstance(each, Planned):
+                break
+            head.append(each)
+        return head
+
     def load(self, transactions: Iterable[Transaction]) -> None:
         """Take in planned transactions with their events."""
         loaded = {transaction.position: transaction for transaction in transactions}
@@ -124,7 +134,7 @@ class Chain:
         launched: list[Batch] = []
         ids = iter(make_id)
         while self.planned and not self.in_doubt and not self.dirty:
-            loaded = _loaded(self.planned)
+            loaded = self.loaded
             alone = self.planned[0].position in self._alone
             if self.in_flight and (alone or not self._may_pipeline()):
                 break
@@ -238,13 +248,3 @@ class Chain:
             detail = f"{rejected.description} ({rejected.code}) by stream {self.stream}"
             self._suspected = Verdict(position=guilty.position, reason=REASONS[rejected.code], detail=detail)
         self.doubt(f"{rejected.description} ({rejected.code})")
-
-
-def _loaded(planned: Iterable[Planned | Transaction]) -> list[Transaction]:
-    """The head of the plan, as far as its events are at hand."""
-    head: list[Transaction] = []
-    for each in planned:
-        if isinstance(each, Planned):
-            break
-        head.append(each)
-    return head

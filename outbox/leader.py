@@ -17,8 +17,8 @@ from outbox.config import OnDead, Settings
 from outbox.errors import Halt, Misconfigured
 from outbox.jetstream import JetStream
 from outbox.lane import Lane
+from outbox.lanes import Lanes
 from outbox.link import Link
-from outbox.plan import Planned
 from outbox.positions import Range, merged
 from outbox.reader import Reader
 from outbox.router import Router
@@ -59,7 +59,7 @@ class Leader:
         self._written = lead.cursor  # the highest position that was planned or settled: the cursor in the database
         self._router = Router(store, lead, settings, news=self._news.set)
         self._caution = Caution(store, lead, settings.read_ahead_messages)
-        self._lanes: dict[str, Lane] = {}
+        self._lanes = Lanes()
         self._taken: list[Range] = []
         self._link = Link(connect, tell=tell, news=self._news.set)
         self._told: str | None = None
@@ -76,7 +76,7 @@ class Leader:
     @property
     def proven(self) -> bool:
         """True if this process has published anything, in this term or before."""
-        return self._proven_before or any(lane.proven for lane in self._lanes.values())
+        return self._proven_before or self._lanes.proven
 
     async def run(self) -> bool:
         """Lead until stopped or drained: True; or until care is no longer needed, and a new term is: False.
@@ -115,15 +115,15 @@ class Leader:
         for lane in self._lanes.values():
             moved |= lane.settle(self._jetstream, now)
         await self._arrive()
-        await self._load()
+        await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
         await self._route(now)
         for lane in self._lanes.values():
             lane.chain.extend()
         moved |= await self._commit()
         if self._jetstream is not None and not self._stop.is_set():
             for lane in self._lanes.values():
-                if lane.chain.planned and self._caution.active and self._loaded:
-                    await self._caution.suspect(lane.chain.planned[0].position)
+                if self._caution.active and (head := lane.chain.loaded[:1]):
+                    await self._caution.suspect(head[0].position)
                 moved |= lane.send(self._jetstream, self._batch_ids, now)
         moved |= await self._read(now)
         await self._keep_alive(now)
@@ -134,8 +134,7 @@ class Leader:
     def _reach_nats(self, now: float) -> None:
         if (why := self._link.lost()) is not None:
             self._router.lost()
-            for lane in self._lanes.values():
-                lane.lost(f"the connection to NATS was lost: {why}")
+            self._lanes.lost(why)
         self._link.reach(now)
 
     def _learn(self, now: float) -> bool:
@@ -163,26 +162,10 @@ class Leader:
         self._lanes[row.name] = lane
         return lane
 
-    async def _load(self) -> None:
-        """Load what a former leader planned and what is known not to be stored; if careful, only one in all."""
-        for chain in [lane.chain for lane in self._lanes.values() if lane.chain.unloaded]:
-            positions = [each.position for each in chain.unloaded]
-            if self._caution.active:
-                head = chain.planned[0]
-                if not isinstance(head, Planned) or self._loaded:
-                    continue
-                if offence := self._caution.verdict(head.position, head.attempts):
-                    chain.condemn(offence)
-                    continue
-                await self._caution.suspect(head.position)
-                positions = [head.position]
-            chain.load(await self._store.planned(positions))
-
     @property
-    def _loaded(self) -> bool:
+    def _busy(self) -> bool:
         """True if any transaction's events are in memory."""
-        plans = (each for lane in self._lanes.values() for each in lane.chain.plan)
-        return any(isinstance(each, Transaction) for each in itertools.chain(self._held(), plans))
+        return any(isinstance(each, Transaction) for each in itertools.chain(self._held(), self._lanes.planned))
 
     async def _route(self, now: float) -> None:
         if self._jetstream is not None:
@@ -220,19 +203,19 @@ class Leader:
 
     def _held(self) -> Iterable[Transaction]:
         """What was read and is neither planned nor settled."""
-        return itertools.chain(self._router.incoming, *(lane.chain.waiting for lane in self._lanes.values()))
+        return itertools.chain(self._router.incoming, self._lanes.waiting)
 
     def _room(self) -> tuple[int, int]:
         """How many messages and bytes may still be read ahead."""
         messages, size = self._settings.read_ahead_messages, self._settings.read_ahead_bytes
-        for transaction in itertools.chain(self._held(), *(lane.chain.plan for lane in self._lanes.values())):
+        for transaction in itertools.chain(self._held(), self._lanes.planned):
             messages -= transaction.count
             size -= transaction.size
         return messages, size
 
     @property
     def _settled(self) -> bool:
-        return not self._router.verdicts and all(lane.chain.idle for lane in self._lanes.values())
+        return not self._router.verdicts and self._lanes.idle
 
     @property
     def _quiet(self) -> bool:
@@ -240,7 +223,7 @@ class Leader:
 
     async def _commit(self) -> bool:
         """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
-        dirty = [lane for lane in self._lanes.values() if lane.chain.dirty]
+        dirty = self._lanes.dirty
         verdicts = self._router.verdicts + [each for lane in dirty for each in lane.chain.verdicts]
         if not dirty and not verdicts and not self._taken and self._router.blocked == self._told:
             return False
@@ -307,7 +290,7 @@ class Leader:
 
     async def _arrive(self) -> None:
         """After a promotion or a restore: once every stream was settled, this is where the outbox is at home."""
-        if self._lead.moved and not self._arrived and not any(lane.moved for lane in self._lanes.values()):
+        if self._lead.moved and not self._arrived and not self._lanes.moved:
             self._arrived = True
             await self._store.arrived(self._lead.epoch, self._lead.home)
 
@@ -337,8 +320,7 @@ class Leader:
             return
         if (due := self._router.due(self._clock())) is not None:
             yield due
-        for lane in self._lanes.values():
-            yield from lane.dues()
+        yield from self._lanes.dues()
 
     def stopping(self) -> None:
         """The stop has come: look up from the wait. Safe from a signal handler of the loop."""
@@ -347,7 +329,7 @@ class Leader:
     async def _finish(self) -> None:
         """Stop: send nothing more, wait a little for what is in flight, and mark what was acked."""
         deadline = self._clock() + STOP_SECONDS
-        while any(lane.flying for lane in self._lanes.values()) and self._clock() < deadline:
+        while self._lanes.flying and self._clock() < deadline:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), 0.1)
             self._news.clear()
@@ -357,6 +339,5 @@ class Leader:
 
     async def _close(self) -> None:
         self._router.close()
-        for lane in self._lanes.values():
-            lane.close()
+        self._lanes.close()
         await self._link.close()

@@ -1,0 +1,82 @@
+"""All streams of the outbox: what their lanes have in common, for the leader's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from outbox.caution import Caution
+from outbox.lane import Lane
+from outbox.plan import Planned
+from outbox.store import Store
+from outbox.transaction import Transaction
+
+
+class Lanes(dict[str, Lane]):
+    """The lanes by the names of their streams."""
+
+    @property
+    def waiting(self) -> Iterator[Transaction]:
+        """What was read and is not planned."""
+        return (transaction for lane in self.values() for transaction in lane.chain.waiting)
+
+    @property
+    def planned(self) -> Iterator[Planned | Transaction]:
+        """What is planned or in flight."""
+        return (transaction for lane in self.values() for transaction in lane.chain.plan)
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing waits, flies or needs to be written down."""
+        return all(lane.chain.idle for lane in self.values())
+
+    @property
+    def flying(self) -> bool:
+        """True while outcomes are awaited."""
+        return any(lane.flying for lane in self.values())
+
+    @property
+    def proven(self) -> bool:
+        """True if anything was stored in this term."""
+        return any(lane.proven for lane in self.values())
+
+    @property
+    def moved(self) -> bool:
+        """True until every stream was settled after a promotion or a restore of the database."""
+        return any(lane.moved for lane in self.values())
+
+    @property
+    def dirty(self) -> list[Lane]:
+        """Those with something to write down."""
+        return [lane for lane in self.values() if lane.chain.dirty]
+
+    def lost(self, why: str) -> None:
+        """The connection is gone."""
+        for lane in self.values():
+            lane.lost(f"the connection to NATS was lost: {why}")
+
+    def dues(self) -> Iterator[float]:
+        """The loop's times at which one of them wants to be looked at."""
+        return (due for lane in self.values() for due in lane.dues())
+
+    def close(self) -> None:
+        """Stop what runs beside the loop; idempotent."""
+        for lane in self.values():
+            lane.close()
+
+    async def load(self, store: Store, caution: Caution, *, busy: bool) -> None:
+        """Load what a former leader planned and what is known not to be stored.
+
+        With caution it is one transaction at a time, and none while the leader is `busy` with another one.
+        """
+        for chain in [lane.chain for lane in self.values() if lane.chain.unloaded]:
+            positions = [each.position for each in chain.unloaded]
+            if caution.active:
+                head = chain.planned[0]
+                if busy or not isinstance(head, Planned):
+                    continue
+                if offence := caution.verdict(head.position, head.attempts):
+                    chain.condemn(offence)
+                    continue
+                await caution.suspect(head.position)
+                positions, busy = [head.position], True
+            chain.load(await store.planned(positions))
