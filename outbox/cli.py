@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from outbox import admin, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
+from outbox import admin, deadcli, demo, migrating, rebasing, schema, screen, telemetry, verifying
+from outbox import retention as purging
 from outbox.config import BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
@@ -96,6 +97,7 @@ def relay(
     window: Annotated[int | None, typer.Option(help="Batches in flight, at most.")] = None,
     on_dead: Annotated[OnDead | None, typer.Option(help="After a dead letter.")] = None,
     on_unrouted: Annotated[OnUnrouted | None, typer.Option(help="A subject that is in no stream.")] = None,
+    retention: Annotated[float | None, typer.Option(help="Hours that sent transactions are kept.")] = None,
     durability: Annotated[Durability | None, typer.Option(help="Wait for asynchronous standbys too.")] = None,
     create_stream: Annotated[str | None, typer.Option(metavar="NAME", help="First create this stream.")] = None,
     subjects: Annotated[list[str] | None, typer.Option(help="Subjects of the stream to create.")] = None,
@@ -117,6 +119,7 @@ def relay(
         window=window,
         on_dead=on_dead,
         on_unrouted=on_unrouted,
+        retention=retention,
         durability=durability,
     )
     _run(
@@ -227,7 +230,7 @@ def purge(
     Example: outbox purge --older-than 48
     """
     given = settings(database_url=database_url, schema=schema_name)
-    gone = retention.purge(given.database_url, given.schema, older_than * 3600)
+    gone = purging.purge(given.database_url, given.schema, older_than * 3600)
     out.print(f"{gone} transactions are deleted", markup=False)
 
 
@@ -245,7 +248,11 @@ def _run(work: Any) -> None:
 
 
 def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
-    quiet = () if verbose else (telemetry.PageRead, telemetry.BatchSent, telemetry.Marked, telemetry.Slept)
+    quiet = (
+        ()
+        if verbose
+        else (telemetry.PageRead, telemetry.BatchSent, telemetry.Marked, telemetry.Purged, telemetry.Slept)
+    )
 
     def tell(happening: telemetry.Happening) -> None:
         if isinstance(happening, quiet):

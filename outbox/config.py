@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
 
+    retention: float = Field(
+        24.0, ge=0, description="Hours that sent transactions are kept; 0 deletes at once, inf never."
+    )
     durability: Durability = Field(
         Durability.LOCAL,
         description="Wait for this server and its synchronous standbys only, or for every streaming standby.",

@@ -20,6 +20,7 @@ from outbox.lane import Lane
 from outbox.lanes import Lanes
 from outbox.link import Link
 from outbox.positions import Range, merged
+from outbox.purger import Purger
 from outbox.reader import Reader
 from outbox.router import Router
 from outbox.rows import Decisions, Lead, StreamRow
@@ -62,6 +63,7 @@ class Leader:
         self._lanes = Lanes()
         self._taken: list[Range] = []
         self._link = Link(connect, tell=tell, news=self._news.set)
+        self._purger = Purger(store, settings.retention, tell)
         self._told: str | None = None
         self._began = self._strays_looked = self._clock()
         self._spoke = 0.0
@@ -126,6 +128,7 @@ class Leader:
                     await self._caution.suspect(head[0].position)
                 moved |= lane.send(self._jetstream, self._batch_ids, now)
         moved |= await self._read(now)
+        await self._purger.run_once(now)
         await self._keep_alive(now)
         return moved
 
@@ -250,6 +253,7 @@ class Leader:
             lane.chain.written()
         if receipts:
             self._tell(Marked(transactions=len(receipts), last_position=receipts[-1].position))
+            self._purger.marked()
         self._report(verdicts)
         return True
 
@@ -313,6 +317,7 @@ class Leader:
         self._news.set()
 
     def _dues(self) -> Iterator[float]:
+        yield self._purger.due
         if min(self._room()) > 0:
             yield self._reader.due
         if self._jetstream is None:

@@ -88,22 +88,6 @@ SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
  WHERE position >= %(from)s AND position <= %(to)s AND stream = %(stream)s
 """
 
-# One page of sent transactions with their events, by transactions_pkey and events_pkey. `purged` tells `verify` up to
-# where rows may be missing. Never an open or a dead one.
-PURGE = """
-WITH page AS (
-  SELECT position, txid FROM {schema}.transactions
-   WHERE sent_at < now() - make_interval(secs => %(seconds)s) ORDER BY position LIMIT %(page)s
-), events AS (
-  DELETE FROM {schema}.events AS e USING page WHERE e.txid = page.txid
-), gone AS (
-  DELETE FROM {schema}.transactions AS t USING page WHERE t.position = page.position RETURNING t.position
-), told AS (
-  UPDATE {schema}.relay SET purged = greatest(purged, (SELECT max(position) FROM gone)) WHERE EXISTS (SELECT FROM gone)
-)
-SELECT count(*) FROM gone
-"""
-
 # Accept a stream as it is now: nothing is planned for it; what was planned and not found in it is pending again.
 ACCEPT_STREAM = """
 WITH accepted AS (

@@ -217,6 +217,24 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
             ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint END
 """
 
+# One page of old sent transactions with their events, beyond the position `after`: by transactions_pkey and
+# events_pkey. It says whether there may be more behind it: not behind one that is sent and not old, so the cost does
+# not grow with what is kept. Never a pending or a dead one. `purged` tells `verify` up to where rows may be missing.
+PURGE = """
+WITH page AS MATERIALIZED (
+  SELECT position, txid, sent_at <= now() - make_interval(secs => %(seconds)s) AS old FROM {schema}.transactions
+   WHERE position > %(after)s AND dead_at IS NULL ORDER BY position LIMIT %(page)s
+), events AS (
+  DELETE FROM {schema}.events WHERE txid = ANY (ARRAY(SELECT txid FROM page WHERE old))
+), gone AS (
+  DELETE FROM {schema}.transactions WHERE position = ANY (ARRAY(SELECT position FROM page WHERE old)) RETURNING position
+), told AS (
+  UPDATE {schema}.relay SET purged = greatest(purged, (SELECT max(position) FROM gone)) WHERE EXISTS (SELECT FROM gone)
+)
+SELECT (SELECT count(*) FROM gone), coalesce(max(position), 0),
+       count(*) = %(page)s AND bool_and(coalesce(old, true)) FROM page
+"""
+
 # Events that no transaction row counts: the application forged the settings of the trigger. Newest ones, by
 # events_pkey backwards and transactions_txid; a slow check, so bounded.
 STRAYS = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from outbox import orders, queries
+from outbox import queries
 from outbox.session import command_session
 
 PAGE = 1000
@@ -10,12 +10,12 @@ PAGE = 1000
 
 def purge(url: str, name: str, seconds: float) -> int:
     """Delete what was sent more than so many seconds ago; the number of transactions. Commits after each page."""
-    purged = 0
+    purged = after = 0
     with command_session(url) as connection:
         connection.autocommit = True
         while True:
-            given = {"seconds": seconds, "page": PAGE}
-            ((gone,),) = connection.execute(queries.compose(orders.PURGE, name), given).fetchall()
+            given = {"after": after, "seconds": seconds, "page": PAGE}
+            ((gone, after, more),) = connection.execute(queries.compose(queries.PURGE, name), given).fetchall()
             purged += int(gone)
-            if gone < PAGE:
+            if not more:
                 return purged

@@ -23,6 +23,7 @@ from outbox.session import answered, open_session, refuse_pooler
 from outbox.transaction import Transaction
 
 OLDEST_POSTGRES = 140005
+PURGE_PAGE = 500
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
 
@@ -260,6 +261,11 @@ class Store:
     async def arrived(self, epoch: int, home: Home) -> None:
         """Every stream was settled after a promotion or a restore: the database is at home in this timeline."""
         await self._all("ARRIVED", epoch=epoch, timeline=home.timeline)
+
+    async def purge(self, after: int, seconds: float) -> tuple[int, int, bool]:
+        """Delete a page of what was sent so many seconds ago, beyond a position: how many, how far, and if to go on."""
+        rows = await self._all("PURGE", after=after, seconds=seconds, page=PURGE_PAGE)
+        return rows[0][0], rows[0][1], rows[0][2]
 
     async def strays(self) -> list[tuple[str, int]]:
         """Transaction ids with events that no row of transactions counts, and how many events each has."""

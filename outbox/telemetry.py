@@ -108,6 +108,13 @@ class Marked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Purged:
+    """Transactions that were sent longer ago than the retention are deleted."""
+
+    transactions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Died:
     """A transaction was set aside, whole, with its reason."""
 
@@ -145,6 +152,7 @@ Happening = (
     | Settled
     | Shared
     | Marked
+    | Purged
     | Died
     | Blocked
     | Slept
@@ -184,6 +192,8 @@ def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one
             return f"{stream}: has other writers (at {sequence}): one batch in flight from now on"
         case Marked(transactions=transactions, last_position=position):
             return f"marked {transactions} transactions, to position {position}"
+        case Purged(transactions=transactions):
+            return f"deleted {transactions} old transactions"
         case Died(verdict=verdict):
             return f"transaction {verdict.position} is a dead letter: {verdict}"
         case Blocked(stream=stream, why=why):

@@ -30,7 +30,7 @@ from tests.workload import check
 
 SESSIONS = strategies.integers(0, 2)
 numbers = itertools.count(1)
-EXAMPLES = int(os.environ.get("OUTBOX_TESTS_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("OUTBOX_TESTS_EXAMPLES", "8"))
 
 
 class World(RuleBasedStateMachine):

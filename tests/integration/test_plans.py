@@ -117,6 +117,15 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
     assert row == (10,)
 
 
+def test_purge_goes_no_further_than_what_is_old(filled: psycopg.Connection[Any]) -> None:
+    """Nothing is old; then the first hundred are."""
+    page = {"after": 0, "seconds": 3600, "page": 100}
+    assert touched(filled, "PURGE", **page) < 150
+    filled.execute("UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position IN "
+                   "(SELECT position FROM outbox.transactions ORDER BY position LIMIT 100)")  # fmt: skip
+    assert touched(filled, "PURGE", **page) < 4000
+
+
 def test_pending_view_does_not_read_what_was_sent(filled: psycopg.Connection[Any]) -> None:
     cursor = middle(filled)
     filled.execute("UPDATE outbox.relay SET cursor = %s", [cursor * 2 + 10_000])
