@@ -39,5 +39,5 @@ class Caution:
         """Why a transaction that too many relays have died of is set aside, or None."""
         if attempts < ATTEMPTS:
             return None
-        detail = f"{attempts} relays in a row died while they worked on it"
+        detail = f"{attempts} relays died while they had it alone in hand"
         return Verdict(position=position, reason=DeadReason.KILLS_RELAY, detail=detail)

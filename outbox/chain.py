@@ -78,6 +78,11 @@ class Chain:
             head.append(each)
         return head
 
+    @property
+    def ready(self) -> list[Transaction]:
+        """What could be launched now if nothing is in flight."""
+        return [] if self.in_doubt or self.dirty or self.in_flight else self.loaded
+
     def load(self, transactions: Iterable[Transaction]) -> None:
         """Take in planned transactions with their events."""
         loaded = {transaction.position: transaction for transaction in transactions}

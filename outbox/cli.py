@@ -16,7 +16,7 @@ import typer
 
 from outbox import admin, deadcli, demo, migrating, rebasing, schema, screen, telemetry, verifying
 from outbox import retention as purging
-from outbox.config import BatchMode, Durability, OnDead, OnUnrouted, Settings
+from outbox.config import LONGEST_HOURS, BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
 from outbox.relay import Relay
@@ -223,7 +223,7 @@ def verify(
 def purge(
     database_url: DatabaseURL = None,
     schema_name: Schema = None,
-    older_than: Annotated[float, typer.Option(min=0, help="Hours since it was sent.")] = 24,
+    older_than: Annotated[float, typer.Option(min=0, max=LONGEST_HOURS, help="Hours since it was sent.")] = 24,
 ) -> None:
     """Delete what was sent, in pages: transactions with their events and receipts, never one that is pending or dead.
 

@@ -46,14 +46,17 @@ class Anomaly:
 class Comparison:
     """One stream against the outbox. Call `take` for its messages in order, then `recheck`, then `confirm`.
 
-    Others may write to a `shared` stream; in any other a foreign message is an anomaly. `removed` counts messages that
-    the stream itself has removed (limits, rollup, purge, a work queue), `unknown` those whose transaction was
-    purged, or that have one of the `former` ids that the outbox had, and were not in the database that was restored.
+    A message is of this outbox by its `Outbox-Id`; `adopting`, also by its message id, subject and payload, since a
+    backup may be older than an id that the outbox had. Others may write to a `shared` stream; in any other a foreign
+    message is an anomaly. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a work
+    queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had, and
+    were not in the database that was restored.
     """
 
     outbox_id: str
     stream: str
     former: frozenset[str] = frozenset()
+    adopting: bool = False
     shared: bool = False
     anomalies: list[Anomaly] = field(default_factory=list)
     messages: int = 0
@@ -75,28 +78,32 @@ class Comparison:
             row = rows.get(message.position or 0)
             if self._is_good(sequence, message, row):
                 _extend(self._good, sequence)
-            else:
+            elif self._judge(sequence, message, row):
                 _extend(self._other, sequence)
-                self._judge(sequence, message, row)
 
     def knows(self, outbox_id: str | None) -> bool:
         """True if this is or was the id of the outbox."""
         return outbox_id == self.outbox_id or outbox_id in self.former
 
     def _is_good(self, sequence: int, message: Seen, row: Row | None) -> bool:
-        ours = self.knows(message.outbox_id) and not message.replayed
-        if not ours or row is None or row.stream != self.stream or not _is_of(message, row):
+        if row is None or row.stream != self.stream or not self._is_ours(message, row) or not _is_of(message, row):
             return False
         return sequence == row.first + (message.number or 0) - 1
 
-    def _judge(self, sequence: int, message: Seen, row: Row | None) -> None:
+    def _is_ours(self, message: Seen, row: Row | None) -> bool:
+        if message.replayed:
+            return False
+        return self.knows(message.outbox_id) or (self.adopting and row is not None and _is_of(message, row))
+
+    def _judge(self, sequence: int, message: Seen, row: Row | None) -> bool:
+        """Say what is wrong with a message; False if that cannot be said yet, because its transaction is not marked."""
         position = message.position
-        if not self.knows(message.outbox_id) or position is None:
+        if message.replayed and self.knows(message.outbox_id):
+            self.replayed += 1
+        elif position is None or not (self.knows(message.outbox_id) or self._is_ours(message, row)):
             self.foreign += 1
             if not self.shared:
                 self._add("foreign", None, sequence, "a message of somebody else, in a stream of the relay alone")
-        elif message.replayed:
-            self.replayed += 1
         elif message.outbox_id != self.outbox_id and (row is None or not _is_of(message, row)):
             self.unknown += 1
         elif row is None:
@@ -105,34 +112,40 @@ class Comparison:
             self._add("phantom", position, sequence, f"event {message.number} of {message.count} was not committed so")
         elif row.stream is None:
             self._unmarked[position].append((message.number or 0, sequence))
+            return False
         else:
             self._add("duplicated", position, sequence, f"its receipt says {row.first} to {row.last} of {row.stream}")
+        return True
 
     @property
     def unmarked(self) -> list[int]:
         """Positions that are in the stream and were not marked when they were looked up."""
         return sorted(self._unmarked)
 
-    def recheck(self, rows: Mapping[int, Row], purged: int) -> None:
+    def recheck(self, rows: Mapping[int, Row], purged: int, last: int) -> None:
         """Judge the unmarked ones by what the database says of them now: a relay at work has marked them meanwhile.
 
-        Up to the position `purged` transactions may have been deleted, with their receipts.
+        Up to the position `purged` transactions may have been deleted, with their receipts. The stream was read up to
+        `last`: a transaction whose beginning is there may go on behind it.
         """
         for position, found in sorted(self._unmarked.items()):
             row, sequence = rows.get(position), found[0][1]
-            if row is not None and row.stream == self.stream:
-                if found == [(number, row.first + number - 1) for number, _ in found]:
-                    self._good += [(place, place) for _, place in found]
-                else:
-                    self._add("duplicated", position, sequence, f"its receipt begins at {row.first}")
-            elif row is not None and row.dead:
+            places = [(place, place) for _, place in found]
+            if row is None or found == _whole(row, row.first if row.stream == self.stream else sequence)[: len(found)]:
+                whole = row is None or len(found) == len(row.message_ids) or found[-1][1] == last
+                if whole and not (row is not None and row.dead):
+                    self._good += places
+                    continue
+            self._other = merged([*self._other, *places])
+            numbers = [number for number, _ in found]
+            if row is not None and row.dead:
                 self._add("phantom", position, sequence, "it is a dead letter, and yet stored")
-            elif row is not None and not _is_whole(found, row):
-                numbers = [number for number, _ in found]
-                kind = "duplicated" if len(set(numbers)) < len(numbers) else "split"
-                self._add(
-                    kind, position, sequence, f"pending, and of its {len(row.message_ids)} events {numbers} are there"
-                )
+            elif row is not None and row.stream is not None:
+                self._add("duplicated", position, sequence, f"its receipt begins at {row.first} of {row.stream}")
+            elif len(set(numbers)) < len(numbers):
+                self._add("duplicated", position, sequence, f"pending, and its events {numbers} are stored")
+            else:
+                self._add("split", position, sequence, f"pending, and its events {numbers} alone are stored")
         self._good = merged(self._good)
         known = [each for each in self.anomalies if each.what != UNKNOWN or (each.position or 0) > purged]
         self.unknown, self.anomalies = self.unknown + len(self.anomalies) - len(known), known
@@ -141,7 +154,7 @@ class Comparison:
         """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""
         pending = {position: row for position, row in rows.items() if row.stream is None and not row.dead}
         found = ((position, self._unmarked[position]) for position in self.unmarked if position in pending)
-        return [(position, places[0][1]) for position, places in found if _is_whole(places, pending[position])]
+        return [(p, places[0][1]) for p, places in found if places == _whole(pending[p], places[0][1])]
 
     def confirm(self, rows: Iterable[Row], *, first: int, last: int, end: int) -> None:
         """Compare receipts with what was found; the stream was read from `first` to `last`, and ends at `end` now."""
@@ -185,10 +198,9 @@ def _is_of(message: Seen, row: Row) -> bool:
     return same and (not row.digests or message.digest is None or message.digest == row.digests[number - 1])
 
 
-def _is_whole(found: list[tuple[int, int]], row: Row) -> bool:
-    """True if these numbers and sequences are all events of the transaction, once each, in one piece."""
-    start = found[0][1]
-    return found == [(number, start + number - 1) for number in range(1, len(row.message_ids) + 1)]
+def _whole(row: Row, first: int) -> list[tuple[int, int]]:
+    """Number and sequence of each event of the transaction, if it begins at the sequence `first`."""
+    return [(number, first + number - 1) for number in range(1, len(row.message_ids) + 1)]
 
 
 def _extend(ranges: list[Range], place: int) -> None:

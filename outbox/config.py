@@ -5,6 +5,7 @@ Pure but for reading the environment and that file. Bad values, and unknown name
 
 from __future__ import annotations
 
+import math
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,7 @@ from outbox.schema import checked_name
 
 FILE = Path("outbox.toml")
 PREFIX = "OUTBOX_"
+LONGEST_HOURS = 1_000_000.0
 
 
 class BatchMode(StrEnum):
@@ -81,6 +83,13 @@ class Settings(BaseSettings):
         Durability.LOCAL,
         description="Wait for this server and its synchronous standbys only, or for every streaming standby.",
     )
+
+    @field_validator("retention")
+    @classmethod
+    def _checked_retention(cls, value: float) -> float:
+        if math.isnan(value) or LONGEST_HOURS < value < math.inf:
+            raise ValueError(f"is over {LONGEST_HOURS:,.0f} hours; inf keeps for ever")
+        return value
 
     @field_validator("schema")
     @classmethod

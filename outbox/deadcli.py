@@ -81,8 +81,8 @@ def show(
     """
     given = settings(database_url=database_url, schema=schema_name)
     events = letters.events_of(given.database_url, given.schema, position)
-    letter = _selected(given, Selection(positions=[position], discarded=True))[0]
-    screen.show_letter(letter, events)
+    for letter in _selected(given, Selection(positions=[position], discarded=True)):
+        screen.show_letter(letter, events)
 
 
 @app.command()

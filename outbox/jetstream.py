@@ -29,7 +29,7 @@ from outbox.plan import Seen
 OLDEST_NATS = (2, 12, 1)
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0
 LOOKS_AT_ONCE = 32  # each answer carries the whole message
-MAX_DIGITS = 19  # of a signed 64-bit number
+MAX_DIGITS = 18  # a number of more is nobody's position
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
 
 
@@ -223,10 +223,12 @@ class JetStream:
         self._outgoing.put_nowait((token, batch, outbox_id))
         return future
 
-    async def sent(self, seconds: float = 1.0) -> None:
-        """Wait until all that was queued is on its way, at most so long."""
+    async def sent(self, seconds: float = 1.0) -> bool:
+        """Wait until all that was queued is on its way, at most so long; True if it is."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._outgoing.join(), seconds)
+            return True
+        return False
 
     async def _send_in_order(self) -> None:
         while True:

@@ -124,8 +124,8 @@ class Leader:
         moved |= await self._commit()
         if self._jetstream is not None and not self._stop.is_set():
             for lane in self._lanes.values():
-                if self._caution.active and (head := lane.chain.loaded[:1]):
-                    await self._caution.suspect(head[0].position)
+                if self._caution.active and (ready := lane.chain.ready):
+                    await self._caution.suspect(ready[0].position)
                 moved |= lane.send(self._jetstream, self._batch_ids, now)
         moved |= await self._read(now)
         await self._purger.run_once(now)
@@ -189,7 +189,7 @@ class Leader:
         if now < self._reader.due or self._stop.is_set() or min(messages, size) <= 0:
             return False
         if self._caution.active:
-            if not self._quiet or self._caution.over:
+            if self._jetstream is None or not self._quiet or self._caution.over:
                 return False
             if (head := await self._reader.head()) is not None:
                 if offence := self._caution.verdict(*head):
@@ -200,6 +200,7 @@ class Leader:
                 messages = 1
             else:
                 self._caution.left = 0
+                return False
         page = await self._reader.read(now, messages=messages, size=size, quiet=self._quiet)
         self._router.incoming.extend(page or ())
         return page is not None
@@ -302,9 +303,7 @@ class Leader:
 
     async def _wait(self, longest: float = PING_SECONDS) -> None:
         """Wait for the first of: a reply, a notification, a lost session, the stop, or the next thing that is due."""
-        if self._caution.active:
-            if self._jetstream is not None:
-                await self._jetstream.sent()
+        if self._caution.active and (self._jetstream is None or await self._jetstream.sent()):
             await self._caution.suspect(None)
         timeout = min([longest, *(due - self._clock() for due in self._dues())])
         with self._store.watched(self._heard), contextlib.suppress(TimeoutError):
@@ -318,7 +317,7 @@ class Leader:
 
     def _dues(self) -> Iterator[float]:
         yield self._purger.due
-        if min(self._room()) > 0:
+        if min(self._room()) > 0 and (self._quiet or not self._caution.active):
             yield self._reader.due
         if self._jetstream is None:
             yield from self._link.dues()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from outbox.config import PREFIX, Settings
 
-err = Console(stderr=True, soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 DatabaseURL = Annotated[str | None, typer.Option("--database-url", help="Postgres URL (OUTBOX_DATABASE_URL).")]
 NatsURL = Annotated[str | None, typer.Option("--nats-url", help="NATS URL or URLs (OUTBOX_NATS_URL).")]

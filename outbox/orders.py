@@ -78,6 +78,14 @@ SELECT position, stream, first_sequence, last_sequence FROM {schema}.transaction
  WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position LIMIT 5000
 """
 
+# Reads all receipts: only for commands that look at everything anyway.
+RECEIPT_STREAMS = "SELECT DISTINCT stream FROM {schema}.transactions WHERE sent_at IS NOT NULL ORDER BY stream"
+
+# The subjects of what is pending, each once.
+PENDING_SUBJECTS = """
+SELECT DISTINCT e.subject FROM {schema}.pending AS p JOIN {schema}.events AS e ON e.txid = p.txid ORDER BY e.subject
+"""
+
 # What there is to verify. One row.
 EXTENT = """
 SELECT outbox_id, former_ids, purged, (SELECT coalesce(max(position), 0) FROM {schema}.transactions) FROM {schema}.relay

@@ -93,10 +93,11 @@ class Positions:
 
     def reopen(self, ranges: Iterable[Range]) -> None:
         """Look again at positions that were passed: retried dead letters. What lies beyond the cursor comes anyway."""
-        passed = [(low, min(high, self.cursor)) for low, high in ranges if low <= self.cursor]
-        known = [position for low, high in self.open for position in range(low, high + 1)]
-        if again := without(merged(passed), known):
-            self._cohorts.append(_Cohort(ranges=again))
+        known = self.open
+        passed = (place for low, high in ranges for place in range(low, min(high, self.cursor) + 1))
+        again = [(place, place) for place in passed if not any(low <= place <= high for low, high in known)]
+        if again:
+            self._cohorts.append(_Cohort(ranges=merged(again)))
 
     def observe(self, holders: Iterable[Holder]) -> None:
         """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap."""

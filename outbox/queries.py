@@ -166,20 +166,32 @@ SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch
 # way: if it is another process, it died, and a transaction that it suspected has one more relay on its conscience.
 LEAD = """
 WITH last AS (
-  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, suspect, timeline FROM {schema}.relay
+  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, leader, suspect FROM {schema}.relay
 ), blamed AS (
   UPDATE {schema}.transactions AS t SET attempts = attempts + 1
     FROM last WHERE last.died AND t.position = last.suspect AND t.sent_at IS NULL AND t.dead_at IS NULL
 )
 UPDATE {schema}.relay AS r SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(), blocked = NULL,
        blocked_since = NULL, system_identifier = %(cluster)s, database_oid = %(database)s,
-       timeline = coalesce(r.timeline, %(timeline)s), suspect = NULL, deaths = deaths + last.died::int
+       timeline = coalesce(r.timeline, %(timeline)s), suspect = NULL, deaths = deaths + last.died::int,
+       last_death = CASE WHEN last.died THEN last.leader END, blamed = CASE WHEN last.died THEN last.suspect END
   FROM last
  WHERE coalesce(system_identifier, %(cluster)s) = %(cluster)s AND coalesce(database_oid, %(database)s) = %(database)s
 RETURNING outbox_id, epoch, cursor,
           (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
           (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
           r.timeline <> %(timeline)s, deaths, last.suspect
+"""
+
+# A leader that was taken for dead has only lost its session: it takes back what was counted against it.
+ALIVE = """
+WITH returned AS (
+  UPDATE {schema}.relay AS r SET deaths = greatest(r.deaths - 1, 0), last_death = NULL, blamed = NULL
+    FROM (SELECT blamed FROM {schema}.relay WHERE last_death = %(leader)s FOR UPDATE) AS before
+   WHERE r.last_death = %(leader)s RETURNING before.blamed
+)
+UPDATE {schema}.transactions AS t SET attempts = attempts - 1
+  FROM returned WHERE t.position = returned.blamed AND t.attempts > 0
 """
 
 STREAMS = "SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams ORDER BY name"
@@ -218,11 +230,13 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
 """
 
 # One page of old sent transactions with their events, beyond the position `after`: by transactions_pkey and
-# events_pkey. It says whether there may be more behind it: not behind one that is sent and not old, so the cost does
-# not grow with what is kept. Never a pending or a dead one. `purged` tells `verify` up to where rows may be missing.
+# events_pkey. It says whether there may be more behind it: not behind one that is sent and not old (unless it was
+# retried), so the cost does not grow with what is kept. Never a pending or a dead one. `purged` tells `verify` up to
+# where rows may be missing.
 PURGE = """
 WITH page AS MATERIALIZED (
-  SELECT position, txid, sent_at <= now() - make_interval(secs => %(seconds)s) AS old FROM {schema}.transactions
+  SELECT position, txid, sent_at <= now() - make_interval(secs => %(seconds)s) AS old, retried_at IS NOT NULL AS late
+    FROM {schema}.transactions
    WHERE position > %(after)s AND dead_at IS NULL ORDER BY position LIMIT %(page)s
 ), events AS (
   DELETE FROM {schema}.events WHERE txid = ANY (ARRAY(SELECT txid FROM page WHERE old))
@@ -232,7 +246,7 @@ WITH page AS MATERIALIZED (
   UPDATE {schema}.relay SET purged = greatest(purged, (SELECT max(position) FROM gone)) WHERE EXISTS (SELECT FROM gone)
 )
 SELECT (SELECT count(*) FROM gone), coalesce(max(position), 0),
-       count(*) = %(page)s AND bool_and(coalesce(old, true)) FROM page
+       count(*) = %(page)s AND bool_and(late OR coalesce(old, true)) FROM page
 """
 
 # Events that no transaction row counts: the application forged the settings of the trigger. Newest ones, by

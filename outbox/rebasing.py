@@ -17,6 +17,7 @@ from outbox import orders, queries, schema
 from outbox.comparison import Comparison
 from outbox.config import Settings
 from outbox.errors import Misconfigured
+from outbox.event import subject_problem
 from outbox.jetstream import JetStream, StreamInfo
 from outbox.session import command_session
 from outbox.verifying import known_rows, read
@@ -87,7 +88,7 @@ async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
         if read_back:
             jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
             try:
-                for known in _streams(connection, settings.schema):
+                for known in await _all_streams(jetstream, connection, settings.schema):
                     await _adopt(jetstream, connection, settings.schema, outbox_id, known, found)
             finally:
                 await jetstream.close()
@@ -123,7 +124,7 @@ async def _adopt(
     if info is None:
         return None
     same = info.created == known.created and info.last_sequence >= known.last_sequence
-    comparison = Comparison(outbox_id=str(outbox_id), stream=known.name, shared=True)
+    comparison = Comparison(outbox_id=str(outbox_id), stream=known.name, shared=True, adopting=True)
     low = max(known.last_sequence + 1 if same else 1, info.first_sequence)
     highest = await read(
         jetstream, lambda positions: known_rows(connection, name, positions), comparison, low, info.last_sequence
@@ -139,6 +140,17 @@ async def _adopt(
     found.unknown += sum(anomaly.kind == "phantom" for anomaly in comparison.anomalies)
     found.highest = max(found.highest, highest)
     return info
+
+
+async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Known]:
+    """The streams that the outbox knows, and those that it may have known since the backup: to be read as a whole."""
+    known = _streams(connection, name)
+    others = {row[0] for row in connection.execute(queries.compose(orders.RECEIPT_STREAMS, name))}
+    for (subject,) in connection.execute(queries.compose(orders.PENDING_SUBJECTS, name)).fetchall():
+        if subject_problem(subject) is None and (stream := await jetstream.stream_of(subject)) is not None:
+            others.add(stream)
+    others -= {each.name for each in known}
+    return [*known, *(_Known(name=other, created="", last_sequence=0) for other in sorted(others))]
 
 
 def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:

@@ -101,7 +101,10 @@ async def _search(jetstream: JetStream, known: Known, outbox_id: str, finding: F
         for place, message in (await jetstream.look(known.stream, places)).items():
             if message is None and known.shared:
                 continue  # others write here: what is gone was most likely theirs
-            if message is None or (message.outbox_id == outbox_id and not message.replayed):
+            ours = message is not None and (
+                message.outbox_id == outbox_id or (message.outbox_id is not None and not known.shared)
+            )
+            if message is None or (ours and not message.replayed):
                 raise Halt(
                     f"the database was promoted or restored, and stream {known.stream} knows more than it: what is at "
                     f"{place} was sent after {known.base}, the last sequence that the database knows",

@@ -76,15 +76,17 @@ class Relay:
     async def _serve(self, store: Store, *, drain: bool) -> bool:
         """Stand by and lead on one session; True if drained or stopped, False if another term is due."""
         home = await store.preflight(self._settings.max_batch_messages)
+        if self._leader is not None:
+            await store.alive(self._name)
         if not await self._stand_by(store, drain=drain):
             return True
-        lead = await store.lead(self._name, home)
         if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
             raise Halt(
                 f"transaction {dead} is a dead letter, and this relay halts on one",
-                remedy=f"if its loss is meant, set its discarded_at in {self._settings.schema}.transactions; "
-                "or start the relay with --on-dead continue",
+                remedy=f"outbox dead retry {dead}, or outbox dead discard {dead}; or start the relay with "
+                "--on-dead continue",
             )
+        lead = await store.lead(self._name, home)
         self._leader = Leader(
             store,
             lead,

@@ -132,7 +132,6 @@ _GRANTS = {
         "GRANT UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts) ON {schema}.transactions TO {role}",
         "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence) ON {schema}.transactions TO {role}",
         "GRANT UPDATE ON {schema}.relay, {schema}.streams, {schema}.limits TO {role}",
-        "GRANT DELETE ON {schema}.streams TO {role}",
     ),
 }
 

@@ -15,7 +15,7 @@ from outbox.letters import DeadEvent, DeadLetter
 
 SHOWN_BYTES = 2000
 SHOWN_ANOMALIES = 50
-out = Console()
+out = Console(markup=False, emoji=False, highlight=False)  # what is shown comes from rows: hostile until checked
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def translated() -> Iterator[None]:
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             _masked(error),
-            remedy="grant it as the owner: outbox migrate --relay-role ROLE (or --operator-role, --application-role)",
+            remedy="run this command as the role that it is for (rebase of a database: the owner; purge: the relay's); "
+            "or grant it as the owner: outbox migrate --relay-role ROLE (or --operator-role, --application-role)",
         ) from error
 
 

@@ -124,6 +124,10 @@ class Store:
             careful=deaths >= DEATHS or suspect is not None,
         )
 
+    async def alive(self, leader: str) -> None:
+        """This process has led before and lives: what was counted as its death was none."""
+        await self._all("ALIVE", leader=leader)
+
     async def who_leads(self) -> str:
         """Host and process id of the last relay that took the lead."""
         rows = await self._rows(queries.compose("SELECT leader FROM {schema}.relay", self._schema), {})
@@ -173,16 +177,22 @@ class Store:
         rows = await self._all("ENTRIES", positions=list(positions))
         found = {row[0]: row for row in rows}
         if missing := [position for position in positions if position not in found or not found[position][3]]:
-            raise Halt(
-                f"transaction {missing[0]} is in the plan, but it is gone or no longer pending",
-                remedy=f"look at position {missing[0]} in {self._schema}.transactions: who changed it?",
-            )
+            raise self._not_pending(missing[0])
         ordered = (found[position] for position in positions)
         return [Planned(position=p, count=n, attempts=a, last_message_id=str(last)) for p, n, a, last in ordered]
 
     async def planned(self, positions: Sequence[int]) -> list[Transaction]:
         """These transactions of a plan with all their events; raises `Halt` if one is not whole."""
-        return read_page(await self._all("PLANNED", positions=list(positions)), self._schema).transactions
+        page = read_page(await self._all("PLANNED", positions=list(positions)), self._schema)
+        if missing := set(positions) - {transaction.position for transaction in page.transactions}:
+            raise self._not_pending(min(missing))
+        return page.transactions
+
+    def _not_pending(self, position: int) -> Halt:
+        return Halt(
+            f"transaction {position} is in the plan, but it is gone or no longer pending",
+            remedy=f"look at position {position} in {self._schema}.transactions: who changed it?",
+        )
 
     async def holders(self) -> list[Holder]:
         """Who may own a missing position now."""

@@ -110,6 +110,8 @@ def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, s
         sa.Column("leader_since", time),
         sa.Column("deaths", sa.Integer, server_default=zero, nullable=False),
         number("suspect", nullable=True),
+        sa.Column("last_death", sa.Text),
+        number("blamed", nullable=True),
         number("cursor", "0"),
         sa.Column(
             "open_positions",

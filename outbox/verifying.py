@@ -58,7 +58,7 @@ async def verify(
                     bounds = outbox.one(orders.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
                     low, high = max(low, bounds[0] or high + 1), min(high, bounds[1] or 0)
                 await read(jetstream, outbox.rows, comparison, low, high, progress)
-                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(orders.EXTENT)[2])
+                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(orders.EXTENT)[2], high)
                 after = first - 1
                 while receipts := outbox.receipts(after, min(last, highest)):
                     end = (await _existing(jetstream, name)).last_sequence
@@ -83,10 +83,10 @@ async def read(
     for start in range(low, high + 1, READ_AT_ONCE):
         end = min(start + READ_AT_ONCE, high + 1)
         seen = await jetstream.look(comparison.stream, range(start, end))
-        ours = [each for each in seen.values() if each is not None and comparison.knows(each.outbox_id)]
-        positions = {each.position for each in ours if each.position is not None}
+        positions = {each.position for each in seen.values() if each is not None and each.position is not None}
         comparison.take(seen, rows(sorted(positions)))
-        highest = max([highest, *positions])
+        ours = [each.position for each in seen.values() if each is not None and comparison.knows(each.outbox_id)]
+        highest = max([highest, *(position for position in ours if position is not None)])
         progress(comparison.stream, end - low, high + 1 - low)
     return highest
 
@@ -108,10 +108,12 @@ class _Outbox:
         return self._all(query, **parameters)[0]
 
     def streams(self, only: str | None) -> list[tuple[str, bool]]:
-        known = [(row[0], row[2] == "shared") for row in self._all(queries.STREAMS) if only in (None, row[0])]
-        if only is not None and not known:
+        """Name and mode of each stream that the outbox knows, or in which a receipt says that something is."""
+        known = {row[0]: row[2] == "shared" for row in self._all(queries.STREAMS)}
+        known |= {name: True for (name,) in self._all(orders.RECEIPT_STREAMS) if name not in known}
+        if only is not None and only not in known:
             raise Misconfigured(f"the outbox does not know a stream {only!r}", remedy="outbox status lists them")
-        return known
+        return [(name, shared) for name, shared in known.items() if only in (None, name)]
 
     def rows(self, positions: Sequence[int]) -> dict[int, Row]:
         return known_rows(self._connection, self._name, positions)

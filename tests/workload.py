@@ -112,7 +112,7 @@ def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schem
     names = Counter(row.stream for row in (*rows.values(), *receipts) if row.stream)
     comparison = Comparison(outbox_id=outbox_id, stream=max(names, key=lambda n: names[n], default=""), shared=True)
     comparison.take({message.sequence: seen(message) for message in stored}, rows)
-    comparison.recheck(rows, purged)
+    comparison.recheck(rows, purged, stored[-1].sequence if stored else 0)
     if stored:
         low, high = stored[0].sequence, stored[-1].sequence
         comparison.confirm(receipts, first=low, last=high, end=high)

@@ -90,6 +90,8 @@ CREATE TABLE {schema}.relay (
   leader_since      timestamptz,
   deaths            integer        NOT NULL DEFAULT 0,
   suspect           bigint,
+  last_death        text,
+  blamed            bigint,
   cursor            bigint         NOT NULL DEFAULT 0,
   open_positions    int8multirange NOT NULL DEFAULT int8multirange(),
   retried           int8multirange NOT NULL DEFAULT int8multirange(),

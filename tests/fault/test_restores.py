@@ -197,6 +197,26 @@ def test_stream_that_the_database_does_not_know_yet_holds_its_messages(
     add(database, f"{stream.prefix}.x", "2", "2")
     assert "does not know the stream" in halts(settings).message
     assert payloads(broker, stream) == ["1"]
+    # The mark was lost too: the rebase finds it in the stream that takes the subjects of what is pending.
+    rows(
+        database,
+        "UPDATE outbox.transactions SET sent_at = NULL, stream = NULL, first_sequence = NULL, last_sequence = NULL",
+    )
+    rows(database, "UPDATE outbox.relay SET cursor = 0")
+    assert asyncio.run(rebasing.rebase(settings)).adopted == 1
+    assert anomalies(settings) == []
+    send(settings, f"{stream.prefix}.x", "3")
+    assert payloads(broker, stream) == ["1", "2", "3"]
+    # The same old state once more: it knows nothing of the id that the outbox was given by the first rebase.
+    rows(database, "DELETE FROM outbox.streams")
+    rows(
+        database,
+        "UPDATE outbox.transactions SET sent_at = NULL, stream = NULL, first_sequence = NULL, last_sequence = NULL",
+    )
+    rows(database, "UPDATE outbox.relay SET cursor = 0, outbox_id = former_ids[1], former_ids = ARRAY[]::uuid[]")
+    assert asyncio.run(rebasing.rebase(settings)).adopted == 3
+    send(settings, f"{stream.prefix}.x", "4")
+    assert payloads(broker, stream) == ["1", "2", "3", "4"]
 
 
 def test_rebase_refuses_while_a_relay_leads(

@@ -129,7 +129,6 @@ def test_frozen_at(
     with frozen:
         came_to(frozen, point, "SIGSTOP", database)
         with ProcessRelay(workplace, environment) as second:
-            second.wait_for("StandingBy")
             second.wait_for("TookLead")
             second.wait_for("Marked")
             threading.Event().wait(1)  # what the frozen batch holds was stored by now, and its ids are forgotten

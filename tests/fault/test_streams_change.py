@@ -161,10 +161,12 @@ def test_constant_foreign_traffic_does_not_starve_or_split(
     thread = threading.Thread(target=traffic, daemon=True)
     thread.start()
     writers = Writers(database, stream.prefix, threads=2, transactions=200, seed=61).start()
-    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
-        writers.join()
-        wait_until_sent(database)
-    stop.set()
-    thread.join()
+    try:
+        with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
+            writers.join()
+            wait_until_sent(database, patience=120)
+    finally:
+        stop.set()
+        thread.join()
     ours = [each for each in broker.read(stream.name) if each.payload != b"foreign"]
     assert check(database, ours).anomalies == {}

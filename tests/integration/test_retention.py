@@ -11,6 +11,7 @@ from outbox.telemetry import Marked, Purged
 from outbox.verifying import verify
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
+from tests.fault.test_dead_letters import command
 from tests.workload import Writers, check
 
 
@@ -72,3 +73,19 @@ def test_purge_by_hand_goes_past_what_is_pending(database: str, stream: Stream, 
     assert retention.purge(database, "outbox", 3600) == 1300
     assert kept(database) == (1200, 1200)
     assert retention.purge(database, "outbox", 0) == 0
+
+
+def test_one_that_was_retried_late_does_not_stop_the_purge(database: str, stream: Stream, settings: Settings) -> None:
+    for _ in range(1200):
+        rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+    assert ThreadRelay(settings, drain=True).ended() is None
+    rows(database, "UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position <> 10")
+    rows(database, "UPDATE outbox.transactions SET retried_at = now() WHERE position = 10")
+    assert retention.purge(database, "outbox", 3600) == 1199
+
+
+def test_ages_that_no_database_can_count(environment: dict[str, str]) -> None:
+    for hours in ("inf", "nan", "1e12", "-1"):
+        assert command(environment, "purge", "--older-than", hours).returncode == 2, hours
+    assert command({**environment, "OUTBOX_RETENTION": "1e12"}, "relay", "--drain").returncode == 2
+    assert command({**environment, "OUTBOX_RETENTION": "inf"}, "relay", "--drain").returncode == 0
