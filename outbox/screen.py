@@ -73,11 +73,8 @@ def show_letters(letters: Iterable[DeadLetter]) -> None:
     """Dead letters, one row each."""
     table = _table("position", "events", "subjects", "reason", "dead since", "discarded")
     for each in letters:
-        discarded = f"{each.discarded_at:%F %T}" if each.discarded_at else ""
-        subjects = ", ".join(each.subjects)
-        table.add_row(
-            str(each.position), str(each.event_count), subjects, f"{each.dead_at:%F %T}", each.reason, discarded
-        )
+        times = (f"{at:%F %T}" if at else "" for at in (each.dead_at, each.discarded_at))
+        table.add_row(str(each.position), str(each.event_count), ", ".join(each.subjects), each.reason, *times)
     out.print(table)
 
 

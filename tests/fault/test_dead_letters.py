@@ -128,6 +128,11 @@ def test_commands_of_the_whole_story(
     listed = json.loads(command(environment, "dead", "list", "--json").stdout)
     assert [each["position"] for each in listed] == [1, 2, 3]
     assert "[/b] [true]" in command(environment, "dead", "show", "1").stdout
+    shown = command({**environment, "COLUMNS": "200"}, "dead", "list").stdout
+    heads, first = (line for line in shown.splitlines() if "reason" in line or "│ 1 " in line)
+    assert [cell.strip() for cell in heads.split("┃")].index("reason") == next(
+        index for index, cell in enumerate(first.split("│")) if "duplicate-message-id" in cell
+    )
     assert command(environment, "dead", "show", "99").returncode == 1
     assert command(environment, "dead", "discard").returncode == 2
     assert command(environment, "dead", "discard", "99", "--yes").returncode == 2
