@@ -207,7 +207,7 @@ def begun(seed: int) -> Iterator[Soak]:
             stack.enter_context(server)
         prepared(postgres)
         rows(postgres.url(), "CHECKPOINT")  # with synchronous_commit = off a crash could take the tables away
-        Broker(nats.url).create_stream(STREAM, f"{PREFIX}.>")
+        Broker(nats.url).create_stream(STREAM, f"{PREFIX}.>", discard="new")  # a full stream must lose nothing
         to_postgres = stack.enter_context(Proxy(postgres.port))
         to_nats = stack.enter_context(NatsProxy(nats.port))
         soak = Soak(directory, postgres, nats, to_postgres, to_nats, random.Random(seed))
