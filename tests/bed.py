@@ -6,6 +6,7 @@ A test awaits what happened (telemetry, a row, a message); the deadlines here on
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,6 +194,13 @@ class ThreadRelay:
             self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), self.happenings[-10:]
+        if isinstance(self.error, asyncio.CancelledError):
+            self.error = None
+        self._relay = self._task = self._loop = None
+        with warnings.catch_warnings():
+            # Like a killed process it closes nothing: what it leaves behind is collected here, and not in another test.
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
     def stop(self) -> BaseException | None:
         until(lambda: self._relay is not None or not self._thread.is_alive())

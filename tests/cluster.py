@@ -10,7 +10,7 @@ from typing import Any
 import nats.errors
 
 from outbox.embedded import free_port
-from tests.bed import Broker, until
+from tests.bed import Broker, Stored, until
 from tests.conftest import own_nats
 
 
@@ -55,9 +55,27 @@ class Cluster:
 
         return until(led, patience=40, what="a stream leader")
 
+    def delete_stream(self, name: str) -> None:
+        """Delete it, if the cluster answers now."""
+        self._asked(f"STREAM.DELETE.{name}")
+
     def step_down(self, name: str) -> None:
         """Let another server lead the stream."""
         self._asked(f"STREAM.LEADER.STEPDOWN.{name}")
+
+    def read(self, name: str) -> list[Stored]:
+        """The whole stream, as soon as the cluster lets it be read."""
+        stored: list[Stored] = []
+
+        def found() -> bool:
+            try:
+                stored[:] = self.broker.read(name)
+            except nats.errors.Error:
+                return False
+            return True
+
+        until(found, patience=40, what="a cluster that can be read")
+        return stored
 
     def _asked(self, call: str, body: object = None) -> dict[str, Any]:
         """The answer, or nothing while the cluster has no leader that could answer."""

@@ -170,7 +170,7 @@ class World(RuleBasedStateMachine):
             if not self.relays:
                 self.start(single=False, rival=False)
             wait_until_sent(self.url, patience=40)
-            stored = self.cluster.broker.read(self.name)
+            stored = self.cluster.read(self.name)
             report = check(self.url, stored)
             assert report.anomalies == {}
             assert len(stored) == value(self.url, "SELECT count(*) FROM ledger")
@@ -179,7 +179,7 @@ class World(RuleBasedStateMachine):
                 relay.kill()
             for each in (self.database, *self.brokers):
                 each.__exit__()
-            self.cluster.broker.api(f"STREAM.DELETE.{self.name}")
+            self.cluster.delete_stream(self.name)
 
 
 @pytest.fixture(scope="module")
