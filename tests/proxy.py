@@ -125,6 +125,8 @@ class Proxy:
                     target.sendall(self.passed(pair, data) if flow is self.down else data)
         except OSError:
             pass
+        with self._changed:  # who swallows packets swallows the end of a connection too
+            self._changed.wait_for(lambda: not (self.up.swallowed or self.down.swallowed) or self._closed)
         pair.reset()
 
     def passed(self, _: _Pair, data: bytes) -> bytes:
