@@ -14,8 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outbox import admin, deadcli, demo, migrating, rebasing, schema, screen, telemetry, verifying
-from outbox import retention as purging
+from outbox import admin, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
@@ -46,7 +45,7 @@ def main() -> None:
     try:
         app()
     except OutboxError as error:
-        err.print(f"outbox: {error}", markup=False, highlight=False)
+        err.print(f"outbox: {error}")
         sys.exit(1)
 
 
@@ -74,16 +73,16 @@ def migrate(
     if check:
         problems = migrating.problems(given.database_url, given.schema)
         for problem in problems:
-            err.print(problem, markup=False)
+            err.print(problem)
         if problems:
             raise typer.Exit(1)
-        out.print(f"schema {given.schema} is at version {schema.VERSION}, without drift", markup=False)
+        out.print(f"schema {given.schema} is at version {schema.VERSION}, without drift")
         return
     before, after = migrating.migrate(given.database_url, given.schema, to=to)
     migrating.grant(
         given.database_url, given.schema, application=application_role, relay=relay_role, operator=operator_role
     )
-    out.print(f"schema {given.schema}: version {before} -> {after}", markup=False)
+    out.print(f"schema {given.schema}: version {before} -> {after}")
 
 
 @app.command()
@@ -183,13 +182,13 @@ def rebase(
     confirm(f"Accept {what} as it is? What is not known to be stored is sent again.", yes=yes)
     if stream:
         done = asyncio.run(rebasing.accept_stream(given, stream))
-        out.print(f"stream {stream} is accepted as it is; start the relay", markup=False)
+        out.print(f"stream {stream} is accepted as it is; start the relay")
     else:
         done = asyncio.run(rebasing.rebase(given, read_back=not blind))
-        out.print(f"the outbox has the new id {done.outbox_id}; start the relay", markup=False)
+        out.print(f"the outbox has the new id {done.outbox_id}; start the relay")
     if done.adopted or done.unknown:
-        out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent", markup=False)
-        out.print(f"{done.unknown} messages are of transactions that the database does not have", markup=False)
+        out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent")
+        out.print(f"{done.unknown} messages are of transactions that the database does not have")
 
 
 @app.command()
@@ -230,8 +229,8 @@ def purge(
     Example: outbox purge --older-than 48
     """
     given = settings(database_url=database_url, schema=schema_name)
-    gone = purging.purge(given.database_url, given.schema, older_than * 3600)
-    out.print(f"{gone} transactions are deleted", markup=False)
+    gone = retention.purge(given.database_url, given.schema, older_than * 3600)
+    out.print(f"{gone} transactions are deleted")
 
 
 app.command(name="demo")(demo.command)
@@ -248,14 +247,10 @@ def _run(work: Any) -> None:
 
 
 def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
-    quiet = (
-        ()
-        if verbose
-        else (telemetry.PageRead, telemetry.BatchSent, telemetry.Marked, telemetry.Purged, telemetry.Slept)
-    )
+    usual = (telemetry.PageRead, telemetry.BatchSent, telemetry.Marked, telemetry.Purged, telemetry.Slept)
 
     def tell(happening: telemetry.Happening) -> None:
-        if isinstance(happening, quiet):
+        if not verbose and isinstance(happening, usual):
             return
         if log is LogFormat.JSON:
             at = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -268,6 +263,6 @@ def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
             print(json.dumps(fields, default=str), file=sys.stderr, flush=True)
         else:
             line = f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {telemetry.sentence(happening)}"
-            err.print(line, markup=False, highlight=False)
+            err.print(line)
 
     return tell

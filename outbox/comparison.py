@@ -129,26 +129,33 @@ class Comparison:
         `last`: a transaction whose beginning is there may go on behind it.
         """
         for position, found in sorted(self._unmarked.items()):
-            row, sequence = rows.get(position), found[0][1]
             places = [(place, place) for _, place in found]
-            if row is None or found == _whole(row, row.first if row.stream == self.stream else sequence)[: len(found)]:
-                whole = row is None or len(found) == len(row.message_ids) or found[-1][1] == last
-                if whole and not (row is not None and row.dead):
-                    self._good += places
-                    continue
-            self._other = merged([*self._other, *places])
-            numbers = [number for number, _ in found]
-            if row is not None and row.dead:
-                self._add("phantom", position, sequence, "it is a dead letter, and yet stored")
-            elif row is not None and row.stream is not None:
-                self._add("duplicated", position, sequence, f"its receipt begins at {row.first} of {row.stream}")
-            elif len(set(numbers)) < len(numbers):
-                self._add("duplicated", position, sequence, f"pending, and its events {numbers} are stored")
+            problem = self._problem(rows.get(position), found, last)
+            if problem is None:
+                self._good += places
             else:
-                self._add("split", position, sequence, f"pending, and its events {numbers} alone are stored")
+                self._other = merged([*self._other, *places])
+                self._add(problem[0], position, found[0][1], problem[1])
         self._good = merged(self._good)
         known = [each for each in self.anomalies if each.what != UNKNOWN or (each.position or 0) > purged]
         self.unknown, self.anomalies = self.unknown + len(self.anomalies) - len(known), known
+
+    def _problem(self, row: Row | None, found: list[tuple[int, int]], last: int) -> tuple[str, str] | None:
+        """What is wrong with a transaction of which these numbers and sequences were found, unmarked; or None."""
+        if row is None:
+            return None  # it was purged meanwhile
+        if row.dead:
+            return "phantom", "it is a dead letter, and yet stored"
+        first = row.first if row.stream == self.stream else found[0][1]
+        ends = len(found) == len(row.message_ids) or found[-1][1] == last
+        if found == _whole(row, first)[: len(found)] and ends and row.stream in (None, self.stream):
+            return None
+        if row.stream is not None:
+            return "duplicated", f"its receipt begins at {row.first} of {row.stream}"
+        numbers = [number for number, _ in found]
+        if len(set(numbers)) < len(numbers):
+            return "duplicated", f"pending, and its events {numbers} are stored"
+        return "split", f"pending, and its events {numbers} alone are stored"
 
     def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int]]:
         """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""

@@ -105,7 +105,7 @@ def retry(
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
     confirm(f"Send {len(chosen)} dead letters after all, out of their place in the order?", yes=yes)
     done = letters.retry(given.database_url, given.schema, chosen)
-    screen.out.print(f"{len(done)} transactions are pending again", markup=False)
+    screen.out.print(f"{len(done)} transactions are pending again")
 
 
 @app.command()
@@ -128,7 +128,7 @@ def discard(
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
     confirm(f"Discard {len(chosen)} dead letters for good?", yes=yes)
     done = letters.discard(given.database_url, given.schema, chosen)
-    screen.out.print(f"{len(done)} dead letters are discarded", markup=False)
+    screen.out.print(f"{len(done)} dead letters are discarded")
 
 
 def _chosen(given: Settings, selection: Selection, *, every: bool) -> list[int]:

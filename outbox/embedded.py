@@ -82,11 +82,10 @@ class Server(ABC):
 
     def start(self) -> None:
         """Start the server and block until it accepts connections, at most a minute; else `RuntimeError`."""
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.kill)
             self._start()
-        except BaseException:
-            self.kill()
-            raise
+            undo.pop_all()
 
     def _start(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -26,7 +26,7 @@ def settings(**flags: Any) -> Settings:
     except ValidationError as error:
         for each in error.errors():
             name = ".".join(map(str, each["loc"]))
-            err.print(f"outbox: setting {name} ({PREFIX}{name.upper()}): {each['msg']}", markup=False)
+            err.print(f"outbox: setting {name} ({PREFIX}{name.upper()}): {each['msg']}")
         raise typer.Exit(2) from None
 
 

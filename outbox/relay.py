@@ -122,12 +122,11 @@ class Relay:
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
         jetstream = await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
-        if self._create is not None:
-            try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(jetstream.close)
+            if self._create is not None:
                 await jetstream.ensure_stream(*self._create)
-            except BaseException:
-                await jetstream.close()
-                raise
+            undo.pop_all()
         return jetstream
 
     async def _wait_out(self, error: Weather | Deposed) -> None:

@@ -42,7 +42,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 def show_status(found: Status) -> None:
     """The state of an outbox."""
-    out.print(f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}", markup=False)
+    out.print(f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}")
     table = _table("what", "value")
     for name, value in _status_rows(found):
         table.add_row(name, value)
@@ -80,7 +80,7 @@ def show_letters(letters: Iterable[DeadLetter]) -> None:
 
 def show_letter(letter: DeadLetter, events: Iterable[DeadEvent]) -> None:
     """One dead letter with its events; long payloads are cut."""
-    out.print(f"transaction {letter.position}, committed {letter.sealed_at:%F %T}: {letter.reason}", markup=False)
+    out.print(f"transaction {letter.position}, committed {letter.sealed_at:%F %T}: {letter.reason}")
     table = _table("message id", "subject", "headers", "payload")
     for each in events:
         payload = each.payload[:SHOWN_BYTES].decode(errors="replace")
@@ -107,4 +107,4 @@ def show_comparisons(comparisons: Iterable[Comparison]) -> None:
             wrong.add_row(stream, found.kind, *places, found.what)
         out.print(wrong)
         if len(anomalies) > SHOWN_ANOMALIES:
-            out.print(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all", markup=False)
+            out.print(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all")
