@@ -52,8 +52,11 @@ async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
             url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
         )
     settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
-    with answered(connection):
-        await connection.execute(f"SELECT {settings}".encode(), prepare=False)
+    async with contextlib.AsyncExitStack() as undo:
+        undo.push_async_callback(connection.close)
+        with answered(connection):
+            await connection.execute(f"SELECT {settings}".encode(), prepare=False)
+        undo.pop_all()
     return connection
 
 
