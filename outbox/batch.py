@@ -7,12 +7,15 @@ by the server, and the messages stored one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from uuid import UUID
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from outbox.plan import Planned
 from outbox.transaction import Receipt, Transaction
+
+_BREAK = re.compile("[\r\n]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +45,10 @@ class Batch:
     base: int
     transactions: tuple[Transaction, ...]
     careful: bool = False
+    count: int = field(init=False)
 
-    @property
-    def count(self) -> int:
-        """How many messages it has."""
-        return sum(transaction.count for transaction in self.transactions)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", sum(transaction.count for transaction in self.transactions))
 
     @property
     def last_sequence(self) -> int:
@@ -62,23 +64,7 @@ def receipts(stream: str, base: int, transactions: Iterable[Planned | Transactio
     """The receipts of transactions that are stored one behind the other, the first one behind the sequence `base`."""
     for transaction in transactions:
         first, base = base + 1, base + transaction.count
-        yield Receipt(position=transaction.position, stream=stream, first_sequence=first, last_sequence=base)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """An event on the wire."""
-
-    subject: str
-    headers: dict[str, str]
-    payload: bytes
-    is_last: bool
-
-
-def wire_bytes(message: Message) -> int:
-    """Bytes of headers and payload as the server counts them against `max_payload`."""
-    headers = message.headers.items()
-    return len(message.payload) + 14 + sum(len(name) + len(value.encode()) + 4 for name, value in headers)
+        yield Receipt(transaction.position, stream, first, base)
 
 
 def take(queue: Iterable[Transaction], packing: Packing) -> list[Transaction]:
@@ -89,42 +75,60 @@ def take(queue: Iterable[Transaction], packing: Packing) -> list[Transaction]:
     """
     taken: list[Transaction] = []
     messages = size = 0
-    ids: set[UUID] = set()
-    subjects: set[str] = set()
+    ids: set[str] = set()
     for transaction in queue:
-        fits = messages + transaction.count <= packing.max_messages and size + transaction.size <= packing.max_bytes
-        if taken and (not fits or packing.one_transaction):
+        messages += transaction.count
+        size += transaction.size
+        if taken and (messages > packing.max_messages or size > packing.max_bytes or packing.one_transaction):
             break
-        if any(e.message_id in ids or (e.is_rollup and e.subject in subjects) for e in transaction.events):
+        if not ids.isdisjoint(transaction.message_ids):
+            break
+        if transaction.rollups and any(e.subject in transaction.rollups for each in taken for e in each.events):
             break
         taken.append(transaction)
-        messages, size = messages + transaction.count, size + transaction.size
-        for event in transaction.events:
-            ids.add(event.message_id)
-            subjects.add(event.subject)
+        ids |= transaction.message_ids
     return taken
 
 
-def messages(batch: Batch, outbox_id: str) -> Iterator[Message]:
-    """The batch as messages, in order. The fence is on the first one: the stream must stand at `base` (ADR-50)."""
-    total, number = batch.count, 0
+class Frames(NamedTuple):
+    """A batch as nats-server reads it, one frame a message; `largest` is as the server counts against max_payload."""
+
+    frames: list[bytes]
+    largest: int
+
+
+def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
+    """The batch on the wire, in order; only its last message asks for a reply, but in a careful batch every one.
+
+    The fence is on the first message: the stream must stand at `base` (ADR-50). Ours come before the application's
+    headers: of two headers with one name the server reads the first. Protocol: HPUB, docs.nats.io.
+    """
+    total, number, largest = batch.count, 0, 0
+    made: list[bytes] = []
+    fence = f"Nats-Expected-Stream: {batch.stream}\r\nNats-Expected-Last-Sequence: {batch.base}\r\n"
     for transaction in batch.transactions:
+        whole = f"Outbox-Transaction: {transaction.position}\r\nOutbox-Transaction-Count: {transaction.count}\r\n"
         for place, event in enumerate(transaction.events, start=1):
             number += 1
-            headers = {
-                **event.headers,
-                "Nats-Msg-Id": str(event.message_id),
-                "Outbox-Id": outbox_id,
-                "Outbox-Transaction": str(transaction.position),
-                "Outbox-Transaction-Sequence": str(place),
-                "Outbox-Transaction-Count": str(transaction.count),
-            }
-            if number == 1:
-                headers["Nats-Expected-Stream"] = batch.stream
-                headers["Nats-Expected-Last-Sequence"] = str(batch.base)
+            last = number == total
             if total > 1:
-                headers["Nats-Batch-Id"] = batch.id
-                headers["Nats-Batch-Sequence"] = str(number)
-                if number == total:
-                    headers["Nats-Batch-Commit"] = "1"
-            yield Message(subject=event.subject, headers=headers, payload=event.payload, is_last=number == total)
+                part = f"Nats-Batch-Id: {batch.id}\r\nNats-Batch-Sequence: {number}\r\n"
+                commit = "Nats-Batch-Commit: 1\r\n" if last else ""
+            else:
+                part = commit = ""
+            head = (
+                f"NATS/1.0\r\n{fence}{part}{commit}Nats-Msg-Id: {event.message_id}\r\nOutbox-Id: {outbox_id}\r\n"
+                f"{whole}Outbox-Transaction-Sequence: {place}\r\n{_lines(event.headers) if event.headers else ''}\r\n"
+            ).encode()
+            fence = ""
+            size = len(head) + len(event.payload)
+            asked = f" {reply}" if last or batch.careful else ""
+            command = f"HPUB {event.subject}{asked} {len(head)} {size}\r\n".encode()
+            made.append(b"".join((command, head, event.payload, b"\r\n")))
+            largest = max(largest, size)
+    return Frames(made, largest)
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    # A line break would end the header: the database refuses it, and so does the relay when it reads the row.
+    return "".join(f"{name}: {_BREAK.sub(' ', value.strip())}\r\n" for name, value in headers.items())

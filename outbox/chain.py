@@ -109,7 +109,7 @@ class Chain:
         return [
             each
             if isinstance(each, Planned)
-            else Planned(position=each.position, count=each.count, last_message_id=str(each.events[-1].message_id))
+            else Planned(position=each.position, count=each.count, last_message_id=each.events[-1].message_id)
             for each in self.plan
         ]
 
@@ -125,8 +125,8 @@ class Chain:
         while room > 0 and self.waiting:
             joined = take(self.waiting, self.packing)
             full = len(joined) < len(self.waiting)
-            if self.in_flight and not full:
-                return  # wait for more: what is in flight now costs the server the same as a full batch
+            if (self.in_flight or self.planned) and not full:
+                return  # wait for more: nothing is sent behind a small batch, and a full one costs the server the same
             for _ in joined:
                 self.planned.append(self.waiting.popleft())
             self.dirty = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 
 class LogFormat(StrEnum):
@@ -121,6 +123,9 @@ def relay(
         retention=retention,
         durability=durability,
     )
+    # What is read is freed by reference counts; looking for cycles in it took a quarter of the time.
+    gc.freeze()
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     _run(
         _relay(
             given,

@@ -68,9 +68,11 @@ class Settings(BaseSettings):
     )
     max_batch_bytes: int = Field(8_000_000, ge=1, description="Bytes in one batch, but for one larger transaction.")
     window: int = Field(
-        4, ge=1, le=40, description="Batches in flight, at most. More helps where the way to NATS is long."
+        8, ge=1, le=40, description="Batches in flight, at most. More helps where the way to NATS is long."
     )
-    read_ahead_messages: int = Field(8000, ge=1, description="Messages read but not yet sent, at most: bounds memory.")
+    read_ahead_messages: int = Field(
+        16_000, ge=1, description="Messages read but not yet sent, at most: bounds memory."
+    )
     read_ahead_bytes: int = Field(64_000_000, ge=1, description="Bytes read but not yet sent, about: bounds memory.")
     ack_timeout: float = Field(10.0, gt=0, description="Seconds without an ack until the stream is read back.")
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from uuid import UUID
+from typing import NamedTuple
 
 from outbox.errors import InvalidEvent
 
@@ -26,11 +25,10 @@ _REMEMBERED_SUBJECTS = 10_000
 ROLLUP = "Nats-Rollup"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """What an application adds: `message_id` becomes `Nats-Msg-Id`, `headers` are a mapping of strings."""
+class Event(NamedTuple):
+    """What an application adds: `message_id`, the text of a UUID, becomes `Nats-Msg-Id`; `headers` map str to str."""
 
-    message_id: UUID
+    message_id: str
     subject: str
     payload: bytes
     headers: Mapping[str, str]
@@ -88,6 +86,8 @@ def event_problem(event: Event) -> str | None:
     """
     if problem := _subject_problem(event.subject):
         return f"subject {event.subject[:80]!r} {problem}"
+    if not event.headers:
+        return None
     if type(event.headers) is dict and all(
         type(value) is str and _ORDINARY.fullmatch(name) and "\n" not in value and "\r" not in value
         for name, value in event.headers.items()

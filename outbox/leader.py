@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from operator import attrgetter
 
 from outbox.caution import Caution
 from outbox.config import OnDead, Settings
@@ -19,7 +20,7 @@ from outbox.jetstream import JetStream
 from outbox.lane import Lane
 from outbox.lanes import Lanes
 from outbox.link import Link
-from outbox.positions import Range, merged
+from outbox.positions import Range, below
 from outbox.purger import Purger
 from outbox.reader import Reader
 from outbox.router import Router
@@ -31,6 +32,7 @@ from outbox.transaction import Transaction, Verdict
 PING_SECONDS = 1.0
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STRAY_SECONDS = 60.0
+COUNT, SIZE, POSITION = attrgetter("count"), attrgetter("size"), attrgetter("position")
 STOP_SECONDS = 4.0  # less than idle_session_timeout: the last mark needs the session
 
 
@@ -56,7 +58,7 @@ class Leader:
         self._tell, self._stop, self._drain = tell, stop, drain
         self._news = asyncio.Event()
         self._clock = asyncio.get_running_loop().time
-        self._reader = Reader(store, lead, settings, tell)
+        self._reader = Reader(store, lead, settings, tell=tell, news=self._news.set)
         self._written = lead.cursor  # the highest position that was planned or settled: the cursor in the database
         self._router = Router(store, lead, settings, news=self._news.set)
         self._caution = Caution(store, lead, settings.read_ahead_messages)
@@ -184,13 +186,17 @@ class Leader:
     # --- Postgres: pages in, decisions out
 
     async def _read(self, now: float) -> bool:
-        """Read the next page if there is room and reason; True if it held anything."""
+        """Take in the page that was asked for, and ask for the next one if there is room; True if it held anything."""
+        page = await self._reader.taken(now, quiet=self._quiet)
+        self._router.incoming.extend(page or ())
+        if page is not None and not self._reader.full:
+            return True  # a short page is on its way before anybody asks for more
         messages, size = self._room()
-        if now < self._reader.due or self._stop.is_set() or min(messages, size) <= 0:
-            return False
+        if self._reader.reading or now < self._reader.due or self._stop.is_set() or min(messages, size) <= 0:
+            return page is not None
         if self._caution.active:
             if self._jetstream is None or not self._quiet or self._caution.over:
-                return False
+                return page is not None
             if (head := await self._reader.head()) is not None:
                 if offence := self._caution.verdict(*head):
                     self._reader.skip(offence.position)
@@ -201,8 +207,8 @@ class Leader:
             else:
                 self._caution.left = 0
                 return False
-        page = await self._reader.read(now, messages=messages, size=size, quiet=self._quiet)
-        self._router.incoming.extend(page or ())
+        self._reader.begin(messages=messages, size=size)
+        await asyncio.sleep(0)  # so that the question is on its way
         return page is not None
 
     def _held(self) -> Iterable[Transaction]:
@@ -211,11 +217,9 @@ class Leader:
 
     def _room(self) -> tuple[int, int]:
         """How many messages and bytes may still be read ahead."""
-        messages, size = self._settings.read_ahead_messages, self._settings.read_ahead_bytes
-        for transaction in itertools.chain(self._held(), self._lanes.planned):
-            messages -= transaction.count
-            size -= transaction.size
-        return messages, size
+        ahead = list(itertools.chain(self._held(), self._lanes.planned))
+        messages, size = sum(map(COUNT, ahead)), sum(map(SIZE, ahead))
+        return self._settings.read_ahead_messages - messages, self._settings.read_ahead_bytes - size
 
     @property
     def _settled(self) -> bool:
@@ -239,7 +243,7 @@ class Leader:
             self._lead.epoch,
             Decisions(
                 cursor=self._written,
-                open_positions=self._unsettled_below(self._written),
+                open_positions=below(self._written, self._reader.open_positions, map(POSITION, self._held())),
                 receipts=receipts,
                 verdicts=verdicts,
                 streams=[lane.row() for lane in dirty],
@@ -257,12 +261,6 @@ class Leader:
             self._purger.marked()
         self._report(verdicts)
         return True
-
-    def _unsettled_below(self, cursor: int) -> list[Range]:
-        """Positions up to the cursor that are neither settled nor planned: open ones, and what still waits."""
-        gaps = ((low, min(high, cursor)) for low, high in self._reader.open_positions if low <= cursor)
-        held = ((each.position, each.position) for each in self._held() if each.position <= cursor)
-        return merged(itertools.chain(gaps, held))
 
     def _report(self, verdicts: list[Verdict]) -> None:
         for each in verdicts:
@@ -306,7 +304,9 @@ class Leader:
         if self._caution.active and (self._jetstream is None or await self._jetstream.sent()):
             await self._caution.suspect(None)
         timeout = min([longest, *(due - self._clock() for due in self._dues())])
-        with self._store.watched(self._heard), contextlib.suppress(TimeoutError):
+        # While a page is being read, its coming is the news; the socket has one watcher at a time.
+        watched = contextlib.nullcontext() if self._reader.reading else self._store.watched(self._heard)
+        with watched, contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), max(0.0, timeout))
         self._news.clear()
 
@@ -317,7 +317,7 @@ class Leader:
 
     def _dues(self) -> Iterator[float]:
         yield self._purger.due
-        if min(self._room()) > 0 and (self._quiet or not self._caution.active):
+        if not self._reader.reading and min(self._room()) > 0 and (self._quiet or not self._caution.active):
             yield self._reader.due
         if self._jetstream is None:
             yield from self._link.dues()
@@ -342,6 +342,7 @@ class Leader:
         await self._commit()
 
     async def _close(self) -> None:
+        await self._reader.close()
         self._router.close()
         self._lanes.close()
         await self._link.close()

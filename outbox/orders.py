@@ -20,7 +20,9 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
 """
 
 STATUS_STREAMS = """
-SELECT name, mode, last_sequence, sent_transactions, sent_events, cardinality(plan), blocked, blocked_since
+SELECT name, mode, last_sequence, sent_transactions, sent_events,
+       (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places),
+       blocked, blocked_since
   FROM {schema}.streams ORDER BY name
 """
 
@@ -100,12 +102,12 @@ SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
 ACCEPT_STREAM = """
 WITH accepted AS (
   UPDATE {schema}.streams AS s SET created = %(created)s, last_sequence = %(last)s, plan_base = %(last)s,
-         plan = ARRAY[]::bigint[], mode = 'chained', blocked = NULL, blocked_since = NULL
+         plan = ARRAY[]::int8range[], mode = 'chained', blocked = NULL, blocked_since = NULL
     FROM (SELECT name, plan FROM {schema}.streams WHERE name = %(name)s FOR UPDATE) AS before
    WHERE s.name = before.name RETURNING before.plan
 )
 UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
-  SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange()) FROM accepted, unnest(plan) AS p)
+  SELECT coalesce(range_agg(places), int8multirange()) FROM accepted, unnest(plan) AS places)
  WHERE EXISTS (SELECT FROM accepted)
 """
 
@@ -125,8 +127,8 @@ REBASE = (
 UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids || outbox_id, epoch = epoch + 1,
        system_identifier = NULL,
        database_oid = NULL, timeline = NULL, leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL,
-       open_positions = open_positions + (SELECT coalesce(range_agg(int8range(p, p + 1)), int8multirange())
-                                            FROM {schema}.streams AS s, unnest(s.plan) AS p)
+       open_positions = open_positions + (SELECT coalesce(range_agg(places), int8multirange())
+                                            FROM {schema}.streams AS s, unnest(s.plan) AS places)
 """,
     "DELETE FROM {schema}.streams",
     """

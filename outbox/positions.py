@@ -41,6 +41,12 @@ def without(ranges: Iterable[Range], positions: Sequence[int]) -> list[Range]:
     return result
 
 
+def below(cursor: int, open_positions: Iterable[Range], held: Iterable[int]) -> list[Range]:
+    """Positions up to the cursor that are neither settled nor planned: open ones, and what is held."""
+    gaps = ((low, min(high, cursor)) for low, high in open_positions if low <= cursor)
+    return merged([*gaps, *((position, position) for position in held if position <= cursor)])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
     """A transaction that holds a write lock on `transactions`: a virtual transaction id, -1/… when prepared."""

@@ -20,28 +20,28 @@ def compose(text: str, schema: str) -> bytes:
 # What lies beyond the cursor and in the open positions, sorted by position, in ONE snapshot: in two statements a gap
 # can close in between and its successor overtake it. Whole transactions until `messages` or `bytes` are reached, the
 # first one always. LATERAL with LIMIT keeps both reads on transactions_pkey and events_pkey whatever the statistics
-# say. The LEFT JOIN shows a transaction that has no events; LIMIT event_count + 1 shows one that has too many.
+# say. The LEFT JOIN shows a transaction that has no events; LIMIT event_count + 1 shows one that has too many. Sorted
+# by position from the inside out and with one window, so that only the few transactions of a page are sorted.
 PAGE = """
-WITH page AS MATERIALIZED (
-  SELECT * FROM (
-    SELECT u.*, sum(u.event_count) OVER (ORDER BY u.position) AS running FROM (
-      SELECT t.* FROM (SELECT %(cursor)s::bigint + 1 AS low, 9223372036854775807 AS high
-                       UNION ALL SELECT * FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[])) AS r
-       CROSS JOIN LATERAL (
-         SELECT position, txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
-           FROM {schema}.transactions WHERE position >= r.low AND position <= r.high
-          ORDER BY position LIMIT %(transactions)s
-       ) AS t
-      ORDER BY t.position LIMIT %(transactions)s
-    ) AS u
-  ) AS v WHERE v.running - v.event_count < %(messages)s
-)
 SELECT position, event_count, pending, message_id, subject, headers, payload FROM (
-  SELECT p.position, p.event_count, p.pending, e.id, e.message_id, e.subject, e.headers::text, e.payload,
-         sum(octet_length(e.payload)) OVER (ORDER BY p.position) AS size, min(p.position) OVER () AS head
-    FROM page AS p LEFT JOIN LATERAL (
+  SELECT p.position, p.event_count, p.pending, e.id, e.message_id::text, e.subject, e.headers::text, e.payload,
+         sum(octet_length(e.payload)) OVER w AS size, min(p.position) OVER w AS head
+    FROM (
+      SELECT u.*, sum(u.event_count) OVER (ORDER BY u.position) AS running FROM (
+        SELECT t.* FROM (SELECT %(cursor)s::bigint + 1 AS low, 9223372036854775807 AS high
+                         UNION ALL SELECT * FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[])) AS r
+         CROSS JOIN LATERAL (
+           SELECT position, txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
+             FROM {schema}.transactions WHERE position >= r.low AND position <= r.high
+            ORDER BY position LIMIT %(messages)s
+         ) AS t
+        ORDER BY t.position LIMIT %(messages)s
+      ) AS u
+    ) AS p LEFT JOIN LATERAL (
       SELECT * FROM {schema}.events WHERE txid = p.txid AND p.pending ORDER BY txid, id LIMIT p.event_count + 1
     ) AS e ON true
+   WHERE p.running - p.event_count < %(messages)s
+  WINDOW w AS (ORDER BY p.position)
 ) AS s WHERE s.size IS NULL OR s.size <= %(bytes)s OR s.position = s.head
 ORDER BY s.position, s.id
 """
@@ -71,7 +71,7 @@ SELECT p.position, t.event_count, t.attempts,
 
 # Transactions of a plan, by position, with all their events: as PAGE.
 PLANNED = """
-SELECT p.position, t.event_count, t.pending, e.message_id, e.subject, e.headers::text, e.payload
+SELECT p.position, t.event_count, t.pending, e.message_id::text, e.subject, e.headers::text, e.payload
   FROM unnest(%(positions)s::bigint[]) AS p (position)
  CROSS JOIN LATERAL (
    SELECT txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
@@ -96,6 +96,7 @@ SELECT DISTINCT virtualtransaction FROM pg_locks
 # The barrier, the mark and the verdicts in one commit, under the leader's epoch. Nothing happens unless the epoch is
 # ours and every transaction to settle is still pending, so the count that comes back tells which of the two failed.
 # Runs with synchronous_commit = on: when it returns, all WAL before it is flushed. transactions_pkey throughout.
+# Long arrays come as text, which is quicker to make; a plan is ranges in its order, or it would be toasted each time.
 COMMIT = """
 WITH lead AS (
   UPDATE {schema}.relay SET cursor = %(cursor)s, open_positions = %(open)s::int8multirange,
@@ -108,9 +109,10 @@ WITH lead AS (
   RETURNING epoch
 ), marked AS (
   UPDATE {schema}.transactions AS t
-     SET sent_at = clock_timestamp(), stream = m.stream, first_sequence = m.first, last_sequence = m.last
-    FROM lead, unnest(%(positions)s::bigint[], %(streams)s::text[], %(firsts)s::bigint[], %(lasts)s::bigint[])
-         AS m (position, stream, first, last)
+     SET sent_at = clock_timestamp(), stream = (%(names)s::text[])[m.lane], first_sequence = m.first,
+         last_sequence = m.last
+    FROM lead, unnest(%(positions)s::bigint[], %(lanes)s::int[], %(firsts)s::bigint[], %(lasts)s::bigint[])
+         AS m (position, lane, first, last)
    WHERE t.position = m.position AND t.position = ANY (%(positions)s::bigint[])
   RETURNING t.stream, t.event_count
 ), buried AS (
@@ -121,7 +123,7 @@ WITH lead AS (
   RETURNING t.position
 ), planned AS (
   UPDATE {schema}.streams AS s
-     SET mode = p.mode, last_sequence = p.base, plan_base = p.base, plan = p.plan::bigint[],
+     SET mode = p.mode, last_sequence = p.base, plan_base = p.base, plan = p.plan::int8range[],
          sent_transactions = s.sent_transactions + (SELECT count(*) FROM marked WHERE stream = s.name),
          sent_events = s.sent_events + (SELECT coalesce(sum(event_count), 0) FROM marked WHERE stream = s.name),
          blocked = p.blocked, blocked_since = CASE WHEN p.blocked IS NULL THEN NULL

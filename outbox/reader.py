@@ -5,23 +5,32 @@ Polling is the truth; a notification only shortens the wait. Belongs to the lead
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 from outbox.config import Settings
 from outbox.positions import Positions, Range
-from outbox.rows import Lead
+from outbox.rows import Lead, Page
 from outbox.store import Store
 from outbox.telemetry import Listener, PageRead, Slept
 from outbox.transaction import Transaction
 
 POLL_SECONDS = (0.005, 0.01, 0.02, 0.05)
 SLEEP_SECONDS = 1.0
+PAGE_BATCHES = 2  # how many full batches a page may hold
 
 
 class Reader:
     """How far was read, what is open below that, and the rhythm. `due` is the loop's time of the next page."""
 
-    def __init__(self, store: Store, lead: Lead, settings: Settings, tell: Listener) -> None:
+    def __init__(
+        self, store: Store, lead: Lead, settings: Settings, *, tell: Listener, news: Callable[[], None]
+    ) -> None:
         self.due = 0.0
-        self._store, self._settings, self._tell = store, settings, tell
+        self.full = False  # the last page was: it pays to ask for the next one before this one is sent
+        self._store, self._settings, self._tell, self._news = store, settings, tell, news
+        self._reading: asyncio.Task[Page] | None = None
+        self._asked = 0
         self._positions = Positions.restored(lead.cursor, lead.open_positions)
         self._empty_pages = 0
         self._asleep = False
@@ -34,7 +43,12 @@ class Reader:
     @property
     def dry(self) -> bool:
         """True if the last page was empty."""
-        return self._empty_pages > 0
+        return self._empty_pages > 0 and not self.reading
+
+    @property
+    def reading(self) -> bool:
+        """True from `begin` until the page is taken."""
+        return self._reading is not None
 
     def reopen(self, ranges: list[Range]) -> None:
         """Look again at positions that were passed: retried dead letters."""
@@ -49,22 +63,30 @@ class Reader:
         """Pass a transaction by that is not to be loaded."""
         self._positions.read([position], position)
 
-    async def read(self, now: float, *, messages: int, size: int, quiet: bool) -> list[Transaction] | None:
-        """The next page, bounded by messages and bytes; None if there was nothing, settled or not.
+    def begin(self, *, messages: int, size: int) -> None:
+        """Ask for the next page, bounded by messages and bytes, while the loop goes on; one at a time.
 
-        `quiet` says that the leader has nothing else to do, so that an empty outbox may be slept on.
+        The session answers in order: what it is asked meanwhile comes after the page.
         """
+        self._asked = messages = min(messages, PAGE_BATCHES * self._settings.max_batch_messages)
+        self._reading = asyncio.ensure_future(self._fetch(messages, size))
+        self._reading.add_done_callback(lambda _: self._news())
+
+    async def _fetch(self, messages: int, size: int) -> Page:
         gaps = self._positions.open
         if gaps:
             # Who may own a gap is asked before the page whose snapshot may prove it empty.
             self._positions.observe(await self._store.holders())
-        page = await self._store.page(
-            self._positions.cursor,
-            gaps,
-            transactions=messages,
-            messages=min(messages, 2 * self._settings.max_batch_messages),
-            size=size,
-        )
+        return await self._store.page(self._positions.cursor, gaps, messages=messages, size=size)
+
+    async def taken(self, now: float, *, quiet: bool) -> list[Transaction] | None:
+        """The page that was asked for, once it is there; None if it is not, or if there was nothing, settled or not.
+
+        `quiet` says that the leader has nothing else to do, so that an empty outbox may be slept on.
+        """
+        if self._reading is None or not self._reading.done():
+            return None
+        page, self._reading = self._reading.result(), None
         self._positions.read(page.positions, page.positions[-1] if page.positions else None)
         if not page.positions:
             await self._rest(now, quiet=quiet)
@@ -73,10 +95,18 @@ class Reader:
         if self._asleep:
             self._asleep = False
             await self._store.wake_up()
+        events = sum(transaction.count for transaction in page.transactions)
+        self.full = 2 * events > self._asked
         if page.transactions:
-            events = sum(transaction.count for transaction in page.transactions)
             self._tell(PageRead(transactions=len(page.transactions), events=events))
         return page.transactions
+
+    async def close(self) -> None:
+        """Stop what was asked for; idempotent."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+            self._reading = None
 
     async def _rest(self, now: float, *, quiet: bool) -> None:
         """An empty outbox is polled less and less, and then slept on."""

@@ -63,10 +63,10 @@ class Router:
             head = self.incoming[0]
             if (offence := invalid(head)) is None:
                 streams = self._routes.streams(head)
-                if unknown := {event.subject for event in head.events} - streams.keys():
-                    self._asking.start(lambda: self._routes.ask(jetstream, unknown), now)
+                if None in streams.values():
+                    self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], now)
                     return
-                name = next(iter(streams.values()))
+                name = streams[head.events[0].subject] or ""
                 if name not in lanes:
                     await self._first_contact(name, add_lane, jetstream)
                 offence = verdict(head, streams, lanes[name].limits)
@@ -82,10 +82,14 @@ class Router:
         """Stop what runs beside the loop; idempotent."""
         self._asking.cancel()
 
+    def _ask(self, jetstream: JetStream, subjects: list[str], now: float) -> None:
+        self._asking.start(lambda: self._routes.ask(jetstream, subjects), now)
+
     def _next_head(self) -> None:
         self.incoming.popleft()
-        self._asking.reset()
-        self.blocked = None
+        if self._asking.due or self.blocked is not None:
+            self._asking.reset()
+            self.blocked = None
 
     async def _first_contact(self, name: str, add_lane: Callable[[StreamRow], Lane], jetstream: JetStream) -> None:
         info, tail = self._routes.info(name)

@@ -45,16 +45,19 @@ class Routes:
         """What was learnt of a stream when it was asked for last, and its last message, if it has one."""
         return self._infos[stream], self._tails.get(stream)
 
-    def streams(self, transaction: Transaction) -> dict[str, str]:
-        """The stream of each of its subjects, as far as it is known."""
-        found = ((event.subject, self._find(event.subject)) for event in transaction.events)
-        return {subject: stream for subject, stream in found if stream is not None}
+    def streams(self, transaction: Transaction) -> dict[str, str | None]:
+        """The stream of each of its subjects; None where it is not known."""
+        return {
+            event.subject: self._streams.get(event.subject) or self._find(event.subject) for event in transaction.events
+        }
 
     async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
         """Ask JetStream for the streams of these subjects; None where it says that there is none."""
         answers: dict[str, str | None] = {}
         for subject in subjects:
-            answers[subject] = name = self._find(subject) or await jetstream.stream_of(subject)
+            answers[subject] = name = (
+                self._streams.get(subject) or self._find(subject) or await jetstream.stream_of(subject)
+            )
             if name is not None and name not in self._infos:
                 info = await jetstream.stream(name)
                 if info is None:
@@ -67,8 +70,6 @@ class Routes:
         return answers
 
     def _find(self, subject: str) -> str | None:
-        if name := self._streams.get(subject):
-            return name
         for name, info in self._infos.items():
             if any(matches(subject, pattern) for pattern in info.subjects):
                 self._remember(subject, name)

@@ -6,10 +6,12 @@ Pure: rows of psycopg become domain values here, and a transaction is a value on
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
+
+from psycopg.types.range import Range as NumberRange
 
 from outbox.errors import Halt
 from outbox.event import Event
@@ -77,28 +79,53 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
     """A page from the rows of PAGE or PLANNED; raises `Halt` if a pending transaction is not whole."""
     transactions: list[Transaction] = []
     positions: list[int] = []
-    events: list[Event] = []
-    for index, (position, count, pending, message_id, subject, headers, payload) in enumerate(rows):
-        if subject is not None:
-            loaded = json.loads(headers) if headers else {}
-            events.append(Event(message_id=message_id, subject=subject, payload=payload, headers=loaded))
-        if index + 1 < len(rows) and rows[index + 1][0] == position:
-            continue
+    start, total = 0, len(rows)
+    while start < total:
+        position, count, pending = rows[start][:3]
+        end = start + 1
+        while end < total and rows[end][0] == position:
+            end += 1
         positions.append(position)
         if pending:
-            if len(events) != count:
-                raise Halt(
-                    f"transaction {position} has {count} events, but {'only ' if len(events) < count else ''}"
-                    f"{len(events)} are in {name}.events: it is never published in part",
-                    remedy=f"find out who changed the table; to set the transaction aside, set dead_at and "
-                    f"dead_reason of position {position} in {name}.transactions",
-                )
-            size = sum(len(event.payload) + 200 for event in events)
-            transactions.append(Transaction(position=position, events=tuple(events), size=size))
-        events = []
+            found = end - start if rows[start][4] is not None else 0
+            if found != count:
+                raise _not_whole(position, count, found, name)
+            events = [Event(m, s, p, json.loads(h) if h else {}) for _, _, _, m, s, h, p in rows[start:end]]
+            transactions.append(Transaction.of(position, tuple(events)))
+        start = end
     return Page(transactions=transactions, positions=positions)
+
+
+def _not_whole(position: int, count: int, found: int, name: str) -> Halt:
+    return Halt(
+        f"transaction {position} has {count} events, but {'only ' if found < count else ''}{found} are in "
+        f"{name}.events: it is never published in part",
+        remedy=f"find out who changed the table; to set the transaction aside, set dead_at and dead_reason of "
+        f"position {position} in {name}.transactions",
+    )
 
 
 def multirange(ranges: Sequence[Range]) -> str:
     """Ranges as PostgreSQL reads an int8multirange."""
     return "{" + ",".join(f"[{low},{high}]" for low, high in ranges) + "}"
+
+
+def array(numbers: Iterable[int]) -> str:
+    """Numbers as PostgreSQL reads an array."""
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def ranges(positions: Iterable[int]) -> str:
+    """Positions, in their order, as PostgreSQL reads an array of int8range: those that follow each other joined."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1][1] = position + 1
+        else:
+            runs.append([position, position + 1])
+    return "{" + ",".join(f'"[{low},{high})"' for low, high in runs) + "}"
+
+
+def places(found: Iterable[NumberRange[int]]) -> list[int]:
+    """The positions of `ranges`, as they come back."""
+    return [position for each in found for position in range(each.lower or 0, each.upper or 0)]

@@ -18,7 +18,7 @@ from outbox import queries, schema
 from outbox.errors import Deposed, Halt, Misconfigured, Weather
 from outbox.plan import Planned
 from outbox.positions import Holder, Range
-from outbox.rows import Decisions, Home, Lead, Page, StreamRow, multirange, read_page
+from outbox.rows import Decisions, Home, Lead, Page, StreamRow, array, multirange, places, ranges, read_page
 from outbox.session import answered, open_session, refuse_pooler
 from outbox.transaction import Transaction
 
@@ -148,19 +148,18 @@ class Store:
 
     async def streams(self) -> list[StreamRow]:
         """Every stream that the outbox knows."""
-        names = ("name", "created", "mode", "last_sequence", "plan", "blocked")
-        return [StreamRow(**dict(zip(names, row, strict=True))) for row in await self._all("STREAMS")]
+        return [
+            StreamRow(name=n, created=c, mode=m, last_sequence=last, plan=places(plan), blocked=b)
+            for n, c, m, last, plan, b in await self._all("STREAMS")
+        ]
 
-    async def page(
-        self, cursor: int, open_positions: Sequence[Range], *, transactions: int, messages: int, size: int
-    ) -> Page:
+    async def page(self, cursor: int, open_positions: Sequence[Range], *, messages: int, size: int) -> Page:
         """The next transactions, in one snapshot; `messages` and `size` (bytes) bound it, but for the first one."""
         rows = await self._all(
             "PAGE",
             cursor=cursor,
             lows=[low for low, _ in open_positions],
             highs=[high for _, high in open_positions],
-            transactions=transactions,
             messages=messages,
             bytes=size,
         )
@@ -204,6 +203,7 @@ class Store:
         Every transaction that is visible before it is flushed when it returns (and on the synchronous standbys).
         """
         receipts, verdicts, streams = decisions.receipts, decisions.verdicts, decisions.streams
+        lane = {row.name: number for number, row in enumerate(streams, start=1)}
         settling = [receipt.position for receipt in receipts] + [verdict.position for verdict in verdicts]
         rows = await self._all(
             "COMMIT",
@@ -213,17 +213,17 @@ class Store:
             taken=multirange(decisions.taken),
             sound=decisions.sound,
             blocked=decisions.blocked,
-            settling=settling,
-            positions=[receipt.position for receipt in receipts],
-            streams=[receipt.stream for receipt in receipts],
-            firsts=[receipt.first_sequence for receipt in receipts],
-            lasts=[receipt.last_sequence for receipt in receipts],
+            settling=array(settling),
+            positions=array(receipt.position for receipt in receipts),
+            lanes=array(lane[receipt.stream] for receipt in receipts),
+            firsts=array(receipt.first_sequence for receipt in receipts),
+            lasts=array(receipt.last_sequence for receipt in receipts),
             dead=[verdict.position for verdict in verdicts],
             reasons=[str(verdict) for verdict in verdicts],
             names=[row.name for row in streams],
             modes=[row.mode for row in streams],
             bases=[row.last_sequence for row in streams],
-            plans=["{" + ",".join(map(str, row.plan)) + "}" for row in streams],
+            plans=[ranges(row.plan) for row in streams],
             blocks=[row.blocked for row in streams],
         )
         if self._warnings:

@@ -88,7 +88,12 @@ def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, s
         sa.Column("mode", text, server_default=sa.text("'chained'"), nullable=False),
         number("last_sequence"),
         number("plan_base", nullable=True),
-        sa.Column("plan", postgresql.ARRAY(bigint), server_default=sa.text("ARRAY[]::bigint[]"), nullable=False),
+        sa.Column(
+            "plan",
+            postgresql.ARRAY(postgresql.INT8RANGE),
+            server_default=sa.text("ARRAY[]::int8range[]"),
+            nullable=False,
+        ),
         number("sent_transactions", "0"),
         number("sent_events", "0"),
         sa.Column("blocked", text),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from uuid import UUID
+from typing import NamedTuple
 
 from outbox.event import Event, event_problem
 
@@ -29,22 +29,40 @@ class DeadReason(StrEnum):
     KILLS_RELAY = "kills-relay"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+EVENT_OVERHEAD = 200  # bytes in memory and on the wire, about, besides subject, headers and payload
+NONE: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)  # not frozen: making a frozen one takes twice as long
 class Transaction:
-    """A committed transaction with all its events, in the order in which they were added. `size` is in bytes."""
+    """A committed transaction with all its events, in the order in which they were added; make it with `of`.
+
+    What is asked of every one on its way is worked out once: how many events it has, their `size` in bytes, their
+    message ids, and the subjects that it rolls up.
+    """
 
     position: int
     events: tuple[Event, ...]
+    count: int
     size: int
+    message_ids: frozenset[str]
+    rollups: frozenset[str]
 
-    @property
-    def count(self) -> int:
-        """How many events it has."""
-        return len(self.events)
+    @classmethod
+    def of(cls, position: int, events: tuple[Event, ...]) -> Transaction:
+        """The transaction at this position with these events."""
+        size = EVENT_OVERHEAD * len(events)
+        rollups = NONE
+        for event in events:
+            size += len(event.payload)
+            if event.headers:
+                size += sum(len(name) + len(value) for name, value in event.headers.items())
+                if event.is_rollup:
+                    rollups |= {event.subject}
+        return cls(position, events, len(events), size, frozenset([event.message_id for event in events]), rollups)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
+class Receipt(NamedTuple):
     """Where a transaction is: its messages are `first_sequence` to `last_sequence` of `stream`, without a gap."""
 
     position: int
@@ -86,21 +104,27 @@ def invalid(transaction: Transaction) -> Verdict | None:
     return None
 
 
-def verdict(transaction: Transaction, streams: Mapping[str, str], limits: Limits) -> Verdict | None:
+def verdict(transaction: Transaction, streams: Mapping[str, str | None], limits: Limits) -> Verdict | None:
     """Why this transaction can never be sent, as far as that can be seen before the first byte; or None.
 
     `streams` maps each of its subjects to the stream that takes it.
     """
+    if len(streams) > 1 and len(taken_by := set(streams.values())) > 1:
+        detail = "its subjects belong to " + ", ".join(sorted(map(str, taken_by)))
+        return Verdict(position=transaction.position, reason=DeadReason.SPANS_STREAMS, detail=detail)
+    unique = len(transaction.message_ids) == transaction.count <= limits.max_batch_messages
+    if unique and not transaction.rollups and transaction.size <= limits.max_message_bytes:
+        return None  # as nearly all are; the others are looked at event by event
+    return _look(transaction, limits)
 
+
+def _look(transaction: Transaction, limits: Limits) -> Verdict | None:
     def dead(reason: DeadReason, detail: str) -> Verdict:
         return Verdict(position=transaction.position, reason=reason, detail=detail)
 
-    taken_by = {streams[event.subject] for event in transaction.events}
-    if len(taken_by) > 1:
-        return dead(DeadReason.SPANS_STREAMS, "its subjects belong to " + ", ".join(sorted(taken_by)))
     if transaction.count > limits.max_batch_messages:
         return dead(DeadReason.TOO_MANY_EVENTS, f"{transaction.count} events, {limits.max_batch_messages} fit a batch")
-    ids: set[UUID] = set()
+    ids: set[str] = set()
     subjects: set[str] = set()
     for number, event in enumerate(transaction.events, start=1):
         if event.message_id in ids:

@@ -41,9 +41,7 @@ def event(
     """
     if not isinstance(subject, str):
         raise InvalidEvent(f"outbox: subject is of type {type(subject).__name__}", remedy="give a str")
-    made = Event(
-        message_id=message_id or uuid4(), subject=subject, payload=encode_payload(payload), headers=dict(headers or {})
-    )
+    made = Event(str(message_id or uuid4()), subject, encode_payload(payload), dict(headers or {}))
     return check_event(made)
 
 
@@ -92,7 +90,7 @@ class Outbox:
                 connection.execute(_psycopg_text(self.schema, len(part)), _psycopg_values(part))
             else:
                 connection.execute(_core_text(self.schema, len(part)), _core_values(part))
-        return [each.message_id for each in added]
+        return [UUID(each.message_id) for each in added]
 
     async def add_async(
         self,
@@ -116,7 +114,7 @@ class Outbox:
                 await connection.execute(_psycopg_text(self.schema, len(part)), _psycopg_values(part))
             else:
                 await connection.execute(_core_text(self.schema, len(part)), _core_values(part))
-        return [each.message_id for each in added]
+        return [UUID(each.message_id) for each in added]
 
 
 def _refuse_autocommit(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
@@ -156,14 +154,14 @@ def _headers(added: Event) -> str | None:
 
 
 def _psycopg_values(events: Sequence[Event]) -> list[object]:
-    return [value for e in events for value in (str(e.message_id), e.subject, _headers(e), e.payload)]
+    return [value for e in events for value in (e.message_id, e.subject, _headers(e), e.payload)]
 
 
 def _core_values(events: Sequence[Event]) -> dict[str, object]:
     values: dict[str, object] = {}
     for number, e in enumerate(events):
         values |= {
-            f"m{number}": str(e.message_id),
+            f"m{number}": e.message_id,
             f"s{number}": e.subject,
             f"h{number}": _headers(e),
             f"p{number}": e.payload,

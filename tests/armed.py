@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from outbox import batch, jetstream, recovery, rows, store
@@ -37,26 +37,16 @@ def before_first_message(act: Act) -> None:
 
 def mid_batch(act: Act) -> None:
     """Some messages of a batch are at the server, its last one is not."""
-    send = JetStream._send
+    write = JetStream._write
 
-    async def armed(self: JetStream, token: str, batch: Any, outbox_id: str) -> None:
-        publish, count = self._nc.publish, 0
+    async def armed(self: JetStream, made: Sequence[bytes]) -> None:
+        if len(made) > 1:
+            await write(self, made[:-1])
+            await self._nc.flush()
+            act()
+        await write(self, made[-1:])
 
-        async def counted(*args: Any, **kwargs: Any) -> None:
-            nonlocal count
-            if count and count == batch.count - 1:
-                await self._nc.flush()
-                act()
-            count += 1
-            await publish(*args, **kwargs)
-
-        self._nc.publish = counted  # type: ignore[method-assign]
-        try:
-            await send(self, token, batch, outbox_id)
-        finally:
-            self._nc.publish = publish  # type: ignore[method-assign]
-
-    JetStream._send = armed  # type: ignore[method-assign]
+    JetStream._write = armed  # type: ignore[method-assign]
 
 
 def before_ack(act: Act) -> None:
@@ -151,14 +141,14 @@ def poisoned_load(act: Act) -> None:
 
 def poisoned_send(act: Act) -> None:
     """An event whose payload is `poison` is put on the wire."""
-    messages = batch.messages
+    frames = batch.frames
 
-    def armed(sent: batch.Batch, outbox_id: str) -> Any:
+    def armed(sent: batch.Batch, outbox_id: str, reply: str) -> batch.Frames:
         if any(event.payload == b"poison" for each in sent.transactions for event in each.events):
             act()
-        return messages(sent, outbox_id)
+        return frames(sent, outbox_id, reply)
 
-    vars(jetstream)["messages"] = armed
+    vars(jetstream)["frames"] = armed
 
 
 POINTS: dict[str, Callable[[Act], None]] = {

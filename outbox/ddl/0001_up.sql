@@ -51,7 +51,7 @@ CREATE TABLE {schema}.transactions (
   CONSTRAINT transactions_dead_with_reason CHECK (num_nonnulls(dead_at, dead_reason) IN (0, 2)),
   CONSTRAINT transactions_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
   CONSTRAINT transactions_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL)
-) WITH (fillfactor = 45);
+) WITH (fillfactor = 35);
 
 COMMENT ON TABLE {schema}.transactions IS 'One row per transaction that added events, in commit order; written at commit.';
 
@@ -65,7 +65,7 @@ CREATE TABLE {schema}.streams (
   mode              text        NOT NULL DEFAULT 'chained',
   last_sequence     bigint      NOT NULL,
   plan_base         bigint,
-  plan              bigint[]    NOT NULL DEFAULT ARRAY[]::bigint[],
+  plan              int8range[] NOT NULL DEFAULT ARRAY[]::int8range[],
   sent_transactions bigint      NOT NULL DEFAULT 0,
   sent_events       bigint      NOT NULL DEFAULT 0,
   blocked           text,
@@ -280,8 +280,9 @@ CREATE VIEW {schema}.pending AS
     FROM {schema}.relay AS r CROSS JOIN LATERAL (
       SELECT * FROM {schema}.transactions AS beyond WHERE beyond.position > r.cursor
       UNION ALL
-      SELECT planned.* FROM {schema}.streams AS s CROSS JOIN LATERAL unnest(s.plan) AS p (position)
-        JOIN {schema}.transactions AS planned ON planned.position = p.position WHERE p.position <= r.cursor
+      SELECT planned.* FROM {schema}.streams AS s CROSS JOIN LATERAL unnest(s.plan) AS places
+        JOIN {schema}.transactions AS planned
+          ON planned.position >= lower(places) AND planned.position < least(upper(places), r.cursor + 1)
       UNION ALL
       SELECT opened.* FROM unnest(r.open_positions + r.retried) AS gap
         JOIN {schema}.transactions AS opened

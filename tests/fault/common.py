@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import nats.errors
@@ -104,21 +104,20 @@ class Breaks:
         self._done.set()
 
     async def _mid_batch(self, send: Callable[[], Any], jetstream: JetStream, half: int) -> None:
-        publish, count = jetstream._nc.publish, 0
+        write = jetstream._write
 
-        async def counted(*args: Any, **kwargs: Any) -> None:
-            nonlocal count
-            if count == half:
+        async def halved(made: Sequence[bytes]) -> None:
+            await write(made[:half])
+            with contextlib.suppress(nats.errors.Error):
                 await jetstream._nc.flush()
-                self._act()
-            count += 1
-            await publish(*args, **kwargs)
+            self._act()
+            await write(made[half:])
 
-        jetstream._nc.publish = counted  # type: ignore[method-assign]
+        jetstream._write = halved  # type: ignore[method-assign]
         try:
             await send()
         finally:
-            jetstream._nc.publish = publish  # type: ignore[method-assign]
+            del jetstream._write
 
     async def _before_ack(self, send: Callable[[], Any], jetstream: JetStream, _: int) -> None:
         await send()

@@ -27,7 +27,7 @@ def test_planned_transaction_that_is_set_aside_while_nats_is_away(
         proxy.cut()
         relay = ThreadRelay(settings.model_copy(update={"nats_url": proxy.url}))
         relay.wait_for(Unreachable, lambda each: each.server == "nats")
-        planned = value(database, "SELECT plan[cardinality(plan)] FROM outbox.streams")
+        planned = value(database, "SELECT upper(plan[cardinality(plan)]) - 1 FROM outbox.streams")
         rows(database, "UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'x' WHERE position = %s", planned)
         proxy.heal()
         error = relay.ended()

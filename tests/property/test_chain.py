@@ -14,7 +14,7 @@ from uuid import UUID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outbox.batch import Batch, Packing, messages, take
+from outbox.batch import Batch, Packing, frames, take
 from outbox.chain import Chain
 from outbox.event import Event
 from outbox.outcome import Rejected, Stored, Unknown
@@ -26,9 +26,9 @@ OUTBOX = "outbox"
 
 def transaction(position: int, size: int) -> Transaction:
     events = tuple(
-        Event(message_id=UUID(int=position * 1000 + n), subject="a", payload=b"", headers={}) for n in range(size)
+        Event(message_id=str(UUID(int=position * 1000 + n)), subject="a", payload=b"", headers={}) for n in range(size)
     )
-    return Transaction(position=position, events=events, size=size)
+    return Transaction.of(position, events)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Play:
         )
         loaded = [transaction(p, model.sizes[p - 1]) for p in model.plan]
         chain.planned.extend(
-            Planned(position=t.position, count=t.count, last_message_id=str(t.events[-1].message_id)) for t in loaded
+            Planned(position=t.position, count=t.count, last_message_id=t.events[-1].message_id) for t in loaded
         )
         self.leaders.append(Leader(model.epoch, chain))
 
@@ -253,16 +253,62 @@ def test_nothing_is_sent_before_its_plan_is_committed_or_while_in_doubt() -> Non
     assert [batch.count for batch in chain.launch(iter("a"))] == [2]
 
 
+def read(frame: bytes) -> tuple[str, dict[str, str], bytes]:
+    """A frame as nats-server reads it: the command, the first of each header, the payload."""
+    command, _, rest = frame.partition(b"\r\n")
+    *_, head, total = command.split()
+    lines = rest[: int(head)].decode().split("\r\n")
+    assert lines[0] == "NATS/1.0"
+    assert lines[-2:] == ["", ""]
+    assert rest[int(total) :] == b"\r\n"
+    headers: dict[str, str] = {}
+    for name, _, value in (line.partition(": ") for line in lines[1:-2]):
+        headers.setdefault(name, value)
+    return command.decode(), headers, rest[int(head) : int(total)]
+
+
 def test_messages_of_a_batch_carry_the_fence_once_and_the_boundary_always() -> None:
     batch = Batch(id="b", stream="S", base=7, transactions=(transaction(1, 2), transaction(2, 1)))
-    headers = [message.headers for message in messages(batch, OUTBOX)]
+    read_back = [read(frame) for frame in frames(batch, OUTBOX, "inbox").frames]
+    headers = [each for _, each, _ in read_back]
     assert [h.get("Nats-Expected-Last-Sequence") for h in headers] == ["7", None, None]
+    assert [h.get("Nats-Expected-Stream") for h in headers] == ["S", None, None]
+    assert [h["Nats-Batch-Id"] for h in headers] == ["b", "b", "b"]
     assert [h["Nats-Batch-Sequence"] for h in headers] == ["1", "2", "3"]
     assert [h.get("Nats-Batch-Commit") for h in headers] == [None, None, "1"]
+    assert [h["Nats-Msg-Id"] for h in headers] == [e.message_id for t in batch.transactions for e in t.events]
     assert [
         (h["Outbox-Transaction"], h["Outbox-Transaction-Sequence"], h["Outbox-Transaction-Count"]) for h in headers
     ] == [("1", "1", "2"), ("1", "2", "2"), ("2", "1", "1")]
+    assert ["inbox" in command for command, _, _ in read_back] == [False, False, True]
+    careful = frames(replace(batch, careful=True), OUTBOX, "inbox").frames
+    assert all(read(frame)[0].split()[2] == "inbox" for frame in careful)
     alone = replace(batch, transactions=(transaction(3, 1),))
-    (message,) = messages(alone, OUTBOX)
-    assert not [name for name in message.headers if name.startswith("Nats-Batch")]
-    assert message.headers["Nats-Expected-Last-Sequence"] == "7"
+    (frame,) = frames(alone, OUTBOX, "inbox").frames
+    _, only, _ = read(frame)
+    assert not [name for name in only if name.startswith("Nats-Batch")]
+    assert only["Nats-Expected-Last-Sequence"] == "7"
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters=" \t\r\n\0"), min_size=1, max_size=40),
+    st.binary(max_size=100),
+    st.dictionaries(
+        st.from_regex(r"[A-Za-z][A-Za-z0-9-]{0,15}", fullmatch=True),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    ),
+)
+def test_frames_say_what_the_event_says_and_no_header_gets_out_of_its_line(
+    subject: str, payload: bytes, given_headers: dict[str, str]
+) -> None:
+    event = Event(message_id="m", subject=subject, payload=payload, headers=given_headers)
+    batch = Batch(id="b", stream="S", base=7, transactions=(Transaction.of(1, (event,)),))
+    (frame,), largest = frames(batch, OUTBOX, "inbox")
+    command, headers, stored = read(frame)
+    assert command.split(" ")[1] == subject
+    assert stored == payload
+    assert largest == int(command.split(" ")[-1])
+    ours = {"Nats-Msg-Id": "m", "Outbox-Id": OUTBOX, "Nats-Expected-Last-Sequence": "7", "Outbox-Transaction": "1"}
+    assert ours.items() <= headers.items()
+    for name, value in given_headers.items():
+        assert headers[name] in (ours.get(name), value.strip().replace("\r", " ").replace("\n", " ")), name

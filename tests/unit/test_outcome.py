@@ -53,8 +53,8 @@ def test_every_offence_has_a_reason_and_an_unknown_code_convicts_nobody() -> Non
 
 
 def one(position: int) -> Transaction:
-    event = Event(message_id=UUID(int=position), subject="a", payload=b"", headers={})
-    return Transaction(position=position, events=(event,), size=1)
+    event = Event(message_id=str(UUID(int=position)), subject="a", payload=b"", headers={})
+    return Transaction.of(position, (event,))
 
 
 def test_conviction_waits_for_the_look() -> None:

@@ -46,7 +46,7 @@ def test_more_subjects_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     )
     routes._infos["S"] = info
     subjects = [f"a.{number}" for number in range(10)]
-    events = tuple(Event(message_id=uuid4(), subject=s, payload=b"", headers={}) for s in subjects)
-    transaction = Transaction(position=1, events=events, size=0)
+    events = tuple(Event(message_id=str(uuid4()), subject=s, payload=b"", headers={}) for s in subjects)
+    transaction = Transaction.of(1, events)
     assert routes.streams(transaction) == dict.fromkeys(subjects, "S")
     assert len(routes._streams) <= 3
