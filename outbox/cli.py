@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from outbox import admin, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
+from outbox.bench import command as bench
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
@@ -239,6 +240,7 @@ def purge(
 
 
 app.command(name="demo")(demo.command)
+app.command(name="bench")(bench.command)
 app.add_typer(deadcli.app, name="dead")
 
 

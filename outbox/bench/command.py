@@ -1,0 +1,156 @@
+"""The command: which cases, on which servers, how often; a table for people and JSON for plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from outbox.bench import drain, flat, load, rest
+from outbox.bench.figures import Case, Figures, Say, table
+from outbox.bench.site import Site, Storage, site
+
+console = Console(stderr=True)
+Measured = tuple[dict[str, Any], Callable[[], Figures]]
+
+
+class Kind(StrEnum):
+    """What can be measured."""
+
+    DRAIN = "drain"
+    SUSTAINED = "sustained"
+    LATENCY = "latency"
+    WRITER = "writer"
+    FLAT = "flat"
+    MEMORY = "memory"
+    IDLE = "idle"
+
+
+def command(
+    kinds: Annotated[list[Kind] | None, typer.Argument(help="What to measure; all but flat if none is named.")] = None,
+    database_url: Annotated[str | None, typer.Option(help="Postgres to measure on; embedded if none is given.")] = None,
+    nats_url: Annotated[str | None, typer.Option(help="NATS to measure on; embedded if none is given.")] = None,
+    storage: Annotated[Storage, typer.Option(help="Of the stream.")] = Storage.FILE,
+    events: Annotated[list[int] | None, typer.Option(help="Events in a transaction; can be repeated.")] = None,
+    payload: Annotated[int, typer.Option(help="Bytes of payload in an event.")] = 256,
+    total: Annotated[int, typer.Option(help="Events in a backlog.")] = 100_000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often; the medians are shown.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Of each measurement that has a duration.")] = 20.0,
+    output: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Measure the relay next to what the two servers allow, and show medians.
+
+    Works in a schema and in streams of its own (outbox_bench), which it removes. Embedded servers need
+    outbox-relay[demo]. Nothing else should run on the machine.
+
+    Example: outbox bench drain --events 1 --events 3 --json bench.json
+    """
+    chosen = kinds or [kind for kind in Kind if kind is not Kind.FLAT]
+    cases: list[Case] = []
+    with site(database_url, nats_url, storage) as there, console.status("starting") as status:
+        versions = {"postgres": there.value("SHOW server_version"), "nats": there.nats_version()}
+        wanted = Wanted(events=events or [1, 3], payload=payload, total=total, seconds=seconds, say=status.update)
+        for kind in chosen:
+            measured = list(CASES[kind](there, wanted))
+            found: list[list[Figures]] = [[] for _ in measured]
+            for number in range(rounds):
+                for (parameters, measure), figures in zip(measured, found, strict=True):
+                    status.update(f"{kind} {parameters}, round {number + 1} of {rounds}")
+                    figures.append(measure())
+            done = [
+                Case(name=kind, parameters=parameters, rounds=figures)
+                for (parameters, _), figures in zip(measured, found, strict=True)
+            ]
+            for group in {tuple(case.rounds[0]): None for case in done}:
+                Console().print(table([case for case in done if tuple(case.rounds[0]) == group]))
+            cases += done
+    if output is not None:
+        output.write_text(json.dumps(_report(versions, storage, rounds, cases), indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The sizes that were asked for."""
+
+    events: list[int]
+    payload: int
+    total: int
+    seconds: float
+    say: Say
+
+
+def _drain(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    for events in wanted.events:
+        given = {"events": events, "payload": wanted.payload}
+        yield given, partial(drain.with_ceilings, there, transactions=wanted.total // events, **given)
+
+
+def _sustained(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    given: dict[str, Any] = {"events": 3, "payload": wanted.payload, "share": 0.5, "seconds": wanted.seconds}
+    yield given, partial(load.sustained, there, say=wanted.say, **given)
+
+
+def _latency(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    for events, share in ((1, 0.0), (3, 0.0), (3, 0.25), (3, 0.5)):
+        given: dict[str, Any] = {"events": events, "payload": wanted.payload, "share": share, "seconds": wanted.seconds}
+        yield given, partial(load.latency, there, **given)
+
+
+def _writer(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    for clients in (1, 4, 16):
+        given = {"clients": clients, "events": 3, "payload": wanted.payload}
+        yield given, partial(load.writer, there, seconds=min(wanted.seconds, 10), **given)
+
+
+def _flat(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    batch, say = wanted.total // 3, wanted.say
+    yield {"pending": 1_000_000}, partial(flat.pending, there, transactions=batch, backlog=1_000_000, say=say)
+    yield {"sent": 10_000_000}, partial(flat.sent, there, transactions=batch, rows=10_000_000, say=say)
+    yield {"snapshot over": 300_000}, partial(flat.snapshot, there, transactions=100_000, times=3, say=say)
+    yield {"statistics": "four states"}, partial(flat.statistics, there, transactions=batch)
+
+
+def _memory(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    for transactions, payload in ((1_000_000, wanted.payload), (400, 900_000)):
+        given = {"transactions": transactions, "events": 1, "payload": payload}
+        yield given, partial(rest.memory, there, seconds=wanted.seconds, **given)
+
+
+def _idle(there: Site, wanted: Wanted) -> Iterator[Measured]:
+    yield {}, partial(rest.idle, there, seconds=wanted.seconds)
+
+
+CASES = {
+    Kind.DRAIN: _drain,
+    Kind.SUSTAINED: _sustained,
+    Kind.LATENCY: _latency,
+    Kind.WRITER: _writer,
+    Kind.FLAT: _flat,
+    Kind.MEMORY: _memory,
+    Kind.IDLE: _idle,
+}
+
+
+def _report(versions: dict[str, Any], storage: Storage, rounds: int, cases: list[Case]) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["outbox", *sys.argv[1:]]),
+        "outbox": metadata.version("outbox-relay"),
+        **versions,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "storage": storage,
+        "rounds": rounds,
+        "cases": [case.as_json() for case in cases],
+    }
