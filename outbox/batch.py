@@ -86,7 +86,7 @@ def take(queue: Iterable[Transaction], packing: Packing) -> list[Transaction]:
         if transaction.rollups and any(e.subject in transaction.rollups for each in taken for e in each.events):
             break
         taken.append(transaction)
-        ids |= transaction.message_ids
+        ids.update(transaction.message_ids)
     return taken
 
 

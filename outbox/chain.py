@@ -2,14 +2,16 @@
 
 Pure: no IO, no clock; the leader does what the chain says. The invariant: a batch is sent only when the plan that was
 committed last holds its transactions at that very place, and while the chain is in doubt nothing is sent. After any
-failure the window is forgotten and the plan is settled against the stream; only then do new transactions join.
+failure the window is forgotten and the plan is settled against the stream; only then do new transactions join. The plan
+reaches further than the window, so that what is acked makes room for what is committed already.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import assert_never
 
 from outbox.batch import Batch, Packing, receipts, take
@@ -31,6 +33,7 @@ from outbox.plan import Planned
 from outbox.transaction import Receipt, Transaction, Verdict
 
 CHAINED, SHARED = "chained", "shared"
+AHEAD = 1.5  # how far the plan reaches, in windows
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,17 +44,18 @@ class Chain:
     created: str
     packing: Packing
     base: int
-    window: int = 4
+    window: int = 8
     shared: bool = False
     in_doubt: str | None = "a new leader looks first"
     blocked: str | None = None
-    unanswered: bool = True  # an attempt to carry out this plan got no answer: its frames may be stored, now or later
     waiting: deque[Transaction] = field(default_factory=deque)
     planned: deque[Planned | Transaction] = field(default_factory=deque)
     in_flight: deque[Batch] = field(default_factory=deque)
     receipts: list[Receipt] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     dirty: bool = False
+    _unwritten: int = 0  # how many transactions at the end of the plan are not in the committed one, at that place
+    _unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, now or later
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
     _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones
@@ -69,19 +73,23 @@ class Chain:
         return [] if self.in_doubt else [each for each in self.planned if isinstance(each, Planned)]
 
     @property
-    def loaded(self) -> list[Transaction]:
-        """The head of the plan, as far as its events are at hand."""
-        head: list[Transaction] = []
-        for each in self.planned:
-            if isinstance(each, Planned):
-                break
-            head.append(each)
-        return head
+    def unanswered(self) -> bool:
+        """True while what is planned may be stored by an attempt that got no answer."""
+        return bool(self._unanswered)
 
     @property
-    def ready(self) -> list[Transaction]:
-        """What could be launched now if nothing is in flight."""
-        return [] if self.in_doubt or self.dirty or self.in_flight else self.loaded
+    def ready(self) -> Iterator[Transaction]:
+        """The head of the plan, as far as it is committed and its events are at hand."""
+        for each in islice(self.planned, len(self.planned) - self._unwritten):
+            if isinstance(each, Planned):
+                return
+            yield each
+
+    def restore(self, plan: Sequence[Planned]) -> None:
+        """Take over what a former leader planned, and may have sent. Its commit may not be durable: commit it again."""
+        self.planned.extend(plan)
+        self._unanswered = {each.position for each in plan}
+        self._replan()
 
     def load(self, transactions: Iterable[Transaction]) -> None:
         """Take in planned transactions with their events."""
@@ -91,8 +99,8 @@ class Chain:
     def condemn(self, verdict: Verdict) -> None:
         """Take the head out of the plan, which is settled up to it: it can never be sent."""
         self.verdicts.append(verdict)
-        self._alone.discard(self.planned.popleft().position)
-        self.dirty = True
+        self._gone([self.planned.popleft()])
+        self._replan()
 
     @property
     def tip(self) -> int:
@@ -115,13 +123,9 @@ class Chain:
 
     def extend(self) -> None:
         """Let waiting transactions join the plan, as far as the window has room. Nothing joins a chain in doubt."""
-        if self.in_doubt or self.planned:
+        if self.in_doubt or ((self.shared or self._alone) and self.plan):
             return
-        if not self.in_flight:
-            self.unanswered = False
-        if self.in_flight and self.in_flight[-1].count < self.packing.pipeline_behind:
-            return
-        room = (1 if self.shared or self._alone else self.window) - len(self.in_flight)
+        room = AHEAD * self.window - len(self.in_flight) - self._planned_batches()
         while room > 0 and self.waiting:
             joined = take(self.waiting, self.packing)
             full = len(joined) < len(self.waiting)
@@ -129,6 +133,7 @@ class Chain:
                 return  # wait for more: nothing is sent behind a small batch, and a full one costs the server the same
             for _ in joined:
                 self.planned.append(self.waiting.popleft())
+            self._unwritten += len(joined)
             self.dirty = True
             room -= 1
             if not full or self.shared:
@@ -138,13 +143,12 @@ class Chain:
         """The batches to send now, in order; they are in flight from here on. Call it when the plan is committed."""
         launched: list[Batch] = []
         ids = iter(make_id)
-        while self.planned and not self.in_doubt and not self.dirty:
-            loaded = self.loaded
+        while self.planned and not self.in_doubt:
             alone = self.planned[0].position in self._alone
             if self.in_flight and (alone or not self._may_pipeline()):
                 break
             packing = replace(self.packing, one_transaction=True) if alone else self._packing()
-            taken = take(loaded, packing)
+            taken = take(self.ready, packing)
             if not taken:
                 break
             batch = Batch(
@@ -159,6 +163,12 @@ class Chain:
             self.in_flight.append(batch)
             launched.append(batch)
         return launched
+
+    def _planned_batches(self) -> float:
+        """How many batches the plan makes that are not in flight, about."""
+        if self.packing.one_transaction:
+            return len(self.planned)
+        return sum(each.count for each in self.planned) / self.packing.max_messages
 
     def _packing(self) -> Packing:
         """In a shared stream a smaller batch, which is quicker, after one that a foreign message has crossed."""
@@ -177,7 +187,7 @@ class Chain:
                 self.in_flight.popleft()
                 self.base = batch.last_sequence
                 self.receipts += batch.receipts()
-                self._alone -= {t.position for t in batch.transactions}
+                self._gone(batch.transactions)
                 self._careful = False
                 self.blocked = None
                 self.dirty = True
@@ -193,23 +203,27 @@ class Chain:
                     batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}")
                 )
             case Rejected():
-                self.unanswered = self.unanswered or outcome.code in CUT
-                # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
-                self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
-                if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
-                    self.dirty = True
-                    self.blocked = f"{outcome.description} ({outcome.code})"
-                if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
-                    self._crossed = batch.count
-                self.doubt(f"{outcome.description} ({outcome.code})")
+                self._refused(batch, outcome)
             case Unknown():
                 self.learn_nothing(outcome.why)
             case _:
                 assert_never(outcome)
 
+    def _refused(self, batch: Batch, outcome: Rejected) -> None:
+        if outcome.code in CUT:
+            self._unanswered |= {each.position for each in batch.transactions}
+        # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
+        self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
+        if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
+            self.dirty = True
+            self.blocked = f"{outcome.description} ({outcome.code})"
+        if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
+            self._crossed = batch.count
+        self.doubt(f"{outcome.description} ({outcome.code})")
+
     def learn_nothing(self, why: str) -> None:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
-        self.unanswered = True
+        self._unanswered |= {each.position for batch in self.in_flight for each in batch.transactions}
         self.doubt(why)
 
     def doubt(self, why: str) -> None:
@@ -223,12 +237,12 @@ class Chain:
         done = [self.planned.popleft() for _ in range(stored)]
         if done:
             self.receipts += receipts(self.stream, self.base, done)
-            self._alone -= {t.position for t in done}
+            self._gone(done)
         if self._suspected is not None and self.planned and self.planned[0].position == self._suspected.position:
             self.condemn(self._suspected)
         self._suspected = None
         if done or foreign or last != self.base:
-            self.dirty = True
+            self._replan()
         if foreign and not self.shared:
             self.shared = True
         self.base = last
@@ -237,8 +251,18 @@ class Chain:
     def written(self) -> tuple[Sequence[Receipt], Sequence[Verdict]]:
         """Plan, receipts and verdicts are committed; returns the latter two."""
         written = self.receipts, self.verdicts
-        self.receipts, self.verdicts, self.dirty = [], [], False
+        self.receipts, self.verdicts, self.dirty, self._unwritten = [], [], False, 0
         return written
+
+    def _replan(self) -> None:
+        """What is planned may have other places than in the committed plan: nothing goes out before a commit."""
+        self._unwritten, self.dirty = len(self.planned), True
+
+    def _gone(self, settled: Iterable[Planned | Transaction]) -> None:
+        """These are stored or dead: they are out of the plan."""
+        positions = {each.position for each in settled}
+        self._alone -= positions
+        self._unanswered -= positions
 
     def _offence(self, batch: Batch, rejected: Rejected) -> None:
         # A packed batch convicts nobody: its transactions go one by one, each on a fresh chain.

@@ -118,17 +118,14 @@ class Leader:
         moved = self._learn(now)
         for lane in self._lanes.values():
             moved |= lane.settle(self._jetstream, now)
+        moved |= await self._send(now)
         await self._arrive()
         await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
         await self._route(now)
         for lane in self._lanes.values():
             lane.chain.extend()
         moved |= await self._commit()
-        if self._jetstream is not None and not self._stop.is_set():
-            for lane in self._lanes.values():
-                if self._caution.active and (ready := lane.chain.ready):
-                    await self._caution.suspect(ready[0].position)
-                moved |= lane.send(self._jetstream, self._batch_ids, now)
+        moved |= await self._send(now)
         moved |= await self._read(now)
         await self._purger.run_once(now)
         await self._keep_alive(now)
@@ -152,14 +149,23 @@ class Leader:
                     self._router.forget()
         return learned
 
+    async def _send(self, now: float) -> bool:
+        """Send what is planned and committed, as far as the windows have room; True if anything went out."""
+        sent = False
+        if self._jetstream is not None and not self._stop.is_set():
+            for lane in self._lanes.values():
+                if self._caution.active and not lane.chain.in_flight and (head := next(lane.chain.ready, None)):
+                    await self._caution.suspect(head.position)
+                sent |= lane.send(self._jetstream, self._batch_ids, now)
+        return sent
+
     # --- streams
 
     async def _restore(self, row: StreamRow) -> None:
         """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
         lane = self._add_lane(row, moved=self._lead.moved)
         if row.plan:
-            lane.chain.planned.extend(await self._store.entries(row.plan))
-            lane.chain.dirty = True  # its commit may not have reached the standbys: commit it before it is sent
+            lane.chain.restore(await self._store.entries(row.plan))
 
     def _add_lane(self, row: StreamRow, *, moved: bool = False) -> Lane:
         lane = Lane(row, self._settings, self._lead, moved=moved, tell=self._tell, news=self._news.set)
@@ -191,9 +197,9 @@ class Leader:
         self._router.incoming.extend(page or ())
         if page is not None and not self._reader.full:
             return True  # a short page is on its way before anybody asks for more
-        messages, size = self._room()
-        if self._reader.reading or now < self._reader.due or self._stop.is_set() or min(messages, size) <= 0:
+        if self._reader.reading or now < self._reader.due or self._stop.is_set() or min(room := self._room()) <= 0:
             return page is not None
+        messages, size = room
         if self._caution.active:
             if self._jetstream is None or not self._quiet or self._caution.over:
                 return page is not None

@@ -109,10 +109,9 @@ WITH lead AS (
   RETURNING epoch
 ), marked AS (
   UPDATE {schema}.transactions AS t
-     SET sent_at = clock_timestamp(), stream = (%(names)s::text[])[m.lane], first_sequence = m.first,
+     SET sent_at = clock_timestamp(), stream = (%(names)s::text[])[m.lane], first_sequence = m.last - t.event_count + 1,
          last_sequence = m.last
-    FROM lead, unnest(%(positions)s::bigint[], %(lanes)s::int[], %(firsts)s::bigint[], %(lasts)s::bigint[])
-         AS m (position, lane, first, last)
+    FROM lead, unnest(%(positions)s::bigint[], %(lanes)s::int[], %(lasts)s::bigint[]) AS m (position, lane, last)
    WHERE t.position = m.position AND t.position = ANY (%(positions)s::bigint[])
   RETURNING t.stream, t.event_count
 ), buried AS (

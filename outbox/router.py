@@ -7,7 +7,7 @@ so anything behind it may be in conflict with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.errand import Errand
@@ -17,7 +17,7 @@ from outbox.lane import Lane
 from outbox.routing import Routes
 from outbox.rows import Lead, StreamRow
 from outbox.store import Store
-from outbox.transaction import DeadReason, Transaction, Verdict, invalid, verdict
+from outbox.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
 
 
 class Router:
@@ -61,6 +61,10 @@ class Router:
         await self._take_answers(now, proven=proven)
         while self.incoming:
             head = self.incoming[0]
+            if (lane := self._quick(head, lanes)) is not None:
+                lane.chain.waiting.append(head)
+                self._next_head()
+                continue
             if (offence := invalid(head)) is None:
                 streams = self._routes.streams(head)
                 if None in streams.values():
@@ -81,6 +85,11 @@ class Router:
     def close(self) -> None:
         """Stop what runs beside the loop; idempotent."""
         self._asking.cancel()
+
+    def _quick(self, head: Transaction, lanes: Mapping[str, Lane]) -> Lane | None:
+        """The lane of a transaction at a glance: no headers, known subjects of one stream, nothing out of size."""
+        lane = lanes.get(self._routes.only_stream(head) or "") if head.plain else None
+        return lane if lane is not None and fits(head, lane.limits) else None
 
     def _ask(self, jetstream: JetStream, subjects: list[str], now: float) -> None:
         self._asking.start(lambda: self._routes.ask(jetstream, subjects), now)

@@ -51,6 +51,13 @@ class Routes:
             event.subject: self._streams.get(event.subject) or self._find(event.subject) for event in transaction.events
         }
 
+    def only_stream(self, transaction: Transaction) -> str | None:
+        """The stream of all its subjects, which were asked for before; else None."""
+        name = self._streams.get(transaction.events[0].subject)
+        if transaction.count > 1 and any(self._streams.get(event.subject) != name for event in transaction.events):
+            return None
+        return name
+
     async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
         """Ask JetStream for the streams of these subjects; None where it says that there is none."""
         answers: dict[str, str | None] = {}

@@ -18,6 +18,8 @@ from outbox.event import Event
 from outbox.positions import Range
 from outbox.transaction import Receipt, Transaction, Verdict
 
+NO_HEADERS: dict[str, str] = {}  # shared: nobody changes the headers of an event
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
@@ -81,16 +83,19 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
     positions: list[int] = []
     start, total = 0, len(rows)
     while start < total:
-        position, count, pending = rows[start][:3]
-        end = start + 1
-        while end < total and rows[end][0] == position:
-            end += 1
+        position, count, pending, message_id, *_ = rows[start]
+        end = start + count
+        if end > total or rows[end - 1][0] != position or (end < total and rows[end][0] == position):
+            # Settled, or not whole: as many rows as there are.
+            end = start + 1
+            while end < total and rows[end][0] == position:
+                end += 1
         positions.append(position)
         if pending:
-            found = end - start if rows[start][4] is not None else 0
+            found = end - start if message_id is not None else 0
             if found != count:
                 raise _not_whole(position, count, found, name)
-            events = [Event(m, s, p, json.loads(h) if h else {}) for _, _, _, m, s, h, p in rows[start:end]]
+            events = [Event(m, s, p, json.loads(h) if h else NO_HEADERS) for _, _, _, m, s, h, p in rows[start:end]]
             transactions.append(Transaction.of(position, tuple(events)))
         start = end
     return Page(transactions=transactions, positions=positions)

@@ -204,7 +204,8 @@ class Store:
         """
         receipts, verdicts, streams = decisions.receipts, decisions.verdicts, decisions.streams
         lane = {row.name: number for number, row in enumerate(streams, start=1)}
-        settling = [receipt.position for receipt in receipts] + [verdict.position for verdict in verdicts]
+        wanted = [*(receipt.position for receipt in receipts), *(verdict.position for verdict in verdicts)]
+        sent = array(wanted[: len(receipts)])
         rows = await self._all(
             "COMMIT",
             epoch=epoch,
@@ -213,11 +214,10 @@ class Store:
             taken=multirange(decisions.taken),
             sound=decisions.sound,
             blocked=decisions.blocked,
-            settling=array(settling),
-            positions=array(receipt.position for receipt in receipts),
-            lanes=array(lane[receipt.stream] for receipt in receipts),
-            firsts=array(receipt.first_sequence for receipt in receipts),
-            lasts=array(receipt.last_sequence for receipt in receipts),
+            settling=array(wanted) if verdicts else sent,
+            positions=sent,
+            lanes=array([lane[receipt.stream] for receipt in receipts]),
+            lasts=array([receipt.last_sequence for receipt in receipts]),
             dead=[verdict.position for verdict in verdicts],
             reasons=[str(verdict) for verdict in verdicts],
             names=[row.name for row in streams],
@@ -231,7 +231,7 @@ class Store:
         if rows[0] == (0, 0, 0, 0):
             await self.ping(epoch)
             raise Halt(
-                f"transactions {min(settling)} to {max(settling)} were to be marked, but not all are pending",
+                f"transactions {min(wanted)} to {max(wanted)} were to be marked, but not all are pending",
                 remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",
             )
         if rows[0] != (1, len(receipts), len(verdicts), len(streams)):

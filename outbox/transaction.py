@@ -5,7 +5,7 @@ Pure values. A transaction is here only when it is whole: the store checks the n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -38,28 +38,29 @@ class Transaction:
     """A committed transaction with all its events, in the order in which they were added; make it with `of`.
 
     What is asked of every one on its way is worked out once: how many events it has, their `size` in bytes, their
-    message ids, and the subjects that it rolls up.
+    message ids, the subjects that it rolls up, and whether it is `plain`: none of them has headers.
     """
 
     position: int
     events: tuple[Event, ...]
     count: int
     size: int
-    message_ids: frozenset[str]
+    message_ids: Sequence[str]
     rollups: frozenset[str]
+    plain: bool
 
     @classmethod
     def of(cls, position: int, events: tuple[Event, ...]) -> Transaction:
         """The transaction at this position with these events."""
-        size = EVENT_OVERHEAD * len(events)
-        rollups = NONE
+        size, rollups, plain = EVENT_OVERHEAD * len(events), NONE, True
         for event in events:
             size += len(event.payload)
             if event.headers:
+                plain = False
                 size += sum(len(name) + len(value) for name, value in event.headers.items())
                 if event.is_rollup:
                     rollups |= {event.subject}
-        return cls(position, events, len(events), size, frozenset([event.message_id for event in events]), rollups)
+        return cls(position, events, len(events), size, [event.message_id for event in events], rollups, plain)
 
 
 class Receipt(NamedTuple):
@@ -112,10 +113,19 @@ def verdict(transaction: Transaction, streams: Mapping[str, str | None], limits:
     if len(streams) > 1 and len(taken_by := set(streams.values())) > 1:
         detail = "its subjects belong to " + ", ".join(sorted(map(str, taken_by)))
         return Verdict(position=transaction.position, reason=DeadReason.SPANS_STREAMS, detail=detail)
-    unique = len(transaction.message_ids) == transaction.count <= limits.max_batch_messages
-    if unique and not transaction.rollups and transaction.size <= limits.max_message_bytes:
+    if fits(transaction, limits) and not transaction.rollups:
         return None  # as nearly all are; the others are looked at event by event
     return _look(transaction, limits)
+
+
+def fits(transaction: Transaction, limits: Limits) -> bool:
+    """True if nothing can be said against its message ids and sizes, at a glance."""
+    count = transaction.count
+    return (
+        transaction.size <= limits.max_message_bytes
+        and count <= limits.max_batch_messages
+        and (count == 1 or len(set(transaction.message_ids)) == count)
+    )
 
 
 def _look(transaction: Transaction, limits: Limits) -> Verdict | None:

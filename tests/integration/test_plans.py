@@ -100,7 +100,6 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
         "settling": array(some),
         "positions": array(some[:90]),
         "lanes": array([1] * 90),
-        "firsts": array(place * 3 - 2 for place in some[:90]),
         "lasts": array(place * 3 for place in some[:90]),
         "dead": some[90:],
         "reasons": ["too-many-events: x"] * 10,

@@ -92,8 +92,8 @@ class Play:
             shared=model.shared,
         )
         loaded = [transaction(p, model.sizes[p - 1]) for p in model.plan]
-        chain.planned.extend(
-            Planned(position=t.position, count=t.count, last_message_id=t.events[-1].message_id) for t in loaded
+        chain.restore(
+            [Planned(position=t.position, count=t.count, last_message_id=t.events[-1].message_id) for t in loaded]
         )
         self.leaders.append(Leader(model.epoch, chain))
 
@@ -128,10 +128,14 @@ class Play:
             if following > len(self.model.sizes):
                 break
             chain.waiting.append(transaction(following, self.model.sizes[following - 1]))
+        self.send(leader)  # what is committed need not wait for the next commit
         chain.extend()
         if chain.dirty and not self.commit(leader):
             return
-        for batch in chain.launch(str(n) for n in self.model.ids):
+        self.send(leader)
+
+    def send(self, leader: Leader) -> None:
+        for batch in leader.chain.launch(str(n) for n in self.model.ids):
             leader.pending.append(batch.id)
             self.model.frames.append((leader.epoch, batch))
 
