@@ -23,6 +23,7 @@ _RESERVED = re.compile(r"(nats|outbox)-", re.IGNORECASE)
 _ORDINARY = re.compile(rf"(?!(?i:nats|outbox)-){_TOKEN.pattern}")  # a name that no rule but the value's is about
 _REMEMBERED_SUBJECTS = 10_000
 ROLLUP = "Nats-Rollup"
+NO_HEADERS: Mapping[str, str] = {}  # of the events that have none in the database; shared, and told by its identity
 
 
 class Event(NamedTuple):
@@ -86,7 +87,7 @@ def event_problem(event: Event) -> str | None:
     """
     if problem := _subject_problem(event.subject):
         return f"subject {event.subject[:80]!r} {problem}"
-    if not event.headers:
+    if event.headers is NO_HEADERS:
         return None
     if type(event.headers) is dict and all(
         type(value) is str and _ORDINARY.fullmatch(name) and "\n" not in value and "\r" not in value

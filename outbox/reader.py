@@ -31,6 +31,7 @@ class Reader:
         self._store, self._settings, self._tell, self._news = store, settings, tell, news
         self._reading: asyncio.Task[Page] | None = None
         self._asked = 0
+        self._stale = False
         self._positions = Positions.restored(lead.cursor, lead.open_positions)
         self._empty_pages = 0
         self._asleep = False
@@ -54,6 +55,7 @@ class Reader:
         """Look again at positions that were passed: retried dead letters."""
         self._positions.reopen(ranges)
         self._empty_pages, self.due = 0, 0.0
+        self._stale = self.reading
 
     async def head(self) -> tuple[int, int] | None:
         """Position and attempts of the next pending transaction, which is not loaded; None if there is none."""
@@ -88,6 +90,9 @@ class Reader:
             return None
         page, self._reading = self._reading.result(), None
         self._positions.read(page.positions, page.positions[-1] if page.positions else None)
+        stale, self._stale = self._stale, False
+        if not page.positions and stale:
+            return None  # it was asked for before there was anything to look at: look again
         if not page.positions:
             await self._rest(now, quiet=quiet)
             return None

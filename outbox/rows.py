@@ -14,11 +14,9 @@ from uuid import UUID
 from psycopg.types.range import Range as NumberRange
 
 from outbox.errors import Halt
-from outbox.event import Event
+from outbox.event import NO_HEADERS, Event
 from outbox.positions import Range
 from outbox.transaction import Receipt, Transaction, Verdict
-
-NO_HEADERS: dict[str, str] = {}  # shared: nobody changes the headers of an event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

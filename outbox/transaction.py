@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from outbox.event import Event, event_problem
+from outbox.event import NO_HEADERS, Event, event_problem
 
 
 class DeadReason(StrEnum):
@@ -51,14 +51,14 @@ class Transaction:
 
     @classmethod
     def of(cls, position: int, events: tuple[Event, ...]) -> Transaction:
-        """The transaction at this position with these events."""
+        """The transaction at this position with these events, whose headers may still be anything: see `invalid`."""
         size, rollups, plain = EVENT_OVERHEAD * len(events), NONE, True
         for event in events:
             size += len(event.payload)
-            if event.headers:
+            if event.headers is not NO_HEADERS:
                 plain = False
-                size += sum(len(name) + len(value) for name, value in event.headers.items())
-                if event.is_rollup:
+                size += len(str(event.headers))
+                if isinstance(event.headers, dict) and event.is_rollup:
                     rollups |= {event.subject}
         return cls(position, events, len(events), size, [event.message_id for event in events], rollups, plain)
 
