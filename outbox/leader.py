@@ -21,6 +21,7 @@ from outbox.lane import Lane
 from outbox.lanes import Lanes
 from outbox.link import Link
 from outbox.positions import Range, below
+from outbox.pulse import PING_SECONDS, Pulse
 from outbox.purger import Purger
 from outbox.reader import Reader
 from outbox.router import Router
@@ -29,9 +30,7 @@ from outbox.store import Store
 from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead
 from outbox.transaction import Transaction, Verdict
 
-PING_SECONDS = 1.0
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
-STRAY_SECONDS = 60.0
 COUNT, SIZE, POSITION = attrgetter("count"), attrgetter("size"), attrgetter("position")
 STOP_SECONDS = 4.0  # less than idle_session_timeout: the last mark needs the session
 
@@ -67,8 +66,8 @@ class Leader:
         self._link = Link(connect, tell=tell, news=self._news.set)
         self._purger = Purger(store, settings.retention, tell)
         self._told: str | None = None
-        self._began = self._strays_looked = self._clock()
-        self._spoke = 0.0
+        self._began = self._clock()
+        self._pulse = Pulse(store, lead.epoch, now=self._began, tell=tell)
         self._arrived = False
         term = f"{str(lead.outbox_id)[:8]}-{secrets.token_hex(6)}"
         self._batch_ids = (f"{term}-{number}" for number in itertools.count(1))
@@ -214,6 +213,7 @@ class Leader:
                 self._caution.left = 0
                 return False
         self._reader.begin(messages=messages, size=size)
+        self._pulse.heard = False
         await asyncio.sleep(0)  # so that the question is on its way
         return page is not None
 
@@ -265,6 +265,7 @@ class Leader:
         if receipts:
             self._tell(Marked(transactions=len(receipts), last_position=receipts[-1].position))
             self._purger.marked()
+            self._reader.due = 0.0  # room was made, or there is time to look for more
         self._report(verdicts)
         return True
 
@@ -284,18 +285,10 @@ class Leader:
             )
 
     async def _keep_alive(self, now: float) -> None:
-        """The session ends when it is idle for some seconds, so that a frozen leader's lock is freed: speak."""
-        if now - self._strays_looked >= STRAY_SECONDS:
-            self._strays_looked = now
-            if strays := await self._store.strays():
-                txid, count = strays[0]
-                self._tell(Blocked(stream="", why=f"{count} events of txid {txid} belong to no transaction"))
-        if now - self._spoke >= PING_SECONDS:
-            self._spoke = now
-            if retried := await self._store.ping(self._lead.epoch):
-                self._reader.reopen(retried)
-                self._taken = retried
-                self._news.set()
+        if retried := await self._pulse.run_once(now):
+            self._reader.reopen(retried)
+            self._taken = retried
+            self._news.set()
 
     async def _arrive(self) -> None:
         """After a promotion or a restore: once every stream was settled, this is where the outbox is at home."""
@@ -318,7 +311,7 @@ class Leader:
 
     def _heard(self) -> None:
         # Ask something in any case: what makes the socket readable must be taken in, or the wait spins.
-        self._reader.due = self._spoke = 0.0
+        self._reader.due, self._pulse.heard = 0.0, True
         self._news.set()
 
     def _dues(self) -> Iterator[float]:

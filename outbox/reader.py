@@ -75,6 +75,10 @@ class Reader:
         self._reading.add_done_callback(lambda _: self._news())
 
     async def _fetch(self, messages: int, size: int) -> Page:
+        if self._asleep and self._empty_pages == 0:
+            # Woken: what was found is on its way by now, and commits need not notify any more.
+            self._asleep = False
+            await self._store.wake_up()
         gaps = self._positions.open
         if gaps:
             # Who may own a gap is asked before the page whose snapshot may prove it empty.
@@ -97,9 +101,6 @@ class Reader:
             await self._rest(now, quiet=quiet)
             return None
         self._empty_pages, self.due = 0, 0.0
-        if self._asleep:
-            self._asleep = False
-            await self._store.wake_up()
         events = sum(transaction.count for transaction in page.transactions)
         self.full = 2 * events > self._asked
         if page.transactions:
@@ -114,14 +115,13 @@ class Reader:
             self._reading = None
 
     async def _rest(self, now: float, *, quiet: bool) -> None:
-        """An empty outbox is polled less and less, and then slept on."""
+        """An empty outbox is slept on, or polled less and less where that cannot be."""
         self._empty_pages += 1
         if self._asleep:
             self.due = now + SLEEP_SECONDS
             return
         self.due = now + POLL_SECONDS[min(self._empty_pages, len(POLL_SECONDS)) - 1]
-        tired = quiet and self._empty_pages > len(POLL_SECONDS) and not self._positions.open
         # Refused while somebody is between sealing and commit: so no wake-up is lost. Read once more before sleeping.
-        if tired and await self._store.fall_asleep():
+        if quiet and not self._positions.open and await self._store.fall_asleep():
             self._asleep, self.due = True, now
             self._tell(Slept())

@@ -18,7 +18,7 @@ from outbox.bench.figures import Figures
 from outbox.bench.site import SCHEMA, STREAM, RelayProcess, Site
 from outbox.config import Settings
 from outbox.errors import OutboxError
-from outbox.event import Event
+from outbox.event import NO_HEADERS, Event
 from outbox.jetstream import JetStream
 from outbox.outcome import Stored
 from outbox.rows import Decisions, StreamRow
@@ -109,7 +109,9 @@ def _batches(transactions: int, events: int, payload: int, base: int) -> Iterato
     waiting = deque(
         Transaction.of(
             FAR_POSITION + number,
-            tuple(Event(str(uuid4()), f"{SCHEMA}.{place}", b"x" * payload, {}) for place in range(1, events + 1)),
+            tuple(
+                Event(str(uuid4()), f"{SCHEMA}.{place}", b"x" * payload, NO_HEADERS) for place in range(1, events + 1)
+            ),
         )
         for number in range(transactions)
     )

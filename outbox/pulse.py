@@ -1,0 +1,34 @@
+"""The leader's word to its session: in time, so that a frozen leader's lock is freed, and after whatever it heard.
+
+Belongs to the leader's loop. Slow checks that nobody waits for go along.
+"""
+
+from __future__ import annotations
+
+from outbox.positions import Range
+from outbox.store import Store
+from outbox.telemetry import Blocked, Listener
+
+PING_SECONDS = 1.0
+STRAY_SECONDS = 60.0
+
+
+class Pulse:
+    """`heard` says that the session's socket has something to read, which only a statement takes in."""
+
+    def __init__(self, store: Store, epoch: int, *, now: float, tell: Listener) -> None:
+        self.heard = False
+        self._store, self._epoch, self._tell = store, epoch, tell
+        self._spoke, self._strays_looked = 0.0, now
+
+    async def run_once(self, now: float) -> list[Range]:
+        """Speak if it is time; the dead letters that are to be retried. Raises `Deposed` if another relay leads."""
+        if now - self._strays_looked >= STRAY_SECONDS:
+            self._strays_looked = now
+            if strays := await self._store.strays():
+                txid, count = strays[0]
+                self._tell(Blocked(stream="", why=f"{count} events of txid {txid} belong to no transaction"))
+        if not self.heard and now - self._spoke < PING_SECONDS:
+            return []
+        self.heard, self._spoke = False, now
+        return await self._store.ping(self._epoch)
