@@ -8,7 +8,7 @@ DROP TABLE {schema}.events, {schema}.transactions, {schema}.streams, {schema}.re
 
 DROP FUNCTION {schema}.add(text, jsonb, jsonb, uuid), {schema}.add(text, text, jsonb, uuid), {schema}.add(text, bytea, jsonb, uuid);
 
-DROP FUNCTION {schema}.seal(), {schema}.check_event(), {schema}.refuse(text, text);
+DROP FUNCTION {schema}.seal(), {schema}.check_event(), {schema}.check_closely(text, jsonb, bigint), {schema}.refuse(text, text);
 
 DROP FUNCTION {schema}.header_bytes(jsonb), {schema}.header_problem(jsonb), {schema}.subject_problem(text);
 
