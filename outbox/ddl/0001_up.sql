@@ -23,7 +23,7 @@ CREATE TABLE {schema}.events (
   payload    bytea       NOT NULL,
   created_at timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT events_pkey PRIMARY KEY (txid, id)
-);
+) WITH (autovacuum_vacuum_scale_factor = 0.05);
 
 COMMENT ON TABLE {schema}.events IS 'outbox schema version 1. One row per event; append-only.';
 
@@ -49,7 +49,7 @@ CREATE TABLE {schema}.transactions (
   CONSTRAINT transactions_dead_with_reason CHECK (num_nonnulls(dead_at, dead_reason) IN (0, 2)),
   CONSTRAINT transactions_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
   CONSTRAINT transactions_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL)
-) WITH (fillfactor = 35);
+) WITH (fillfactor = 35, autovacuum_vacuum_scale_factor = 0.05);
 
 COMMENT ON TABLE {schema}.transactions IS 'One row per transaction that added events, in commit order; written at commit.';
 
