@@ -20,11 +20,13 @@ from typing import Any
 
 import nats
 import psycopg
+from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from outbox import migrating
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Misconfigured, OutboxError
+from outbox.session import command_session
 
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
 FAR_TXID = 1 << 40  # transaction ids that no server has come to
@@ -64,7 +66,8 @@ class Site:
 
     def sql(self, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement by itself."""
-        with psycopg.connect(self.database_url, autocommit=True) as connection:
+        with command_session(self.database_url) as connection:
+            connection.autocommit = True
             cursor = connection.execute(statement.encode(), parameters or None)
             return cursor.fetchall() if cursor.description else []
 
@@ -106,11 +109,12 @@ class Site:
         """Ask JetStream; None if it does not answer."""
 
         async def ask() -> dict[str, Any] | None:
-            client = await nats.connect(self.nats_url.split(","), connect_timeout=5)
+            client = Client()
             try:
+                await client.connect(self.nats_url.split(","), connect_timeout=5, max_reconnect_attempts=1)
                 payload = json.dumps(body).encode() if body is not None else b""
                 answer: dict[str, Any] = json.loads((await client.request(f"$JS.API.{call}", payload, timeout=5)).data)
-            except NatsError:
+            except (NatsError, OSError, TimeoutError):
                 return None
             finally:
                 await client.close()
@@ -232,8 +236,9 @@ class RelayProcess:
 
     def ended(self, seconds: float) -> tuple[float, float]:
         """Wait until it has ended by itself; seconds of CPU and megabytes at the peak."""
-        deadline = time.monotonic() + seconds
+        deadline, peak = time.monotonic() + seconds, 0.0
         while True:
+            peak = max(peak, self.peak_megabytes)  # the kernel's word at the end may be of the process that forked it
             pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
             if pid:
                 self._process.returncode = os.waitstatus_to_exitcode(status)
@@ -243,7 +248,7 @@ class RelayProcess:
             time.sleep(0.02)
         if self._process.returncode:
             raise OutboxError(f"the relay failed: {self._log.read_text()[-1000:]}")
-        return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+        return usage.ru_utime + usage.ru_stime, peak
 
     def __enter__(self) -> RelayProcess:
         return self
