@@ -81,8 +81,10 @@ def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_dat
         "INSERT INTO outbox.events (subject, payload) VALUES ('a.b', '1'); SET CONSTRAINTS ALL IMMEDIATE; "
         "INSERT INTO outbox.events (subject, payload) VALUES ('a.b', '2'), ('a.b', '3')"
     )
-    assert with_outbox <= without
-    assert resealed <= without
+    # 1,200 transactions each. Autovacuum may change a plan in between, which costs each writer one failure; an index
+    # that is read in a trigger costs thousands.
+    assert with_outbox <= without + 12
+    assert resealed <= without + 12
 
 
 def test_commits_notify_only_a_relay_that_sleeps(database: str, nats: Nats, stream: Stream) -> None:
