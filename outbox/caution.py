@@ -8,6 +8,7 @@ no outage, and no kill at a time when nothing was worked on.
 
 from __future__ import annotations
 
+from outbox.jetstream import JetStream
 from outbox.rows import Lead
 from outbox.store import Store
 from outbox.transaction import DeadReason, Verdict
@@ -41,3 +42,8 @@ class Caution:
             return None
         detail = f"{attempts} relays died while they had it alone in hand"
         return Verdict(position=position, reason=DeadReason.KILLS_RELAY, detail=detail)
+
+    async def rest(self, jetstream: JetStream | None) -> None:
+        """Nothing is worked on while the leader waits and all is on its way: no death is then anybody's doing."""
+        if self.active and (jetstream is None or await jetstream.sent()):
+            await self.suspect(None)

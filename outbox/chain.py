@@ -55,7 +55,9 @@ class Chain:
     verdicts: list[Verdict] = field(default_factory=list)
     dirty: bool = False
     _unwritten: int = 0  # how many transactions at the end of the plan are not in the committed one, at that place
-    _unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, now or later
+    unanswered: set[int] = field(
+        default_factory=set
+    )  # positions that an attempt without an answer may store, even late
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
     _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones
@@ -73,13 +75,10 @@ class Chain:
         return [] if self.in_doubt else [each for each in self.planned if isinstance(each, Planned)]
 
     @property
-    def unanswered(self) -> bool:
-        """True while what is planned may be stored by an attempt that got no answer."""
-        return bool(self._unanswered)
-
-    @property
     def ready(self) -> Iterator[Transaction]:
-        """The head of the plan, as far as it is committed and its events are at hand."""
+        """The head of the plan, as far as it is committed and its events are at hand; nothing while in doubt."""
+        if self.in_doubt:
+            return
         for each in islice(self.planned, len(self.planned) - self._unwritten):
             if isinstance(each, Planned):
                 return
@@ -88,7 +87,7 @@ class Chain:
     def restore(self, plan: Sequence[Planned]) -> None:
         """Take over what a former leader planned, and may have sent. Its commit may not be durable: commit it again."""
         self.planned.extend(plan)
-        self._unanswered = {each.position for each in plan}
+        self.unanswered = {each.position for each in plan}
         self._replan()
 
     def load(self, transactions: Iterable[Transaction]) -> None:
@@ -140,7 +139,7 @@ class Chain:
                 return
 
     def launch(self, make_id: Iterable[str]) -> list[Batch]:
-        """The batches to send now, in order; they are in flight from here on. Call it when the plan is committed."""
+        """The batches to send now, in order, as far as the plan is committed; they are in flight from here on."""
         launched: list[Batch] = []
         ids = iter(make_id)
         while self.planned and not self.in_doubt:
@@ -211,7 +210,7 @@ class Chain:
 
     def _refused(self, batch: Batch, outcome: Rejected) -> None:
         if outcome.code in CUT:
-            self._unanswered |= {each.position for each in batch.transactions}
+            self.unanswered |= {each.position for each in batch.transactions}
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
         if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
@@ -223,7 +222,7 @@ class Chain:
 
     def learn_nothing(self, why: str) -> None:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
-        self._unanswered |= {each.position for batch in self.in_flight for each in batch.transactions}
+        self.unanswered |= {each.position for batch in self.in_flight for each in batch.transactions}
         self.doubt(why)
 
     def doubt(self, why: str) -> None:
@@ -262,7 +261,7 @@ class Chain:
         """These are stored or dead: they are out of the plan."""
         positions = {each.position for each in settled}
         self._alone -= positions
-        self._unanswered -= positions
+        self.unanswered -= positions
 
     def _offence(self, batch: Batch, rejected: Rejected) -> None:
         # A packed batch convicts nobody: its transactions go one by one, each on a fresh chain.

@@ -154,7 +154,7 @@ class Lane:
                 stream=chain.stream,
                 created=chain.created,
                 shared=chain.shared,
-                certain=not chain.unanswered,
+                unanswered=frozenset(chain.unanswered),
                 moved=self.moved,
                 base=chain.base,
                 plan=chain.entries(),

@@ -1,7 +1,7 @@
-"""The leader's loop: learn, settle, route, plan, commit, send, read; one coroutine, so that nothing races with itself.
+"""The leader's loop: learn, settle, send, route, plan, commit, read; one coroutine, which alone decides.
 
 Everything in memory belongs to one session of the store and is dropped with it. What takes long (connecting to NATS,
-reading a stream back, asking where a subject goes) runs beside the loop as an errand and is taken in by the loop.
+reading a stream back, asking where a subject goes, a page) runs beside the loop and is taken in by the loop.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Leader:
                 self._lanes,
                 now,
                 add_lane=self._add_lane,
-                settled=lambda: self._settled,
+                settled=self._settled,
                 proven=self.proven,
             )
 
@@ -227,13 +227,12 @@ class Leader:
         messages, size = sum(map(COUNT, ahead)), sum(map(SIZE, ahead))
         return self._settings.read_ahead_messages - messages, self._settings.read_ahead_bytes - size
 
-    @property
     def _settled(self) -> bool:
         return not self._router.verdicts and self._lanes.idle
 
     @property
     def _quiet(self) -> bool:
-        return not self._router.incoming and self._settled
+        return not self._router.incoming and self._settled()
 
     async def _commit(self) -> bool:
         """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
@@ -300,8 +299,8 @@ class Leader:
 
     async def _wait(self, longest: float = PING_SECONDS) -> None:
         """Wait for the first of: a reply, a notification, a lost session, the stop, or the next thing that is due."""
-        if self._caution.active and (self._jetstream is None or await self._jetstream.sent()):
-            await self._caution.suspect(None)
+        if not self._reader.reading:
+            await self._caution.rest(self._jetstream)
         timeout = min([longest, *(due - self._clock() for due in self._dues())])
         # While a page is being read, its coming is the news; the socket has one watcher at a time.
         watched = contextlib.nullcontext() if self._reader.reading else self._store.watched(self._heard)
@@ -311,12 +310,14 @@ class Leader:
 
     def _heard(self) -> None:
         # Ask something in any case: what makes the socket readable must be taken in, or the wait spins.
-        self._reader.due, self._pulse.heard = 0.0, True
+        self._reader.look_again()
+        self._pulse.heard = True
         self._news.set()
 
     def _dues(self) -> Iterator[float]:
         yield self._purger.due
-        if not self._reader.reading and min(self._room()) > 0 and (self._quiet or not self._caution.active):
+        may_read = not self._caution.active or (self._jetstream is not None and self._quiet)
+        if may_read and not self._reader.reading and min(self._room()) > 0:
             yield self._reader.due
         if self._jetstream is None:
             yield from self._link.dues()

@@ -7,9 +7,10 @@ The messages are the cross-check; they may be gone by limits, rollup or a work q
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import takewhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ def judge(
     *,
     outbox_id: str,
     shared: bool,
-    certain: bool,
+    unanswered: Collection[int],
     base: int,
     plan: Sequence[Planned],
     last: int,
@@ -89,7 +90,8 @@ def judge(
 ) -> Finding:
     """How much of the plan is stored in a stream that ends at `last`; `seen` are the messages at `wanted`, or None.
 
-    `certain` says that every attempt so far was refused in so many words: then a message that is gone was not ours.
+    `unanswered` are the positions that an attempt without an answer may have stored: a message that is gone counts as
+    ours only there. Of the others every attempt was refused in so many words, or there was none.
     """
     if last < base:
         return Finding(look=Look.WENT_BACK, stored=0, at=last)
@@ -105,9 +107,9 @@ def judge(
             contradicted = index
     if contradicted is not None and contradicted < confirmed:
         return Finding(look=Look.IMPOSTOR, stored=0, at=places[contradicted])
-    gone = places[confirmed : len(places) if contradicted is None else contradicted]
-    if certain:
-        gone = []
+    possible = places[confirmed : len(places) if contradicted is None else contradicted]
+    tried = takewhile(lambda entry: entry.position in unanswered, plan[confirmed:])
+    gone = [place for place, _ in zip(possible, tried, strict=False)]
     if gone and (shared or contradicted is not None):
         return Finding(look=Look.AMBIGUOUS, stored=confirmed, at=gone[0])
     stored = confirmed + len(gone)

@@ -55,11 +55,16 @@ class Reader:
         """Look again at positions that were passed: retried dead letters."""
         self._positions.reopen(ranges)
         self._empty_pages, self.due = 0, 0.0
-        self._stale = self.reading
+        self._stale = self._stale or self.reading
 
     async def head(self) -> tuple[int, int] | None:
         """Position and attempts of the next pending transaction, which is not loaded; None if there is none."""
         return await self._store.head(self._positions.cursor, self._positions.open)
+
+    def look_again(self) -> None:
+        """A commit was heard of: a page that is on its way may have been too early for it."""
+        self.due = 0.0
+        self._stale = self._stale or self.reading
 
     def skip(self, position: int) -> None:
         """Pass a transaction by that is not to be loaded."""
@@ -68,22 +73,24 @@ class Reader:
     def begin(self, *, messages: int, size: int) -> None:
         """Ask for the next page, bounded by messages and bytes, while the loop goes on; one at a time.
 
-        The session answers in order: what it is asked meanwhile comes after the page.
+        What the session is asked meanwhile comes after the page.
         """
         self._asked = messages = min(messages, PAGE_BATCHES * self._settings.max_batch_messages)
         self._reading = asyncio.ensure_future(self._fetch(messages, size))
         self._reading.add_done_callback(lambda _: self._news())
 
     async def _fetch(self, messages: int, size: int) -> Page:
-        if self._asleep and self._empty_pages == 0:
-            # Woken: what was found is on its way by now, and commits need not notify any more.
-            self._asleep = False
-            await self._store.wake_up()
-        gaps = self._positions.open
-        if gaps:
-            # Who may own a gap is asked before the page whose snapshot may prove it empty.
-            self._positions.observe(await self._store.holders())
-        return await self._store.page(self._positions.cursor, gaps, messages=messages, size=size)
+        async with self._store.turn():
+            if self._asleep and self._empty_pages == 0:
+                # Woken: what was found is on its way by now, and commits need not notify any more.
+                self._asleep = False
+                await self._store.wake_up()
+            if self._positions.open:
+                # Who may own a gap is asked before the page whose snapshot may prove it empty. What is reopened from
+                # here on was not asked for, and so cannot be proven by this page.
+                self._positions.observe(await self._store.holders())
+            gaps = self._positions.open
+            return await self._store.page(self._positions.cursor, gaps, messages=messages, size=size)
 
     async def taken(self, now: float, *, quiet: bool) -> list[Transaction] | None:
         """The page that was asked for, once it is there; None if it is not, or if there was nothing, settled or not.

@@ -7,7 +7,7 @@ going on could lose or double events. Called at every change of leader and after
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from outbox.errors import Halt, Weather
@@ -27,7 +27,7 @@ class Known:
     stream: str
     created: str
     shared: bool
-    certain: bool
+    unanswered: Collection[int]
     moved: bool
     base: int
     plan: Sequence[Planned]
@@ -81,7 +81,7 @@ async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Fin
     finding = judge(
         outbox_id=outbox_id,
         shared=known.shared,
-        certain=known.certain,
+        unanswered=known.unanswered,
         base=known.base,
         plan=known.plan,
         last=info.last_sequence,

@@ -1,14 +1,14 @@
 """The relay's only hand on Postgres: one session that holds the lock, reads pages, and commits what was decided.
 
 Rows become domain values at this door. The session is the leadership: when it is lost, everything read through it is
-dropped. Every method is one round trip and commits by itself; none leaves a transaction open.
+dropped. Every statement is one round trip and commits by itself; none leaves a transaction open.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Self
 
 import psycopg
@@ -29,13 +29,15 @@ REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
 
 
 class Store:
-    """One session on the outbox's database; `async with` closes it. Not for concurrent use."""
+    """One session on the outbox's database; `async with` closes it. Two tasks may use it: they take turns."""
 
     def __init__(self, connection: psycopg.AsyncConnection[TupleRow], name: str, *, replicas: bool) -> None:
         self._connection = connection
         self._schema = name
         self._replicas = replicas
         self._sql: dict[str, bytes] = {}
+        self._turns = asyncio.Lock()
+        self._whose: asyncio.Task[Any] | None = None
         self._warnings: list[str] = []
         self._listening = False
         self.polls_only = False
@@ -286,14 +288,23 @@ class Store:
         if self.polls_only:
             return False
         if not self._listening:
-            with answered(self._connection):
-                await self._connection.execute(f'LISTEN "{schema.channel(self._schema)}"'.encode())
+            await self._rows(f'LISTEN "{schema.channel(self._schema)}"'.encode(), {})
             self._listening = True
         return await self._lock("pg_try_advisory_lock", schema.AWAKE_LOCK)
 
     async def wake_up(self) -> None:
         """Stop being notified: commits are cheaper while the relay is busy."""
         await self._lock("pg_advisory_unlock", schema.AWAKE_LOCK)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """What is asked within it is answered in one go: no other task's statement comes in between."""
+        async with self._turns:
+            self._whose = asyncio.current_task()
+            try:
+                yield
+            finally:
+                self._whose = None
 
     @contextlib.contextmanager
     def watched(self, readable: Callable[[], None]) -> Iterator[None]:
@@ -317,10 +328,11 @@ class Store:
         return await self._rows(text, parameters)
 
     async def _rows(self, text: bytes, parameters: dict[str, Any]) -> list[TupleRow]:
-        with answered(self._connection):
-            cursor = self._connection.cursor(binary=True)
-            await cursor.execute(text, parameters)
-            return await cursor.fetchall() if cursor.description else []
+        async with contextlib.nullcontext() if self._whose is asyncio.current_task() else self.turn():
+            with answered(self._connection):
+                cursor = self._connection.cursor(binary=True)
+                await cursor.execute(text, parameters)
+                return await cursor.fetchall() if cursor.description else []
 
     def _noticed(self, diagnostic: psycopg.errors.Diagnostic) -> None:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.

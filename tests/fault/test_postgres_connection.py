@@ -85,9 +85,7 @@ def test_marks_whose_answer_is_lost(
 
     async def deaf(store: Store, epoch: int, decisions: Decisions) -> None:
         if decisions.receipts and next(commits) % 10 == 0:
-            async with (
-                store._connection.lock
-            ):  # a page may be on its way: it arrives, and the answer to the mark does not
+            async with store.turn():  # a page may be on its way: it arrives, and the answer to the mark does not
                 proxy.change(proxy.down, swallowed=True)
             unheard.put(decisions.receipts[-1].position)
         await commit(store, epoch, decisions)

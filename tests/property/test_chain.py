@@ -146,7 +146,7 @@ class Play:
         finding = judge(
             outbox_id=OUTBOX,
             shared=chain.shared,
-            certain=not chain.unanswered,
+            unanswered=chain.unanswered,
             base=chain.base,
             plan=plan,
             last=last,

@@ -7,6 +7,7 @@ import pytest
 from outbox.plan import Look, Planned, Seen, judge, wanted
 
 PLAN = [Planned(position=p, count=c, last_message_id=f"m{p}") for p, c in ((1, 2), (2, 1), (3, 3))]  # ends 12, 13, 16
+ALL = {1, 2, 3}
 FOREIGN = Seen(outbox_id=None, message_id="x", position=None, number=None)
 OTHER = Seen(outbox_id="other", message_id="m1", position=1, number=2)
 
@@ -42,7 +43,7 @@ GOOD = {12: ours(1, 2), 13: ours(2, 1), 16: ours(3, 3)}
     ],
 )
 def test_look(last: int, seen: dict[int, Seen], look: Look, stored: int) -> None:
-    finding = judge(outbox_id="me", shared=False, certain=False, base=10, plan=PLAN, last=last, seen=seen)
+    finding = judge(outbox_id="me", shared=False, unanswered=ALL, base=10, plan=PLAN, last=last, seen=seen)
     assert finding.look is look
     if look in (Look.SETTLED, Look.FOREIGN):
         assert finding.stored == stored
@@ -50,18 +51,18 @@ def test_look(last: int, seen: dict[int, Seen], look: Look, stored: int) -> None
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_gone_after_a_refusal_in_so_many_words_was_not_ours(shared: bool) -> None:
-    finding = judge(outbox_id="me", shared=shared, certain=True, base=10, plan=PLAN, last=12, seen={})
+    finding = judge(outbox_id="me", shared=shared, unanswered=(), base=10, plan=PLAN, last=12, seen={})
     assert (finding.look, finding.stored) == (Look.FOREIGN, 0)
 
 
 def test_gone_in_a_shared_stream_without_an_answer_is_ambiguous() -> None:
-    finding = judge(outbox_id="me", shared=True, certain=False, base=10, plan=PLAN, last=12, seen={})
+    finding = judge(outbox_id="me", shared=True, unanswered=ALL, base=10, plan=PLAN, last=12, seen={})
     assert finding.look is Look.AMBIGUOUS
 
 
 def test_replayed_messages_are_not_the_plans() -> None:
     replayed = Seen(outbox_id="me", message_id="m1", position=1, number=2, replayed=True)
-    finding = judge(outbox_id="me", shared=False, certain=False, base=10, plan=PLAN, last=12, seen={12: replayed})
+    finding = judge(outbox_id="me", shared=False, unanswered=ALL, base=10, plan=PLAN, last=12, seen={12: replayed})
     assert finding.look is Look.FOREIGN
 
 
@@ -70,3 +71,9 @@ def test_wanted_are_the_ends_what_follows_and_the_tail() -> None:
     assert wanted(10, PLAN, 11) == [11]
     assert wanted(10, PLAN, 15) == [11, 12, 13, 14, 15]
     assert wanted(10, PLAN, 20) == [11, 12, 13, 14, 16, 17, 20]
+
+
+def test_what_is_gone_is_ours_only_as_far_as_it_was_tried() -> None:
+    """The first two may be stored, the third was never sent: whoever took its place was somebody else."""
+    finding = judge(outbox_id="me", shared=False, unanswered={1, 2}, base=10, plan=PLAN, last=16, seen={})
+    assert (finding.look, finding.stored) == (Look.FOREIGN, 2)
