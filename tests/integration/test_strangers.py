@@ -47,8 +47,10 @@ def test_open_transactions_of_strangers_delay_nothing(
 
 def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_database: str) -> None:
     url = any_database
-    rows(url, "CREATE TABLE own (id int PRIMARY KEY, n int)")
-    rows(url, "INSERT INTO own SELECT n * 1000, 0 FROM generate_series(1, 8) AS n")
+    # A table for each writer: in a shared one a page of its index may bring two of them together, outbox or not.
+    for number in range(1, 9):
+        rows(url, f"CREATE TABLE own{number} (id int PRIMARY KEY, n int)")
+        rows(url, f"INSERT INTO own{number} VALUES (1, 0)")
     rows(url, "CREATE TABLE bare (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, body text)")
 
     def failures(statement: str) -> int:
@@ -61,8 +63,8 @@ def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_dat
                 start.wait()
                 for _ in range(150):
                     try:
-                        connection.execute("SELECT n FROM own WHERE id = %s", [number * 1000])
-                        connection.execute("UPDATE own SET n = n + 1 WHERE id = %s", [number * 1000])
+                        connection.execute(f"SELECT n FROM own{number} WHERE id = 1".encode())
+                        connection.execute(f"UPDATE own{number} SET n = n + 1 WHERE id = 1".encode())
                         connection.execute(statement.encode())
                         connection.commit()
                     except errors.SerializationFailure:
@@ -81,10 +83,8 @@ def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_dat
         "INSERT INTO outbox.events (subject, payload) VALUES ('a.b', '1'); SET CONSTRAINTS ALL IMMEDIATE; "
         "INSERT INTO outbox.events (subject, payload) VALUES ('a.b', '2'), ('a.b', '3')"
     )
-    # 1,200 transactions each. Autovacuum may change a plan in between, which costs each writer one failure; an index
-    # that is read in a trigger costs thousands.
-    assert with_outbox <= without + 12
-    assert resealed <= without + 12
+    assert with_outbox <= without
+    assert resealed <= without
 
 
 def test_commits_notify_only_a_relay_that_sleeps(database: str, nats: Nats, stream: Stream) -> None:
