@@ -55,9 +55,7 @@ class Chain:
     verdicts: list[Verdict] = field(default_factory=list)
     dirty: bool = False
     _unwritten: int = 0  # how many transactions at the end of the plan are not in the committed one, at that place
-    unanswered: set[int] = field(
-        default_factory=set
-    )  # positions that an attempt without an answer may store, even late
+    unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, even late
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
     _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones

@@ -25,7 +25,8 @@ from outbox.rows import Decisions, StreamRow
 from outbox.store import Store
 from outbox.transaction import Transaction
 
-LONGEST = 3600.0
+LONGEST = 3600.0  # seconds of a drain
+FAR_POSITION = 1 << 50  # of transactions that no database has
 
 
 def drain(site: Site, *, transactions: int, events: int, payload: int, flags: tuple[str, ...] = ()) -> Figures:
@@ -123,9 +124,6 @@ def _batches(transactions: int, events: int, payload: int, base: int) -> Iterato
         for _ in taken:
             waiting.popleft()
         yield batch
-
-
-FAR_POSITION = 1 << 50
 
 
 async def _read_and_mark(site: Site, transactions: int) -> float:

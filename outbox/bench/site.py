@@ -55,7 +55,7 @@ SELECT (%(first)s + n)::text::xid8, '{SCHEMA}.' || e, decode(repeat('78', %(payl
 
 @dataclass(kw_only=True)
 class Site:
-    """The servers of a run; `nats_options` are the stream's. Everything it makes is called after the benchmark."""
+    """The servers of a run. Everything that is made on them is called after the benchmark."""
 
     database_url: str
     nats_url: str
