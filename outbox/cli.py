@@ -10,14 +10,13 @@ import os
 import signal
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
-from outbox import admin, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
+from outbox import admin, configcli, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
 from outbox.bench import command as bench
-from outbox.config import LONGEST_HOURS, BatchMode, Durability, OnDead, OnUnrouted, Settings
+from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
 from outbox.relay import Relay
@@ -34,13 +33,6 @@ app = typer.Typer(
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OBJECTS_BETWEEN_COLLECTIONS = 200_000
-
-
-class LogFormat(StrEnum):
-    """How the relay says what happens, on standard error."""
-
-    HUMAN = "human"
-    JSON = "json"
 
 
 def main() -> None:
@@ -103,7 +95,9 @@ def relay(
     durability: Annotated[Durability | None, typer.Option(help="Wait for asynchronous standbys too.")] = None,
     create_stream: Annotated[str | None, typer.Option(metavar="NAME", help="First create this stream.")] = None,
     subjects: Annotated[list[str] | None, typer.Option(help="Subjects of the stream to create.")] = None,
-    log: Annotated[LogFormat, typer.Option(help="How to say what happens, on standard error.")] = LogFormat.HUMAN,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Health and metrics over HTTP.")] = None,
+    log: Annotated[LogFormat | None, typer.Option(help="How to say what happens, on standard error.")] = None,
+    traces: Annotated[bool | None, typer.Option("--traces", help="Traces by OpenTelemetry.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say every page, batch and mark too.")] = False,
 ) -> None:
     """Publish pending transactions until SIGTERM or SIGINT; start a second one as a standby.
@@ -123,6 +117,9 @@ def relay(
         on_unrouted=on_unrouted,
         retention=retention,
         durability=durability,
+        listen=listen,
+        log=log,
+        traces=traces,
     )
     # What is read is freed by reference counts; looking for cycles in it took a quarter of the time.
     gc.freeze()
@@ -132,7 +129,7 @@ def relay(
             given,
             drain=drain,
             create=(create_stream, subjects) if create_stream and subjects else None,
-            tell=_teller(log, verbose=verbose),
+            tell=_teller(given.log, verbose=verbose),
         )
     )
 
@@ -239,6 +236,7 @@ def purge(
     out.print(f"{gone} transactions are deleted")
 
 
+app.command(name="config")(configcli.command)
 app.command(name="demo")(demo.command)
 app.command(name="bench")(bench.command)
 app.add_typer(deadcli.app, name="dead")

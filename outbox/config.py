@@ -1,24 +1,33 @@
 """Settings: by flag, else by environment (`OUTBOX_…`), else by `outbox.toml`, else the default.
 
-Pure but for reading the environment and that file. Bad values, and unknown names in the file, are reported all at once.
+A `Settings` is a value; `load` makes it from its sources and tells every mistake at once. No mistake quotes a value.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import re
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+import psycopg.conninfo
+from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, field_validator
+from pydantic import ValidationInfo as Others
 
+from outbox import access, sources
 from outbox.errors import Misconfigured
+from outbox.masking import MASK, masked
 from outbox.schema import checked_name
 
 FILE = Path("outbox.toml")
-PREFIX = "OUTBOX_"
 LONGEST_HOURS = 1_000_000.0
+LAST_PORT = 65535
 
 
 class BatchMode(StrEnum):
@@ -42,10 +51,6 @@ class OnUnrouted(StrEnum):
     DEAD = "dead"
 
 
-# The setting is called schema everywhere; pydantic warns because a deprecated method has that name.
-warnings.filterwarnings("ignore", message='Field name "schema" in "Settings" shadows', category=UserWarning)
-
-
 class Durability(StrEnum):
     """What must hold a transaction before it is published."""
 
@@ -53,14 +58,47 @@ class Durability(StrEnum):
     REPLICAS = "replicas"
 
 
-class Settings(BaseSettings):
-    """All settings. Their names are the environment's without `OUTBOX_`, and the flags' with dashes."""
+class LogFormat(StrEnum):
+    """How the relay says what happens, on standard error."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, toml_file=FILE, extra="forbid")
+    HUMAN = "human"
+    JSON = "json"
 
-    database_url: str = Field("postgresql:///", description="Postgres connection URL of the outbox's database.")
-    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS URL, or several separated by commas.")
-    nats_credentials: Path | None = Field(None, description="NATS credentials file (.creds).")
+
+# The setting is called schema everywhere; pydantic warns because a deprecated method has that name.
+warnings.filterwarnings("ignore", message='Field name "schema" in "Settings" shadows', category=UserWarning)
+
+
+class Settings(BaseModel):
+    """All settings. Their names are the environment's without `OUTBOX_`, and the flags' with dashes.
+
+    No name may end in `_file`. What depends on another setting is checked at the later one of the two.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    database_url: str = Field(
+        "postgresql:///", repr=False, description="PostgreSQL: a URL, or what libpq reads, such as service=shop."
+    )
+    nats_url: str = Field(
+        "nats://127.0.0.1:4222",
+        repr=False,
+        description="NATS URL, or several separated by commas; tls:// asks for TLS.",
+    )
+    nats_user: str | None = Field(None, description="User of NATS; with nats_password.")
+    nats_password: SecretStr | None = Field(None, validate_default=True, description="Password of nats_user.")
+    nats_token: SecretStr | None = Field(None, description="Token of NATS.")
+    nats_nkey_seed: SecretStr | None = Field(None, description="Seed of the NATS user's nkey, SU….")
+    nats_credentials: FilePath | None = Field(
+        None, validate_default=True, description="NATS credentials file (.creds): JWT and seed."
+    )
+    nats_tls_ca: FilePath | None = Field(None, description="Authorities that may sign the server's certificate, PEM.")
+    nats_tls_cert: FilePath | None = Field(None, description="Client certificate, PEM; with nats_tls_key.")
+    nats_tls_key: FilePath | None = Field(
+        None, validate_default=True, description="Key of the client certificate, PEM, not encrypted."
+    )
+    nats_tls_first: bool = Field(False, description="Begin with TLS, as nats-server's handshake_first asks for.")
+    nats_domain: str | None = Field(None, description="JetStream domain of the streams.")
     schema: str = Field("outbox", description="Postgres schema of the outbox.")  # type: ignore[assignment]  # hides a deprecated method
     batch: BatchMode = Field(BatchMode.PACKED, description="Pack transactions into batches, or one batch each.")
     max_batch_messages: int = Field(
@@ -77,7 +115,6 @@ class Settings(BaseSettings):
     ack_timeout: float = Field(10.0, gt=0, description="Seconds without an ack until the stream is read back.")
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
-
     retention: float = Field(
         24.0, ge=0, description="Hours that sent transactions are kept; 0 deletes at once, inf never."
     )
@@ -85,6 +122,79 @@ class Settings(BaseSettings):
         Durability.LOCAL,
         description="Wait for this server and its synchronous standbys only, or for every streaming standby.",
     )
+    listen: str = Field("", description="HOST:PORT for health and metrics over HTTP; empty: off.")
+    log: LogFormat = Field(LogFormat.HUMAN, description="What the relay says on standard error: for people, or JSON.")
+    traces: bool = Field(False, description="Traces by OpenTelemetry.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _checked_database_url(cls, value: str) -> str:
+        try:
+            given = psycopg.conninfo.conninfo_to_dict(value)
+        except psycopg.ProgrammingError:
+            # libpq's own words quote the part that it stumbles over, which may be a part of the password.
+            raise ValueError(
+                "is neither a URL (postgresql://…) nor what libpq reads (host=db dbname=shop); "
+                "are special characters of the password percent-encoded, or quoted?"
+            ) from None
+        port, host = str(given.get("port") or ""), str(given.get("host") or "")
+        if not re.fullmatch(r"[\d,]*", port) or "@" in host[1:]:
+            raise ValueError("has a wrong host or port; are special characters of the password percent-encoded?")
+        return value
+
+    @field_validator("nats_url")
+    @classmethod
+    def _checked_nats_url(cls, value: str) -> str:
+        try:
+            fits = [url.hostname and url.port != 0 and url.scheme in {"nats", "tls"} for url in _split(value)]
+        except ValueError:  # its words quote a part of the URL
+            fits = []
+        if not fits or not all(fits) or any("@" in url.path + url.query + url.fragment for url in _split(value)):
+            raise ValueError(
+                "is not nats://HOST:PORT or tls://HOST:PORT, or several separated by commas; "
+                "are special characters of the password percent-encoded?"
+            )
+        return value
+
+    @field_validator("nats_password")
+    @classmethod
+    def _checked_nats_password(cls, value: SecretStr | None, others: Others) -> SecretStr | None:
+        if (value is None) != (others.data.get("nats_user") is None):
+            raise ValueError("goes together with nats_user")
+        return value
+
+    @field_validator("nats_nkey_seed")
+    @classmethod
+    def _checked_nats_nkey_seed(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(access.SEED, value.get_secret_value()):
+            raise ValueError("is not the seed of a user's nkey: SU and 56 more characters")
+        return value
+
+    @field_validator("nats_credentials")
+    @classmethod
+    def _only_credentials(cls, value: Path | None, others: Others) -> Path | None:
+        given = [name for name in ("nats_user", "nats_token", "nats_nkey_seed") if others.data.get(name) is not None]
+        if any("@" in url.netloc for url in _split(others.data.get("nats_url", ""))):
+            given.insert(0, "the user in nats_url")
+        if value is not None:
+            given.append("nats_credentials")
+        if len(given) > 1:
+            raise ValueError(f"NATS takes one kind of credentials, and these are given: {', '.join(given)}")
+        return value
+
+    @field_validator("nats_tls_key")
+    @classmethod
+    def _checked_nats_tls_key(cls, value: Path | None, others: Others) -> Path | None:
+        if "nats_tls_cert" in others.data and (value is None) != (others.data["nats_tls_cert"] is None):
+            raise ValueError("goes together with nats_tls_cert")
+        return value
+
+    @field_validator("nats_domain")
+    @classmethod
+    def _checked_nats_domain(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w-]+", value, re.ASCII):
+            raise ValueError("may have letters, digits, - and _")
+        return value
 
     @field_validator("retention")
     @classmethod
@@ -101,24 +211,83 @@ class Settings(BaseSettings):
         except Misconfigured as error:
             raise ValueError(error.message) from error
 
+    @field_validator("listen")
+    @classmethod
+    def _checked_listen(cls, value: str) -> str:
+        _, colon, port = value.rpartition(":")
+        if value and not (colon and port.isascii() and port.isdigit() and int(port) <= LAST_PORT):
+            raise ValueError("is not HOST:PORT, such as 0.0.0.0:9464")
+        return value
+
     @property
     def nats_servers(self) -> list[str]:
         """The NATS URLs, one by one."""
-        return [url.strip() for url in self.nats_url.split(",") if url.strip()]
+        return [url.geturl() for url in _split(self.nats_url)]
 
     @property
-    def nats_options(self) -> dict[str, str]:
-        """Further arguments of nats-py's `connect`."""
-        return {"user_credentials": str(self.nats_credentials)} if self.nats_credentials else {}
+    def nats_options(self) -> dict[str, Any]:
+        """Further arguments of `JetStream.connect`. Reads certificates and credentials; raises `Denied`."""
+        options: dict[str, Any] = {
+            "domain": self.nats_domain,
+            "user": self.nats_user,
+            "password": _plain(self.nats_password),
+            "token": _plain(self.nats_token),
+            "nkeys_seed_str": _plain(self.nats_nkey_seed),
+            "user_credentials": self.nats_credentials and access.credentials(self.nats_credentials),
+        }
+        if self.nats_tls_ca or self.nats_tls_cert or self.nats_tls_first:
+            options["tls"] = access.tls_context(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
+            options["tls_handshake_first"] = self.nats_tls_first
+        return {name: value for name, value in options.items() if value is not None}
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the name is pydantic's
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the name is pydantic's
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the environment, then outbox.toml."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+    def shown(self, name: str) -> str | None:
+        """A setting's value as anybody may read it; None if there is none."""
+        value = getattr(self, name)
+        if isinstance(value, SecretStr):
+            return MASK
+        return None if value is None else masked(str(value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Settings, and where each that is not the default comes from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+class WrongSettings(Misconfigured):
+    """What is wrong with the settings, one by one."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("; ".join(mistakes))
+        self.mistakes = mistakes
+
+
+def load(environment: Mapping[str, str] = os.environ, file: Path = FILE, **flags: Any) -> Loaded:
+    """Settings from flags (None: not given) and their sources. Raises `WrongSettings` with every mistake."""
+    found = sources.find(Settings.model_fields, environment, file)
+    for name, value in flags.items():
+        if value is not None:
+            found.add(name, value, "flag")
+    mistakes = found.mistakes
+    try:
+        settings = Settings(**found.values)
+    except ValidationError as error:
+        for each in error.errors(include_url=False, include_input=False):
+            name = ".".join(map(str, each["loc"]))
+            message = each["msg"].removeprefix("Value error, ")
+            mistakes.append(f"setting {name} ({found.origins.get(name, sources.variable(name))}): {message}")
+    if mistakes:
+        raise WrongSettings(mistakes)
+    return Loaded(settings=settings, origins=found.origins)
+
+
+def _split(urls: str) -> list[SplitResult]:
+    """The NATS URLs, one by one; raises `ValueError` for one that is none."""
+    given = [url.strip() for url in urls.split(",") if url.strip()]
+    return [urlsplit(url if "://" in url else f"nats://{url}") for url in given]
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

@@ -17,6 +17,11 @@ class OutboxError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
 
+    @property
+    def line(self) -> str:
+        """The message and the remedy on one line, for what is told while the relay goes on."""
+        return f"{self.message}; remedy: {self.remedy}" if self.remedy else self.message
+
 
 class InvalidEvent(OutboxError, ValueError):
     """The application's event cannot be published as it is. Nothing was sent to the database."""
@@ -36,6 +41,13 @@ class Weather(OutboxError):
 
 class Unusable(Weather):
     """A stream's configuration is in the way. Found at the start it is refused; later it is waited out, loudly."""
+
+
+class Denied(Weather):
+    """A server that is there does not take us as we are set up: credentials, TLS, names.
+
+    At the first connection of a process it is refused; later, when something was renewed, it is waited out, loudly.
+    """
 
 
 class Deposed(OutboxError):

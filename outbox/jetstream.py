@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Self
 
-import nats
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from outbox.batch import Batch, frames
+from outbox.dialing import close, dial
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
 from outbox.plan import Seen
@@ -65,7 +65,8 @@ class JetStream:
 
     def __init__(self, news: Callable[[], None]) -> None:
         self._news = news
-        self._nc = Client()
+        self._nc: Client
+        self._api = "$JS.API"
         self._prefix = ""
         self._tokens = 0
         self._awaited: dict[str, asyncio.Future[Outcome]] = {}
@@ -74,34 +75,17 @@ class JetStream:
         self.forbidden: str | None = None
 
     @classmethod
-    async def connect(cls, servers: Sequence[str], news: Callable[[], None], **options: Any) -> Self:
+    async def connect(
+        cls, servers: Sequence[str], news: Callable[[], None], *, domain: str | None = None, **options: Any
+    ) -> Self:
         """Connect; raises `Weather` if no server answers, `Misconfigured` if it cannot keep the promises.
 
-        `news` is called, without arguments, whenever a reply came in or the connection was lost. `options` are
-        nats-py's, for credentials and TLS.
+        Of the weather, `Denied` is what credentials or TLS must settle. `news` is called, without arguments, whenever a
+        reply came in or the connection was lost. `domain` is JetStream's; `options` are nats-py's.
         """
         self = cls(news)
-        try:
-            await self._nc.connect(
-                servers=list(servers),
-                name="outbox relay",
-                allow_reconnect=False,
-                # nats-py tries the first connection again by itself, 60 times: the back-off is ours. 0 means for ever.
-                max_reconnect_attempts=1,
-                reconnect_time_wait=0,
-                connect_timeout=3,
-                ping_interval=5,
-                max_outstanding_pings=2,
-                error_cb=self._on_error,
-                closed_cb=self._on_closed,
-                **options,
-            )
-        except (TimeoutError, nats.errors.Error, OSError) as error:
-            await self.close()
-            raise Weather(f"NATS cannot be reached: {str(error) or type(error).__name__}") from error
-        except asyncio.CancelledError:
-            await self.close()
-            raise
+        self._nc = await dial(servers, error_cb=self._on_error, closed_cb=self._on_closed, **options)
+        self._api = f"$JS.{domain}.API" if domain else "$JS.API"
         if self.version < OLDEST_NATS:
             version = self._nc.connected_server_version
             await self.close()
@@ -119,8 +103,7 @@ class JetStream:
         """Close the connection; idempotent, blocks for at most two seconds."""
         if self._sender is not None:
             self._sender.cancel()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._nc.close(), timeout=2)
+        await close(self._nc)
 
     @property
     def lost(self) -> str | None:
@@ -203,10 +186,12 @@ class JetStream:
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""
         try:
-            reply = await self._nc.request(f"$JS.API.{call}", payload, timeout=seconds)
+            reply = await self._nc.request(f"{self._api}.{call}", payload, timeout=seconds)
             answer: dict[str, Any] = json.loads(reply.data)
         except (TimeoutError, nats.errors.Error, ValueError) as error:
-            raise Weather(f"JetStream does not answer ({call}): {str(error) or type(error).__name__}") from error
+            raise Weather(
+                f"JetStream does not answer ({self._api}.{call}): {str(error) or type(error).__name__}"
+            ) from error
         if refusal := answer.get("error"):
             raise Refused(int(refusal.get("err_code", 0)), str(refusal.get("description", "")))
         return answer

@@ -46,7 +46,7 @@ class Link:
         self._connecting.start(lambda: self._connect(self._news), now)
         came = self._connecting.taken(now)
         if isinstance(came, Weather):
-            self._tell(Unreachable(server="nats", why=came.message, delay=self._connecting.due - now))
+            self._tell(Unreachable(server="nats", why=came.line, delay=self._connecting.due - now))
         elif came is not None:
             self.jetstream = came
             self._connecting.reset()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
-from outbox.config import PREFIX, Settings
+from outbox.config import Loaded, Settings, WrongSettings, load
 
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
@@ -21,12 +20,16 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 def settings(**flags: Any) -> Settings:
     """Settings from the given flags and their sources; prints every mistake at once and exits with 2."""
+    return loaded(**flags).settings
+
+
+def loaded(**flags: Any) -> Loaded:
+    """`settings`, and where each comes from."""
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        for each in error.errors():
-            name = ".".join(map(str, each["loc"]))
-            err.print(f"outbox: setting {name} ({PREFIX}{name.upper()}): {each['msg']}")
+        return load(**flags)
+    except WrongSettings as error:
+        for mistake in error.mistakes:
+            err.print(f"outbox: {mistake}")
         raise typer.Exit(2) from None
 
 

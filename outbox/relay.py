@@ -12,12 +12,12 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from outbox.backoff import Backoff
 from outbox.config import Durability, OnDead, Settings
-from outbox.errors import Deposed, Halt, Weather
+from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
 from outbox.jetstream import JetStream
 from outbox.leader import Leader
 from outbox.store import Store
@@ -47,6 +47,7 @@ class Relay:
         self._backoff = Backoff()
         self._leader: Leader | None = None
         self._proven = False
+        self._reached: set[str] = set()
         # Process ids come again, in a container at every start: the name must be this process's alone.
         self._name = f"{secrets.token_hex(4)}@{socket.gethostname()}:{os.getpid()}"
 
@@ -60,11 +61,12 @@ class Relay:
         """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`."""
         while not self._stop.is_set():
             try:
-                store = await Store.connect(
-                    self._settings.database_url,
-                    self._settings.schema,
-                    replicas=self._settings.durability is Durability.REPLICAS,
-                )
+                with self._reaching("postgres"):
+                    store = await Store.connect(
+                        self._settings.database_url,
+                        self._settings.schema,
+                        replicas=self._settings.durability is Durability.REPLICAS,
+                    )
                 async with store:
                     self._tell(Connected(server="postgres", version=store.version))
                     if await self._serve(store, drain=drain):
@@ -121,7 +123,8 @@ class Relay:
         return False
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
-        jetstream = await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
+        with self._reaching("nats"):
+            jetstream = await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(jetstream.close)
             if self._create is not None:
@@ -129,13 +132,24 @@ class Relay:
             undo.pop_all()
         return jetstream
 
+    @contextlib.contextmanager
+    def _reaching(self, server: str) -> Iterator[None]:
+        """What a server denies at first is a wrong setting; once it has let this process in, it is waited out."""
+        try:
+            yield
+        except Denied as denied:
+            if server in self._reached:
+                raise
+            raise Misconfigured(denied.message, remedy=denied.remedy) from denied
+        self._reached.add(server)
+
     async def _wait_out(self, error: Weather | Deposed) -> None:
         self._backoff = replace(self._backoff, longest=1.0).failed()
         delay = self._backoff.delay(random.random())
         if isinstance(error, Deposed):
             self._tell(LostLead(why=error.message))
         else:
-            self._tell(Unreachable(server="postgres", why=error.message, delay=delay))
+            self._tell(Unreachable(server="postgres", why=error.line, delay=delay))
         await self._sleep(delay)
 
     async def _sleep(self, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -38,6 +38,14 @@ def _table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def show_settings(settings: Iterable[Mapping[str, str | None]]) -> None:
+    """Settings, one row each."""
+    table = _table("setting", "value", "from")
+    for each in settings:
+        table.add_row(each["name"], each["value"], each["source"])
+    out.print(table)
 
 
 def show_status(found: Status) -> None:

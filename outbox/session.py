@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
+from outbox import refusals
 from outbox.errors import Halt, Misconfigured, Weather
+from outbox.masking import masked
 
 # The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
 # and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
@@ -42,13 +43,16 @@ CONNECTION = {
     "keepalives_count": 3,
 }
 
-
+NOWHERE = "/nonexistent"  # a folder of sockets
 ANSWER_SECONDS = 20.0  # more than statement_timeout: the server's own word comes first
 
 
 async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
-    """The relay's session, in autocommit mode, set as it must be; raises `Weather` if there is no server."""
-    with translated():
+    """The relay's session, in autocommit mode, set as it must be; raises `Weather`, and `Denied` of it.
+
+    `url` is all that libpq reads: a URL, or words such as `service=shop`.
+    """
+    with connecting():
         connection = await psycopg.AsyncConnection.connect(
             url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
         )
@@ -85,7 +89,9 @@ def _hang_up(connection: psycopg.AsyncConnection[TupleRow]) -> None:
 @contextlib.contextmanager
 def command_session(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
     """A command's connection: commits at the end, rolls back on an error. Raises `Weather` or `Misconfigured`."""
-    with translated(), psycopg.connect(url, application_name="outbox", **_kept(url)) as connection:
+    with connecting():
+        opened = psycopg.connect(url, application_name="outbox", **_kept(url))
+    with translated(), opened as connection:
         yield connection
 
 
@@ -99,7 +105,9 @@ async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
     if pid == connection.info.backend_pid:
         return
     again_there = psycopg.conninfo.make_conninfo(connection.info.dsn, password=connection.info.password or None)
-    async with await psycopg.AsyncConnection.connect(again_there) as other:
+    with connecting():
+        other = await psycopg.AsyncConnection.connect(again_there)
+    async with other:
         taken, again = await _server_pid(other), await _server_pid(connection)
     if taken == pid or again != pid:
         raise Misconfigured(
@@ -112,6 +120,20 @@ async def _server_pid(connection: psycopg.AsyncConnection[TupleRow]) -> int:
     # Not prepared: behind such a pooler the next server connection does not know the statement.
     row = await (await connection.execute("SELECT pg_backend_pid()", prepare=False)).fetchone()
     return int(row[0]) if row else 0
+
+
+@contextlib.contextmanager
+def connecting() -> Iterator[None]:
+    """psycopg's errors while a connection is made: what must be set up otherwise is `Denied`, all else `Weather`."""
+    try:
+        yield
+    except psycopg.ProgrammingError as error:
+        raise Misconfigured(
+            "the connection to PostgreSQL is named by words that libpq does not read",
+            remedy="see OUTBOX_DATABASE_URL, and libpq's variables (PG…)",
+        ) from error
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise refusals.by_postgres(str(error)) or Weather(_masked(error)) from error
 
 
 @contextlib.contextmanager
@@ -138,12 +160,14 @@ def translated() -> Iterator[None]:
 
 
 def _kept(url: str) -> dict[str, Any]:
-    """Connection parameters of ours that the URL does not set itself."""
-    given = psycopg.conninfo.conninfo_to_dict(url)
-    return {key: value for key, value in CONNECTION.items() if key not in given}
+    """Connection parameters of ours, but for those that the URL, its service file or the environment set."""
+    # libpq reads all of these, and then finds that it cannot connect there: without a name to look up, at once.
+    known = psycopg.pq.PGconn.connect_start(psycopg.conninfo.make_conninfo(url, host=NOWHERE, hostaddr="").encode())
+    given = {option.keyword.decode(): option.val.decode() for option in known.info if option.val is not None}
+    known.finish()
+    return {key: given.get(key, value) for key, value in CONNECTION.items()}
 
 
 def _masked(error: psycopg.Error) -> str:
-    """The server's words on one line; a URL's password never gets out."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", text)
+    """The server's words on one line; a password never gets out."""
+    return masked(" ".join(str(error).split())) or type(error).__name__

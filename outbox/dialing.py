@@ -1,0 +1,127 @@
+"""A new connection to NATS: one server after the other until one lets us in, or why none does.
+
+nats-py does the work. What it leaves out is done here: TLS where it was asked for, whatever the server offers, before
+any credential is sent; and errors by whose fault they are, none of them with a secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import nats.errors
+from nats.aio.client import Client
+
+from outbox import refusals
+from outbox.errors import Denied, Weather
+
+DEFAULT_PORT = 4222
+
+
+class InTheClear(nats.errors.Error):
+    """TLS was asked for, and the server does not have it."""
+
+
+class TLSClient(Client):
+    """nats-py's client, with TLS for certain. By itself it uses TLS only if the server demands it, in the clear."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection:
+            if not (info.get("tls_required") or info.get("tls_available")):
+                raise InTheClear
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+
+async def dial(
+    servers: Sequence[str],
+    *,
+    error_cb: Callable[[Exception], Awaitable[None]],
+    closed_cb: Callable[[], Awaitable[None]],
+    **options: Any,
+) -> Client:
+    """A client that is connected to one of the servers, and never connects again; `options` are nats-py's.
+
+    Raises `Denied` if every server denies the connection, else `Weather`.
+    """
+    failures: list[Weather] = []
+    for server in random.sample(servers, len(servers)):
+        try:
+            return await _dial(server, error_cb, closed_cb, **options)
+        except Weather as failure:
+            failures.append(failure)
+    if all(isinstance(failure, Denied) for failure in failures):
+        raise failures[0]
+    raise Weather("; ".join(failure.message for failure in failures))
+
+
+async def _dial(
+    server: str,
+    error_cb: Callable[[Exception], Awaitable[None]],
+    closed_cb: Callable[[], Awaitable[None]],
+    **options: Any,
+) -> Client:
+    url = urlsplit(server)
+    host, port = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname, url.port or DEFAULT_PORT
+    swallowed: list[Exception] = []
+
+    async def on_error(error: Exception) -> None:
+        swallowed.append(error)
+        await error_cb(error)
+
+    client = TLSClient() if url.scheme == "tls" or "tls" in options else Client()
+    try:
+        await client.connect(
+            servers=[f"{url.scheme}://{host}:{port}"],
+            name="outbox relay",
+            allow_reconnect=False,
+            # nats-py tries the first connection again by itself, 60 times: the back-off is ours. 0 means for ever.
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0,
+            connect_timeout=3,
+            ping_interval=5,
+            max_outstanding_pings=2,
+            error_cb=on_error,
+            closed_cb=closed_cb,
+            **{**options, **_credentials(url.username, url.password)},
+        )
+    except (TimeoutError, nats.errors.Error, OSError) as error:
+        await close(client)
+        # That there are no more servers is no reason: what went before it is.
+        last = swallowed[-1] if swallowed and isinstance(error, nats.errors.NoServersError) else error
+        raise _sorted(f"{host}:{port}", last, first=bool(options.get("tls_handshake_first"))) from error
+    except asyncio.CancelledError:
+        await close(client)
+        raise
+    return client
+
+
+async def close(client: Client) -> None:
+    """Close a client; idempotent, blocks for at most two seconds."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(client.close(), timeout=2)
+
+
+def _credentials(user: str | None, password: str | None) -> dict[str, str]:
+    """Those of the URL; a user without a password is a token. nats-py does not decode them."""
+    if user is None:
+        return {}
+    return {"token": unquote(user)} if password is None else {"user": unquote(user), "password": unquote(password)}
+
+
+def _sorted(where: str, error: Exception, *, first: bool) -> Weather:
+    if isinstance(error, InTheClear):
+        return Denied(
+            f"NATS at {where} has no TLS, and TLS is asked for",
+            remedy="turn TLS on in the server; or, on a network that you trust, ask for none: nats:// in "
+            "OUTBOX_NATS_URL, and no OUTBOX_NATS_TLS_…",
+        )
+    if denied := refusals.by_nats(where, error):
+        return denied
+    silent = isinstance(error, TimeoutError) or "expecting INFO" in str(error)
+    hint = " (if the server wants TLS from the first byte: OUTBOX_NATS_TLS_FIRST)" if silent and not first else ""
+    return Weather(f"NATS at {where} cannot be reached: {str(error) or type(error).__name__}{hint}")

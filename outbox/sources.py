@@ -1,0 +1,98 @@
+"""Where settings come from: the environment (`OUTBOX_NAME`, or `OUTBOX_NAME_FILE`), else `outbox.toml`.
+
+Knows the settings' names and not what they mean. Every mistake is found at once; none of them quotes a value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PREFIX = "OUTBOX_"
+BY_FILE = "_FILE"
+# Kubernetes and Docker describe a service called "outbox" to its neighbours; and the tests have variables of their own.
+STRANGERS = re.compile(r"OUTBOX_(TESTS_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?))")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the sources gave: the values by the setting's name, where each is from, and every mistake."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: Any, origin: str) -> None:
+        """Take a value, over what a weaker source gave."""
+        self.values[name], self.origins[name] = value, origin
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def find(names: Collection[str], environment: Mapping[str, str], file: Path) -> Found:
+    """Read both sources. An empty variable counts as not given."""
+    found = Found()
+    for name, value in _table(file, found.mistakes).items():
+        if name in names:
+            found.add(name, value, str(file))
+        else:
+            found.mistakes.append(f"{file} has no setting {name!r}{_meant(name, names)}")
+    given = {key.upper(): value for key, value in environment.items() if value and key.upper().startswith(PREFIX)}
+    for name in names:
+        _take(name, given.pop(variable(name), None), given.pop(variable(name) + BY_FILE, None), found)
+    found.mistakes.extend(_strangers(given, names))
+    return found
+
+
+def _take(name: str, value: str | None, path: str | None, found: Found) -> None:
+    both = f"{variable(name)} and {variable(name)}{BY_FILE}"
+    if value is not None and path is not None:
+        found.mistakes.append(f"{both} are both given: give one of them")
+    elif value is not None:
+        found.add(name, value, variable(name))
+    elif path is not None:
+        try:
+            content = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            found.mistakes.append(f"{variable(name)}{BY_FILE}: {path} cannot be read: {_reason(error)}")
+            return
+        if content:
+            found.add(name, content, f"{variable(name)}{BY_FILE}: {path}")
+        else:
+            found.mistakes.append(f"{variable(name)}{BY_FILE}: {path} is empty")
+
+
+def _table(file: Path, mistakes: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        mistakes.append(f"{file} cannot be read: {_reason(error)}")
+    except tomllib.TOMLDecodeError as error:
+        mistakes.append(f"{file} is not valid TOML: {error}")
+    return {}
+
+
+def _strangers(given: Collection[str], names: Collection[str]) -> Iterator[str]:
+    known = [name.upper() + end for name in names for end in ("", BY_FILE)]
+    for key in sorted(given):
+        if not STRANGERS.fullmatch(key):
+            yield f"{key} is no setting{_meant(key.removeprefix(PREFIX), known, PREFIX)}"
+
+
+def _meant(name: str, known: Collection[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else "it is not UTF-8 text"
