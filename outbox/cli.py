@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -243,6 +244,8 @@ app.add_typer(deadcli.app, name="dead")
 
 
 def _run(work: Any) -> None:
+    # nats-py's TLS makes the loop say so whenever a server hangs up; it means nothing.
+    logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
     try:
         import uvloop
     except ImportError:

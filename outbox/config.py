@@ -238,6 +238,7 @@ class Settings(BaseModel):
         if self.nats_tls_ca or self.nats_tls_cert or self.nats_tls_first:
             options["tls"] = access.tls_context(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
             options["tls_handshake_first"] = self.nats_tls_first
+            options["certified"] = self.nats_tls_cert is not None
         return {name: value for name, value in options.items() if value is not None}
 
     def shown(self, name: str) -> str | None:

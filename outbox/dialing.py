@@ -20,20 +20,36 @@ from outbox import refusals
 from outbox.errors import Denied, Weather
 
 DEFAULT_PORT = 4222
+GIVEN_UP_SECONDS = 0.1  # nothing is to be flushed, and after a failed handshake nats-py waits for ever
+NO_TLS = (
+    "turn TLS on in the server; or, on a network that you trust, ask for none: nats:// in OUTBOX_NATS_URL, and no "
+    "OUTBOX_NATS_TLS_…"
+)
+NO_CERTIFICATE = "give one: OUTBOX_NATS_TLS_CERT and OUTBOX_NATS_TLS_KEY"
+TLS_FIRST = {
+    False: "if the server wants TLS from the first byte: OUTBOX_NATS_TLS_FIRST=true",
+    True: "if the server does not begin with TLS: unset OUTBOX_NATS_TLS_FIRST",
+}
 
 
-class InTheClear(nats.errors.Error):
-    """TLS was asked for, and the server does not have it."""
+class Wary(Client):
+    """nats-py's client, which looks at what a server says of TLS before it answers; raises `Denied`.
 
+    By itself nats-py talks in the clear to a server that only offers TLS, or has none, and learns that a client
+    certificate is missing from a broken pipe.
+    """
 
-class TLSClient(Client):
-    """nats-py's client, with TLS for certain. By itself it uses TLS only if the server demands it, in the clear."""
+    def __init__(self, where: str, *, secure: bool, certified: bool) -> None:
+        super().__init__()
+        self._where, self._secure, self._certified = where, secure, certified
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if initial_connection:
-            if not (info.get("tls_required") or info.get("tls_available")):
-                raise InTheClear
-            info["tls_required"] = True
+            if self._secure and not (info.get("tls_required") or info.get("tls_available")):
+                raise Denied(f"NATS at {self._where} has no TLS, and TLS is asked for", remedy=NO_TLS)
+            if info.get("tls_verify") and not self._certified:
+                raise Denied(f"NATS at {self._where} asks for a client certificate", remedy=NO_CERTIFICATE)
+            info["tls_required"] = info.get("tls_required") or self._secure
         await super()._process_info(info, initial_connection)
 
 
@@ -42,16 +58,18 @@ async def dial(
     *,
     error_cb: Callable[[Exception], Awaitable[None]],
     closed_cb: Callable[[], Awaitable[None]],
+    certified: bool = False,
     **options: Any,
 ) -> Client:
     """A client that is connected to one of the servers, and never connects again; `options` are nats-py's.
 
-    Raises `Denied` if every server denies the connection, else `Weather`.
+    `certified` says that the TLS context among them has a client certificate. Raises `Denied` if every server denies
+    the connection, else `Weather`.
     """
     failures: list[Weather] = []
     for server in random.sample(servers, len(servers)):
         try:
-            return await _dial(server, error_cb, closed_cb, **options)
+            return await _dial(server, error_cb, closed_cb, certified, **options)
         except Weather as failure:
             failures.append(failure)
     if all(isinstance(failure, Denied) for failure in failures):
@@ -63,20 +81,22 @@ async def _dial(
     server: str,
     error_cb: Callable[[Exception], Awaitable[None]],
     closed_cb: Callable[[], Awaitable[None]],
+    certified: bool,
     **options: Any,
 ) -> Client:
     url = urlsplit(server)
-    host, port = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname, url.port or DEFAULT_PORT
+    host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
+    where = f"{host}:{url.port or DEFAULT_PORT}"
     swallowed: list[Exception] = []
 
     async def on_error(error: Exception) -> None:
         swallowed.append(error)
         await error_cb(error)
 
-    client = TLSClient() if url.scheme == "tls" or "tls" in options else Client()
+    client = Wary(where, secure=url.scheme == "tls" or "tls" in options, certified=certified)
     try:
         await client.connect(
-            servers=[f"{url.scheme}://{host}:{port}"],
+            servers=[f"{url.scheme}://{where}"],
             name="outbox relay",
             allow_reconnect=False,
             # nats-py tries the first connection again by itself, 60 times: the back-off is ours. 0 means for ever.
@@ -90,20 +110,20 @@ async def _dial(
             **{**options, **_credentials(url.username, url.password)},
         )
     except (TimeoutError, nats.errors.Error, OSError) as error:
-        await close(client)
+        await close(client, GIVEN_UP_SECONDS)
         # That there are no more servers is no reason: what went before it is.
         last = swallowed[-1] if swallowed and isinstance(error, nats.errors.NoServersError) else error
-        raise _sorted(f"{host}:{port}", last, first=bool(options.get("tls_handshake_first"))) from error
-    except asyncio.CancelledError:
-        await close(client)
+        raise _sorted(where, last, first=bool(options.get("tls_handshake_first"))) from error
+    except (Denied, asyncio.CancelledError):
+        await close(client, GIVEN_UP_SECONDS)
         raise
     return client
 
 
-async def close(client: Client) -> None:
-    """Close a client; idempotent, blocks for at most two seconds."""
+async def close(client: Client, seconds: float = 2) -> None:
+    """Close a client; idempotent, blocks for at most so long."""
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(client.close(), timeout=2)
+        await asyncio.wait_for(client.close(), seconds)
 
 
 def _credentials(user: str | None, password: str | None) -> dict[str, str]:
@@ -114,14 +134,8 @@ def _credentials(user: str | None, password: str | None) -> dict[str, str]:
 
 
 def _sorted(where: str, error: Exception, *, first: bool) -> Weather:
-    if isinstance(error, InTheClear):
-        return Denied(
-            f"NATS at {where} has no TLS, and TLS is asked for",
-            remedy="turn TLS on in the server; or, on a network that you trust, ask for none: nats:// in "
-            "OUTBOX_NATS_URL, and no OUTBOX_NATS_TLS_…",
-        )
     if denied := refusals.by_nats(where, error):
         return denied
     silent = isinstance(error, TimeoutError) or "expecting INFO" in str(error)
-    hint = " (if the server wants TLS from the first byte: OUTBOX_NATS_TLS_FIRST)" if silent and not first else ""
+    hint = f" ({TLS_FIRST[first]})" if silent else ""
     return Weather(f"NATS at {where} cannot be reached: {str(error) or type(error).__name__}{hint}")

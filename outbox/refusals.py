@@ -55,11 +55,11 @@ POSTGRES_WEATHER = r"the database system is|too many (?:clients|connections)|rem
 # X509_V_ERR of OpenSSL; any other one is a matter of the authority too.
 CERTIFICATES = {
     9: "its validity has not begun: see the clocks of both machines",
-    10: "it is expired: renew the server's certificate, and see the clock of this machine",
-    62: "it is for another name: connect by a name that the certificate has, in OUTBOX_NATS_URL",
-    64: "it is for another address: connect by a name that the certificate has, in OUTBOX_NATS_URL",
+    10: "renew the server's certificate; or see the clock of this machine",
+    62: "connect by a name that the certificate has: OUTBOX_NATS_URL",
+    64: "connect by a name that the certificate has: OUTBOX_NATS_URL",
 }
-OTHER_CERTIFICATE = "name the authority that signed the server's certificate in OUTBOX_NATS_TLS_CA"
+OTHER_CERTIFICATE = "name the authority that signed the server's certificate: OUTBOX_NATS_TLS_CA"
 
 # OpenSSL's reasons, in capitals or in words.
 HANDSHAKES = {

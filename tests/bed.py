@@ -82,8 +82,9 @@ class Stored:
 class Broker:
     """What a test asks of nats-server itself, through nats-py; each call opens its own connection."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, **options: Any) -> None:
+        """`options` are nats-py's, for credentials and TLS."""
+        self.url, self._options = url, options
 
     def api(self, call: str, body: object = None, *, timeout: float = 10) -> dict[str, Any]:
         async def ask(client: Any) -> dict[str, Any]:
@@ -133,13 +134,20 @@ class Broker:
 
     def _with(self, work: Callable[[Any], Any]) -> Any:
         async def run() -> Any:
-            client = await nats.connect(self.url, connect_timeout=5, max_reconnect_attempts=3)
+            client = await nats.connect(self.url, connect_timeout=5, max_reconnect_attempts=3, **self._options)
             try:
                 return await work(client)
             finally:
                 await client.close()
 
         return asyncio.run(run())
+
+
+def broker_of(settings: Settings) -> Broker:
+    """The first server of the settings, with their credentials and TLS."""
+    ours = {"domain", "certified"}
+    options = {name: given for name, given in settings.nats_options.items() if name not in ours}
+    return Broker(settings.nats_servers[0], **options)
 
 
 class ThreadRelay:
