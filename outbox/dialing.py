@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import nats.errors
 from nats.aio.client import Client
@@ -19,7 +20,7 @@ from nats.aio.client import Client
 from outbox import refusals
 from outbox.errors import Denied, Weather
 
-DEFAULT_PORT = 4222
+DEFAULT_PORT, CONNECT_SECONDS = 4222, 3
 GIVEN_UP_SECONDS = 0.1  # nothing is to be flushed, and after a failed handshake nats-py waits for ever
 NO_TLS = (
     "turn TLS on in the server; or, on a network that you trust, ask for none: nats:// in OUTBOX_NATS_URL, and no "
@@ -102,7 +103,7 @@ async def _dial(
             # nats-py tries the first connection again by itself, 60 times: the back-off is ours. 0 means for ever.
             max_reconnect_attempts=1,
             reconnect_time_wait=0,
-            connect_timeout=3,
+            connect_timeout=CONNECT_SECONDS,
             ping_interval=5,
             max_outstanding_pings=2,
             error_cb=on_error,
@@ -113,7 +114,10 @@ async def _dial(
         await close(client, GIVEN_UP_SECONDS)
         # That there are no more servers is no reason: what went before it is.
         last = swallowed[-1] if swallowed and isinstance(error, nats.errors.NoServersError) else error
-        raise _sorted(where, last, first=bool(options.get("tls_handshake_first"))) from error
+        first = bool(options.get("tls_handshake_first"))
+        if certified and isinstance(last, ConnectionError):
+            last = await _objection(url, options["tls"], first=first) or last
+        raise _sorted(where, last, first=first) from error
     except (Denied, asyncio.CancelledError):
         await close(client, GIVEN_UP_SECONDS)
         raise
@@ -124,6 +128,25 @@ async def close(client: Client, seconds: float = 2) -> None:
     """Close a client; idempotent, blocks for at most so long."""
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(client.close(), seconds)
+
+
+async def _objection(url: SplitResult, context: ssl.SSLContext, *, first: bool) -> ssl.SSLError | None:
+    """What the server has against our certificate. It says so after the handshake, when nats-py only writes."""
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            reader, writer = await asyncio.open_connection(url.hostname, url.port or DEFAULT_PORT)
+            try:
+                if not first:
+                    await reader.readline()
+                await writer.start_tls(context, server_hostname=url.hostname)
+                await reader.read(1)
+            finally:
+                writer.close()
+    except ssl.SSLError as error:
+        return error
+    except (OSError, ValueError):  # a TimeoutError is an OSError; a line may be too long
+        pass
+    return None
 
 
 def _credentials(user: str | None, password: str | None) -> dict[str, str]:
