@@ -93,11 +93,27 @@ class JetStream:
                 f"nats-server {version} has no atomic batches: it would store every message by itself",
                 remedy="upgrade nats-server to 2.12.1 or later (2.12.14, 2.14.4 or 2.15 recommended)",
             )
+        if not await self._there():
+            await self.close()
+            raise Weather(
+                f"no JetStream answers at {self._api}",
+                remedy="turn JetStream on in nats-server; or, behind a leaf node, see OUTBOX_NATS_DOMAIN",
+            )
         self._prefix = self._nc.new_inbox()
         await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
         self._sender = asyncio.create_task(self._send_in_order())
         self._sender.add_done_callback(lambda _: self._news())
         return self
+
+    async def _there(self) -> bool:
+        """False if nobody listens where JetStream should; who only is silent may lack a leader for a while."""
+        try:
+            await self._nc.request(f"{self._api}.STREAM.NAMES", timeout=API_SECONDS)
+        except nats.errors.NoRespondersError:
+            return False
+        except (TimeoutError, nats.errors.Error):
+            pass
+        return True
 
     async def close(self) -> None:
         """Close the connection; idempotent, blocks for at most two seconds."""
