@@ -20,7 +20,6 @@ from tests.conftest import own_postgres, prepared
 
 SECRET = "s3cr3t-of-nobody"  # what no message may show
 SSL_REQUEST = struct.pack("!II", 8, 80877103)
-TRUST = "host all all 127.0.0.1/32 trust\n"
 BY_PASSWORD = """
 host all by_password 127.0.0.1/32 scram-sha-256
 host all by_nothing  127.0.0.1/32 reject
@@ -33,11 +32,14 @@ hostssl all by_password    127.0.0.1/32 scram-sha-256
 """
 
 
-def ask(server: Postgres, access: str) -> None:
-    """Give the server another pg_hba.conf, and wait until it goes by that."""
-    (server.data / "pg_hba.conf").write_text(access)
+def ask(server: Postgres, access: str, *, password: bool = True) -> str:
+    """Give the server another pg_hba.conf, wait until it goes by that, and return the one before."""
+    file = server.data / "pg_hba.conf"
+    before = file.read_text()
+    file.write_text(access)
     rows(server.url(), "SELECT pg_reload_conf()")
-    until(lambda: denies(server.url().replace("postgres@", "by_password@")) == (access != TRUST))
+    until(lambda: denies(server.url().replace("postgres@", "by_password@")) == password)
+    return before
 
 
 def denies(url: str) -> bool:
@@ -58,9 +60,9 @@ def passwords(postgres: Postgres) -> Iterator[Postgres]:
     """The usual server asks two roles who they are; the others are trusted."""
     for role in ("by_password", "by_nothing"):
         rows(postgres.url(), f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")
-    ask(postgres, BY_PASSWORD)
+    before = ask(postgres, BY_PASSWORD)
     yield postgres
-    ask(postgres, TRUST)
+    ask(postgres, before, password=False)
 
 
 @dataclass(frozen=True)
