@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import urllib.request
@@ -102,6 +103,27 @@ def test_nats_refused(why: str, database: str, workplace: Path, authority: Autho
     words, remedy = REFUSED[why]
     assert re.search(words, error.message), error
     assert remedy in error.remedy
+
+
+@pytest.mark.parametrize("first", [False, True])
+async def test_objection_to_a_client_certificate_is_heard(first: bool, workplace: Path, authority: Authority) -> None:
+    """The server says it after the handshake; who is writing by then sees a broken pipe, more often than not."""
+    more = f'verify: true, ca_file: "{authority.ca}", handshake_first: {str(first).lower()}'
+    client = Authority(workplace / "strange").issue(user="relay")
+    given = {"nats_tls_ca": authority.ca, "nats_tls_cert": client.cert, "nats_tls_key": client.key}
+
+    async def busy() -> None:
+        for _ in itertools.count():
+            await asyncio.sleep(0)
+
+    with tls_nats(workplace / "nats", authority.issue("127.0.0.1"), more) as server:
+        settings = Settings(nats_url=server.url, nats_tls_first=first, **given)
+        others = [asyncio.create_task(busy()) for _ in range(20)]
+        for _ in range(10):
+            with pytest.raises(Denied, match="unknown ca"):
+                await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+        for other in others:
+            other.cancel()
 
 
 @pytest.mark.parametrize("scheme", ["nats", "tls"])
