@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from outbox import admin, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
+from outbox import deadcli, demo, migrating, opscli, rebasing, retention, schema, screen, telemetry, verifying
 from outbox.bench import command as bench
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, OnDead, OnUnrouted, Settings
 from outbox.errors import OutboxError
@@ -153,20 +153,6 @@ async def _relay(
 
 
 @app.command()
-def status(database_url: DatabaseURL = None, schema_name: Schema = None, as_json: AsJson = False) -> None:
-    """Show what is pending, sent and dead, who leads, and each stream.
-
-    Example: outbox status --json
-    """
-    given = settings(database_url=database_url, schema=schema_name)
-    found = admin.status(given.database_url, given.schema)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found), default=str, indent=2))
-    else:
-        screen.show_status(found)
-
-
-@app.command()
 def rebase(
     database_url: DatabaseURL = None,
     nats_url: NatsURL = None,
@@ -239,6 +225,7 @@ def purge(
     out.print(f"{gone} transactions are deleted")
 
 
+opscli.register(app)
 app.command(name="demo")(demo.command)
 app.command(name="bench")(bench.command)
 app.add_typer(deadcli.app, name="dead")
@@ -254,7 +241,14 @@ def _run(work: Any) -> None:
 
 
 def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
-    usual = (telemetry.PageRead, telemetry.BatchSent, telemetry.Marked, telemetry.Purged, telemetry.Slept)
+    usual = (
+        telemetry.PageRead,
+        telemetry.BatchSent,
+        telemetry.BatchEnded,
+        telemetry.Marked,
+        telemetry.Purged,
+        telemetry.Slept,
+    )
 
     def tell(happening: telemetry.Happening) -> None:
         if not verbose and isinstance(happening, usual):

@@ -75,6 +75,7 @@ class Comparison:
             if message is None:
                 continue
             self.messages += 1
+            self.replayed += message.replayed and self.knows(message.outbox_id)
             row = rows.get(message.position or 0)
             if self._is_good(sequence, message, row):
                 _extend(self._good, sequence)
@@ -91,16 +92,12 @@ class Comparison:
         return sequence == row.first + (message.number or 0) - 1
 
     def _is_ours(self, message: Seen, row: Row | None) -> bool:
-        if message.replayed:
-            return False
         return self.knows(message.outbox_id) or (self.adopting and row is not None and _is_of(message, row))
 
     def _judge(self, sequence: int, message: Seen, row: Row | None) -> bool:
         """Say what is wrong with a message; False if that cannot be said yet, because its transaction is not marked."""
         position = message.position
-        if message.replayed and self.knows(message.outbox_id):
-            self.replayed += 1
-        elif position is None or not (self.knows(message.outbox_id) or self._is_ours(message, row)):
+        if position is None or not (self.knows(message.outbox_id) or self._is_ours(message, row)):
             self.foreign += 1
             if not self.shared:
                 self._add("foreign", None, sequence, "a message of somebody else, in a stream of the relay alone")

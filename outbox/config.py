@@ -81,6 +81,7 @@ class Settings(BaseSettings):
     retention: float = Field(
         24.0, ge=0, description="Hours that sent transactions are kept; 0 deletes at once, inf never."
     )
+    traces: bool = Field(False, description="A span for each batch (OpenTelemetry); needs outbox-relay[traces].")
     durability: Durability = Field(
         Durability.LOCAL,
         description="Wait for this server and its synchronous standbys only, or for every streaming standby.",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import json
 from datetime import datetime
 from typing import Annotated
 
 import typer
 
-from outbox import letters, screen
+from outbox import letters, screen, showing
 from outbox.config import Settings
+from outbox.errors import Misconfigured
 from outbox.letters import DeadLetter, Selection
+from outbox.machine import machine
 from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
 from outbox.transaction import DeadReason
 
@@ -64,7 +66,7 @@ def list_(
     selection = dataclasses.replace(_selection(None, reason, subject, since, until), discarded=discarded)
     found = _selected(given, selection)
     if as_json:
-        print(json.dumps([dataclasses.asdict(each) for each in found], default=str, indent=2))
+        print(machine(found))
     else:
         screen.show_letters(found)
 
@@ -74,15 +76,20 @@ def show(
     position: Annotated[int, typer.Argument(help="Position of the dead letter.")],
     database_url: DatabaseURL = None,
     schema_name: Schema = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show one dead letter with its events.
 
     Example: outbox dead show 42
     """
     given = settings(database_url=database_url, schema=schema_name)
-    events = letters.events_of(given.database_url, given.schema, position)
-    for letter in _selected(given, Selection(positions=[position], discarded=True)):
-        screen.show_letter(letter, events)
+    found = asyncio.run(showing.show(given, position))
+    if found.dead_at is None:
+        raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
+    if as_json:
+        print(machine(found))
+    else:
+        screen.show_transaction(found)
 
 
 @app.command()

@@ -326,7 +326,7 @@ def _seen(message: dict[str, Any]) -> Seen:
     return Seen(
         outbox_id=headers.get("Outbox-Id"),
         message_id=headers.get("Nats-Msg-Id"),
-        position=number("Outbox-Transaction"),
+        position=number("Outbox-Replay-Position" if "Outbox-Replay" in headers else "Outbox-Transaction"),
         number=number("Outbox-Transaction-Sequence"),
         count=number("Outbox-Transaction-Count"),
         replayed="Outbox-Replay" in headers,

@@ -102,7 +102,7 @@ class Router:
 
     async def _first_contact(self, name: str, add_lane: Callable[[StreamRow], Lane], jetstream: JetStream) -> None:
         info, tail = self._routes.info(name)
-        if tail is not None and tail.outbox_id == str(self._lead.outbox_id) and not tail.replayed:
+        if tail is not None and tail.outbox_id == str(self._lead.outbox_id):
             raise Halt(
                 f"stream {name} ends with transaction {tail.position} of this outbox, which does not know the stream: "
                 "the database is older than the stream, or is a copy",

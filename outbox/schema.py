@@ -129,7 +129,9 @@ _GRANTS = {
     "operator": (
         "GRANT USAGE ON SCHEMA {schema} TO {role}",
         "GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}",
+        "GRANT INSERT (message_id, subject, headers, payload) ON {schema}.events TO {role}",
         "GRANT UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts) ON {schema}.transactions TO {role}",
+        "GRANT UPDATE (replay_of) ON {schema}.transactions TO {role}",
         "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence) ON {schema}.transactions TO {role}",
         "GRANT UPDATE ON {schema}.relay, {schema}.streams, {schema}.limits TO {role}",
     ),

@@ -64,7 +64,12 @@ class Stored:
 
     @property
     def position(self) -> int:
-        return int(self.headers["Outbox-Transaction"])
+        return int(self.headers["Outbox-Replay-Position" if self.replay_of else "Outbox-Transaction"])
+
+    @property
+    def replay_of(self) -> int | None:
+        """The position of the transaction that this is a replay of."""
+        return int(self.headers["Outbox-Replay"]) if "Outbox-Replay" in self.headers else None
 
     @property
     def number(self) -> int:
