@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import gc
 import json
-import os
-import signal
 import sys
-from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from outbox import deadcli, demo, migrating, opscli, rebasing, retention, schema, screen, telemetry, verifying
+from outbox import deadcli, demo, migrating, opscli, process, rebasing, retention, schema, screen, verifying
 from outbox.bench import command as bench
-from outbox.config import LONGEST_HOURS, BatchMode, Durability, OnDead, OnUnrouted, Settings
+from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
-from outbox.relay import Relay
 from outbox.screen import out
 
 app = typer.Typer(
@@ -32,15 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-OBJECTS_BETWEEN_COLLECTIONS = 200_000
-
-
-class LogFormat(StrEnum):
-    """How the relay says what happens, on standard error."""
-
-    HUMAN = "human"
-    JSON = "json"
 
 
 def main() -> None:
@@ -103,7 +87,9 @@ def relay(
     durability: Annotated[Durability | None, typer.Option(help="Wait for asynchronous standbys too.")] = None,
     create_stream: Annotated[str | None, typer.Option(metavar="NAME", help="First create this stream.")] = None,
     subjects: Annotated[list[str] | None, typer.Option(help="Subjects of the stream to create.")] = None,
-    log: Annotated[LogFormat, typer.Option(help="How to say what happens, on standard error.")] = LogFormat.HUMAN,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Health and metrics over HTTP.")] = None,
+    traces: Annotated[bool | None, typer.Option("--traces", help="A span for each batch (OpenTelemetry).")] = None,
+    log: Annotated[LogFormat | None, typer.Option(help="How to say what happens, on standard error.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say every page, batch and mark too.")] = False,
 ) -> None:
     """Publish pending transactions until SIGTERM or SIGINT; start a second one as a standby.
@@ -123,33 +109,16 @@ def relay(
         on_unrouted=on_unrouted,
         retention=retention,
         durability=durability,
+        listen=listen,
+        traces=traces,
+        log=log,
     )
-    # What is read is freed by reference counts; looking for cycles in it took a quarter of the time.
-    gc.freeze()
-    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    _run(
-        _relay(
-            given,
-            drain=drain,
-            create=(create_stream, subjects) if create_stream and subjects else None,
-            tell=_teller(log, verbose=verbose),
-        )
+    process.run(
+        given,
+        drain=drain,
+        create=(create_stream, subjects) if create_stream and subjects else None,
+        verbose=verbose,
     )
-
-
-async def _relay(
-    given: Settings, *, drain: bool, create: tuple[str, list[str]] | None, tell: telemetry.Listener
-) -> None:
-    process = Relay(given, tell=tell, create_stream=create)
-    loop = asyncio.get_running_loop()
-    # Not the loop's own handlers: its end brings the default back, and a second signal would kill us on the way out.
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(process.stop))
-    try:
-        await process.run(drain=drain)
-    finally:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
 
 @app.command()
@@ -229,41 +198,3 @@ opscli.register(app)
 app.command(name="demo")(demo.command)
 app.command(name="bench")(bench.command)
 app.add_typer(deadcli.app, name="dead")
-
-
-def _run(work: Any) -> None:
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
-
-
-def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
-    usual = (
-        telemetry.PageRead,
-        telemetry.BatchSent,
-        telemetry.BatchEnded,
-        telemetry.Marked,
-        telemetry.Purged,
-        telemetry.Slept,
-    )
-
-    def tell(happening: telemetry.Happening) -> None:
-        if not verbose and isinstance(happening, usual):
-            return
-        if log is LogFormat.JSON:
-            at = datetime.now(UTC).isoformat(timespec="milliseconds")
-            fields = {
-                "time": at,
-                "pid": os.getpid(),
-                "event": type(happening).__name__,
-                **dataclasses.asdict(happening),
-            }
-            print(json.dumps(fields, default=str), file=sys.stderr, flush=True)
-        else:
-            line = f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {telemetry.sentence(happening)}"
-            err.print(line)
-
-    return tell

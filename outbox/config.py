@@ -53,6 +53,13 @@ class Durability(StrEnum):
     REPLICAS = "replicas"
 
 
+class LogFormat(StrEnum):
+    """How the relay says what happens, on standard error."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
 class Settings(BaseSettings):
     """All settings. Their names are the environment's without `OUTBOX_`, and the flags' with dashes."""
 
@@ -81,6 +88,8 @@ class Settings(BaseSettings):
     retention: float = Field(
         24.0, ge=0, description="Hours that sent transactions are kept; 0 deletes at once, inf never."
     )
+    listen: str = Field("", description="HOST:PORT of health and metrics over HTTP; empty: off.")
+    log: LogFormat = Field(LogFormat.HUMAN, description="How the relay says what happens, on standard error.")
     traces: bool = Field(False, description="A span for each batch (OpenTelemetry); needs outbox-relay[traces].")
     durability: Durability = Field(
         Durability.LOCAL,

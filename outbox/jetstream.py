@@ -142,6 +142,24 @@ class JetStream:
         """The most bytes of payload and headers that the server takes; more closes the connection for good."""
         return self._nc.max_payload
 
+    async def ask(self, call: str, body: object = None) -> dict[str, Any]:
+        """JetStream's own answer to a call of its API; raises `Weather`, or `Refused` with the code of its refusal."""
+        return await self._request(call, body)
+
+    async def probe(self, subject: str) -> Outcome:
+        """What the stream's leader says to the second message of a batch that has no first: nothing is ever stored.
+
+        10176 says that atomic batches are on, 10174 that they are off, 10060 that the server does not know them.
+        """
+        headers = {"Nats-Batch-Id": "probe", "Nats-Batch-Sequence": "2", "Nats-Expected-Stream": "~probe~"}
+        try:
+            reply = await self._nc.request(subject, b"", headers=headers, timeout=API_SECONDS)
+        except nats.errors.NoRespondersError:
+            return Unknown(why="no responders: the subject is in no stream, or the stream has no leader")
+        except (TimeoutError, nats.errors.Error) as error:
+            return Unknown(why=self.forbidden or str(error) or "no answer within the time limit")
+        return read_reply(reply.data)
+
     async def stream_of(self, subject: str) -> str | None:
         """The stream that takes `subject` by JetStream's own answer, or None if it says that there is none."""
         names = (await self._request("STREAM.NAMES", {"subject": subject})).get("streams") or []

@@ -18,7 +18,7 @@ from outbox.config import BatchMode, Settings
 from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream, StreamInfo
-from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning
+from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.rows import Lead, StreamRow
 from outbox.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.transaction import Limits
@@ -110,7 +110,7 @@ class Lane:
         self._tell(
             BatchEnded(
                 stream=batch.stream,
-                outcome=type(outcome).__name__.lower(),
+                outcome=word(outcome),
                 transactions=len(batch.transactions),
                 messages=batch.count,
                 seconds=seconds,

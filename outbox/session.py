@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psycopg
@@ -87,6 +87,18 @@ def command_session(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
     """A command's connection: commits at the end, rolls back on an error. Raises `Weather` or `Misconfigured`."""
     with translated(), psycopg.connect(url, application_name="outbox", **_kept(url)) as connection:
         yield connection
+
+
+@contextlib.asynccontextmanager
+async def observer_session(url: str) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
+    """A connection that only looks, in autocommit mode; raises `Weather` or `Misconfigured`."""
+    with translated():
+        connection = await psycopg.AsyncConnection.connect(
+            url, autocommit=True, application_name="outbox observer", **_kept(url)
+        )
+        async with connection:
+            await connection.execute("SET default_transaction_read_only = on; SET statement_timeout = '30s'")
+            yield connection
 
 
 async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:

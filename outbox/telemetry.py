@@ -39,6 +39,11 @@ class LostLead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeadEnded:
+    """This relay does not lead any more, in whatever way its term ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unreachable:
     """A server cannot be reached; the relay tries again after `delay` seconds, for ever."""
 
@@ -180,6 +185,7 @@ Happening = (
     | TookLead
     | Careful
     | LostLead
+    | LeadEnded
     | Unreachable
     | Connected
     | PageRead
@@ -216,6 +222,8 @@ def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one
             return "relays before this one died: one transaction at a time"
         case LostLead(why=why):
             return f"lost the lead: {why}"
+        case LeadEnded():
+            return "leads no more"
         case Unreachable(server=server, why=why, delay=delay):
             return f"{server} cannot be reached, next try in {delay:.1f} s: {why}"
         case Connected(server=server, version=version):
