@@ -12,6 +12,8 @@ from rich.text import Text
 
 from outbox import admin, pausing, replaying, screen, showing
 from outbox.config import Settings
+from outbox.diagnosis import Colour
+from outbox.doctor import examine
 from outbox.errors import Weather
 from outbox.machine import machine
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, settings
@@ -23,7 +25,7 @@ SECONDS = 1.0  # between two looks of a watch
 
 def register(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (status, show, replay, pause, resume):
+    for command in (status, doctor, show, replay, pause, resume):
         app.command()(command)
 
 
@@ -66,6 +68,25 @@ def _watch(given: Settings, *, as_json: bool) -> None:
                 time.sleep(SECONDS)
     except KeyboardInterrupt:
         return
+
+
+def doctor(
+    database_url: DatabaseURL = None, nats_url: NatsURL = None, schema_name: Schema = None, as_json: AsJson = False
+) -> None:
+    """Look at Postgres, at NATS and at the outbox: what is wrong, and what settles it. Exits with 1 on red.
+
+    Reads only. Run it with the settings and the role of the relay, before the first start and whenever in doubt.
+
+    Example: outbox doctor --database-url postgresql://relay@db/shop
+    """
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    checks = asyncio.run(examine(given))
+    if as_json:
+        print(machine(checks))
+    else:
+        screen.show_checks(checks)
+    if any(each.colour is Colour.RED for each in checks):
+        raise typer.Exit(1)
 
 
 def show(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from outbox.admin import Status
 from outbox.comparison import Comparison
+from outbox.diagnosis import Check, Colour
 from outbox.letters import DeadLetter
 from outbox.rates import Rates
 from outbox.showing import Shown
@@ -136,6 +137,24 @@ def show_letters(letters: Iterable[DeadLetter]) -> None:
         times = (f"{at:%F %T}" if at else "" for at in (each.dead_at, each.discarded_at))
         table.add_row(str(each.position), str(each.event_count), ", ".join(each.subjects), each.reason, *times)
     out.print(table)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """What the doctor found: a line each, and beneath it the remedy of what is not green."""
+    styles = {Colour.GREEN: GOOD, Colour.YELLOW: WARN, Colour.RED: BAD}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for width in (6, 8):
+        table.add_column(width=width, no_wrap=True)
+    table.add_column(overflow="fold", max_width=21)
+    table.add_column(overflow="fold", ratio=1)
+    for each in checks:
+        words = Text(each.found)
+        if each.remedy:
+            words.append(f"\n-> {each.remedy}", style="bold")
+        table.add_row(Text(each.colour, style=styles[each.colour]), each.area, Text(each.name), words)
+    out.print(table)
+    counts = {colour: sum(each.colour is colour for each in checks) for colour in Colour}
+    out.print(", ".join(f"{count} {colour}" for colour, count in counts.items()))
 
 
 def show_comparisons(comparisons: Iterable[Comparison]) -> None:
