@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from outbox import deadcli, demo, migrating, opscli, process, rebasing, retentio
 from outbox.bench import command as bench
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
+from outbox.machine import machine
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
 from outbox.screen import out
 
@@ -172,7 +172,7 @@ def verify(
     with screen.progress() as progress:
         found = asyncio.run(verifying.verify(given, first=first, last=last, stream=stream, progress=progress))
     if as_json:
-        print(json.dumps([each.summary() for each in found], indent=2))
+        print(machine([each.summary() for each in found]))
     else:
         screen.show_comparisons(found)
     if any(each.anomalies for each in found):

@@ -11,7 +11,7 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from outbox.plan import Seen
 from outbox.positions import Range, merged
@@ -40,6 +40,20 @@ class Anomaly:
     position: int | None
     sequence: int | None
     what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a comparison came to: counts of transactions and of messages, as `Comparison` has them, and anomalies."""
+
+    stream: str
+    transactions: int
+    messages: int
+    foreign: int
+    replayed: int
+    removed: int
+    unknown: int
+    anomalies: list[Anomaly]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -176,18 +190,10 @@ class Comparison:
                 what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
                 self._add(kind, row.position, row.first, what)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> Summary:
         """Counts and anomalies, for machines."""
-        return {
-            "stream": self.stream,
-            "transactions": self.transactions,
-            "messages": self.messages,
-            "foreign": self.foreign,
-            "replayed": self.replayed,
-            "removed": self.removed,
-            "unknown": self.unknown,
-            "anomalies": [asdict(anomaly) for anomaly in self.anomalies],
-        }
+        counts = {name: getattr(self, name) for name in Summary.__slots__[1:-1]}
+        return Summary(stream=self.stream, anomalies=self.anomalies, **counts)
 
     def _add(self, kind: str, position: int | None, sequence: int | None, what: str) -> None:
         self.anomalies.append(Anomaly(kind=kind, position=position, sequence=sequence, what=what))

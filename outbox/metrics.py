@@ -6,6 +6,7 @@ an application chooses.
 
 from __future__ import annotations
 
+import math
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -138,9 +139,13 @@ class Metrics:
             case _:
                 pass
 
-    def observe(self, seen: Observation) -> None:
-        """Take in what the database said."""
+    def observe(self, seen: Observation | None) -> None:
+        """Take in what the database said. If it said nothing, what it said before is no more known: NaN."""
         own = self._schema
+        if seen is None:
+            for gauge in (self._pending, self._pending_events, self._oldest, self._dead, self._open, self._present):
+                gauge.set(math.nan)
+            return
         self._pending.set(seen.pending_transactions)
         self._pending_events.set(seen.pending_events)
         self._oldest.set(seen.oldest_pending_seconds or 0)

@@ -17,8 +17,8 @@ from outbox.config import Settings
 from outbox.errors import OutboxError
 from outbox.session import observer_session
 
-SECONDS = 5.0  # between two looks
-SHARE = 0.05  # of the time, at most: with a very long backlog counting takes long
+SECONDS = 2.0  # between two looks
+SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog counting takes long; but so often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,26 +42,30 @@ class Observation:
     oldest_pending_seconds: float | None
     dead_letters: int
     open_positions: int
-    cursor: int
+    settled: int
     streams: list[StreamObservation]
     lags: list[float]
 
 
-async def observe_for_ever(settings: Settings, take: Callable[[Observation], None]) -> None:
-    """Look every few seconds, until cancelled. An outage, or a wrong setting that the relay tells of, is waited out."""
-    cursor: int | None = None
+async def observe_for_ever(settings: Settings, take: Callable[[Observation | None], None]) -> None:
+    """Look every few seconds, until cancelled; `take` gets None for a look that failed.
+
+    An outage, or a wrong setting that the relay tells of, is waited out.
+    """
+    settled: int | None = None
     clock = asyncio.get_running_loop().time
     while True:
         began = clock()
         try:
             async with observer_session(settings.database_url) as connection:
                 while True:
-                    seen = await _look(connection, settings.schema, cursor)
-                    cursor = seen.cursor
+                    seen = await _look(connection, settings.schema, settled)
+                    settled = seen.settled
                     take(seen)
-                    await asyncio.sleep(max(SECONDS, (clock() - began) / SHARE))
+                    await asyncio.sleep(min(LONGEST, max(SECONDS, (clock() - began) / SHARE)))
                     began = clock()
         except OutboxError:
+            take(None)
             await asyncio.sleep(SECONDS)  # the relay meets the same, and says so
 
 
@@ -80,7 +84,7 @@ async def _look(connection: psycopg.AsyncConnection[TupleRow], name: str, after:
         oldest_pending_seconds=row[5],
         dead_letters=row[6],
         open_positions=row[7],
-        cursor=row[8],
+        settled=row[8],
         streams=[StreamObservation(name=n, last_sequence=last, blocked=b) for n, last, b in streams],
         lags=[seconds for (seconds,) in lags],
     )

@@ -26,7 +26,8 @@ SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND
           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
        r.blocked IS NOT NULL, r.paused_at IS NOT NULL, p.transactions, p.events, p.oldest::float8,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL),
-       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap), r.cursor
+       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap),
+       least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places))
   FROM {schema}.relay AS r CROSS JOIN (
     SELECT count(*) AS transactions, coalesce(sum(event_count), 0) AS events,
            extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest FROM {schema}.pending
@@ -35,10 +36,11 @@ SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND
 
 OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL FROM {schema}.streams ORDER BY name"
 
-# How long the last ones that were sent took, newest first; bounded by what is planned and by the sample.
+# How long it took those that were settled since the last look: all of them, or about 200 spread over them.
 OBSERVE_LAGS = """
 SELECT extract(epoch FROM sent_at - sealed_at)::float8 FROM {schema}.transactions
- WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position DESC LIMIT 200
+ WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL
+   AND position %% greatest(1, (%(to)s::bigint - %(after)s::bigint) / 200) = 0
 """
 
 STATUS_STREAMS = """

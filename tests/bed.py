@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import nats
 import psycopg
@@ -150,8 +150,16 @@ class Broker:
 class ThreadRelay:
     """A relay in a thread of this process: its telemetry can be awaited, its code be broken on purpose."""
 
-    def __init__(self, settings: Settings, *, drain: bool = False, locked: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        drain: bool = False,
+        locked: bool = True,
+        listener: telemetry.Listener = telemetry.silent,
+    ) -> None:
         self.happenings: list[telemetry.Happening] = []
+        self._listener = listener
         self.error: BaseException | None = None
         self._changed = threading.Condition()
         self._relay: Relay | None = None
@@ -175,6 +183,7 @@ class ThreadRelay:
             self._changed.notify_all()
 
     def _tell(self, happening: telemetry.Happening) -> None:
+        self._listener(happening)
         with self._changed:
             self.happenings.append(happening)
             self._changed.notify_all()
@@ -292,7 +301,7 @@ class ProcessRelay:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def __enter__(self) -> ProcessRelay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -86,9 +86,11 @@ def test_subject_without_a_stream(settings: Settings, broker: Broker, stream: St
 
 def test_full_stream(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:
     edit(max_msgs=2, discard="new")
-    for _ in range(3):
+    with ThreadRelay(settings):
+        for _ in range(2):
+            add(settings.database_url, f"{stream.prefix}.x")
+            wait_until_sent(settings.database_url)
         add(settings.database_url, f"{stream.prefix}.x")
-    with ThreadRelay(settings.model_copy(update={"max_batch_messages": 1000, "batch": "transaction"})):
         until(lambda: any(each.blocked for each in admin.status(settings.database_url).streams))
         named(settings, "it is full: 2 of 2 messages", "raise max_msgs")
         named(settings, f"{stream.name}: maximum messages exceeded", "the lines under stream")
