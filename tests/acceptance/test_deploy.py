@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from outbox import admin
 from outbox.config import Settings
-from tests.acceptance.test_docs import check_command
+from tests.acceptance.test_docs import blocks, check_command, invocations, named, run
+from tests.bed import rows
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -50,6 +53,27 @@ def the(kind: str) -> dict[str, Any]:
     """The only object of its kind."""
     (found,) = (each for each in OBJECTS if each["kind"] == kind)
     return found
+
+
+# --- the guide
+
+
+def test_roles_of_the_guide_are_enough(database: str, tmp_path: Path) -> None:
+    """The SQL and the command as they are, but for the names of the roles, which all databases of a server share."""
+    guide, suffix = DEPLOY / "README.md", database.rpartition("/")[2]
+
+    def own(text: str) -> str:
+        return re.sub(r"\b(shop|outbox_relay|outbox_operator)\b", rf"\1_{suffix}", text)
+
+    rows(database, f"CREATE ROLE shop_{suffix} LOGIN")
+    rows(database, own(named(guide, "sql")["roles"]))
+    (migrate,) = (words for block in blocks(guide, "sh") for words in invocations(block) if "--relay-role" in words)
+    environment = {"OUTBOX_DATABASE_URL": database}
+    run(sys.executable, "-m", "outbox", *map(own, migrate), folder=tmp_path, environment=environment)
+
+    rows(database.replace("postgres@", f"shop_{suffix}@"), named(guide, "sql")["an event"])
+    for role in ("outbox_relay", "outbox_operator"):
+        assert admin.status(database.replace("postgres@", f"{role}_{suffix}@")).pending_transactions == 1
 
 
 # --- Kubernetes
