@@ -53,7 +53,7 @@ def of_histograms(names: list[str]) -> dict[str, frozenset[str]]:
 def registered() -> dict[str, frozenset[str]]:
     """The names that the registry of a relay has."""
     registry = CollectorRegistry()
-    importlib.import_module("outbox.metrics").Metrics("outbox", registry=registry)
+    importlib.import_module("outbox.metrics").Metrics("outbox", "0", registry)
     found: dict[str, frozenset[str]] = {}
     for each in set[Any](registry._collector_to_names):
         name, labels = each._name, frozenset({"schema", *each._labelnames})

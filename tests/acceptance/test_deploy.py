@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from outbox import admin
+from outbox import admin, options
 from outbox.config import Settings
 from tests.acceptance.test_docs import blocks, check_command, invocations, named, run
 from tests.bed import rows
@@ -37,16 +37,18 @@ SECRETS = {each["metadata"]["name"]: each["stringData"] for each in OBJECTS if e
 each_pod = pytest.mark.parametrize("name", PODS)
 
 
-def check_settings(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails unless all are settings, or the files of settings, and the values are accepted."""
+def check_setting(variable: str) -> None:
+    """Fails unless this is a setting, or the file of one."""
+    name = variable.removeprefix("OUTBOX_").lower()
+    assert {name, name.removesuffix("_file")} & Settings.model_fields.keys(), variable
+
+
+def check_settings(variables: Mapping[str, str | Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails unless all are settings, or the files of settings, and what they say is accepted."""
     for variable, value in variables.items():
-        assert variable.startswith("OUTBOX_")
-        name = variable.removeprefix("OUTBOX_").lower()
-        if name not in Settings.model_fields:
-            assert name.removesuffix("_file") in Settings.model_fields, variable
-        elif not value.startswith("/"):
-            monkeypatch.setenv(variable, value)
-    Settings()
+        check_setting(variable)
+        monkeypatch.setenv(variable, str(value))
+    options.settings()
 
 
 def the(kind: str) -> dict[str, Any]:
@@ -104,13 +106,15 @@ def test_kustomization_is_built() -> None:
 
 
 @each_pod
-def test_command_and_settings_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (container,) = PODS[name]["spec"]["containers"]
+def test_command_and_settings_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (container,), (volume,) = PODS[name]["spec"]["containers"], PODS[name]["spec"]["volumes"]
     check_command(container["args"])
     (generated,) = KUSTOMIZATION["configMapGenerator"]
     assert container["envFrom"] == [{"configMapRef": {"name": generated["name"]}}]
-    variables = dict(literal.split("=", 1) for literal in generated["literals"])
-    check_settings(variables | {each["name"]: each["value"] for each in container["env"]}, monkeypatch)
+    for key, secret in SECRETS[volume["secret"]["secretName"]].items():
+        (tmp_path / key).write_text(secret)
+    files = {each["name"]: tmp_path / Path(each["value"]).name for each in container["env"]}
+    check_settings(files | dict(literal.split("=", 1) for literal in generated["literals"]), monkeypatch)
     assert container["image"] in {each["name"] for each in KUSTOMIZATION["images"]}
 
 
@@ -215,14 +219,18 @@ def test_systemd_knows_every_line_and_finds_it_hardened(words: list[str], tmp_pa
     assert done.stderr == ""
 
 
-def test_unit_runs_a_command_with_settings_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unit_runs_a_command_with_settings_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ((program, *words),) = (line.split() for line in directives("ExecStart"))
     assert Path(program).name == "outbox"
     check_command(words)
     assert directives("EnvironmentFile") == ["/etc/outbox/%i.env"]
     lines = [line for line in SETTINGS.read_text().splitlines() if not line.startswith("#")]
-    check_settings(dict(line.split("=", 1) for line in lines), monkeypatch)
-    check_settings(dict(line.split("=", 1) for line in directives("#?Environment")), monkeypatch)
+    given = dict(line.split("=", 1) for line in (*lines, *directives("Environment")))
+    assert given["OUTBOX_DATABASE_URL_FILE"] == "%d/database-url"
+    (tmp_path / "database-url").write_text("postgresql://outbox_relay@postgres/shop\n")
+    check_settings(given | {"OUTBOX_DATABASE_URL_FILE": str(tmp_path / "database-url")}, monkeypatch)
+    for line in directives("#Environment"):
+        check_setting(line.split("=")[0])
 
 
 def test_unit_hands_over_the_credentials_that_its_settings_name() -> None:
