@@ -57,6 +57,11 @@ def the(kind: str) -> dict[str, Any]:
     return found
 
 
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    """The variables that are given to a container alone."""
+    return {each["name"]: each["value"] for each in container["env"]}
+
+
 # --- the guide
 
 
@@ -70,8 +75,8 @@ def test_roles_of_the_guide_are_enough(database: str, tmp_path: Path) -> None:
     rows(database, f"CREATE ROLE shop_{suffix} LOGIN")
     rows(database, own(named(guide, "sql")["roles"]))
     (migrate,) = (words for block in blocks(guide, "sh") for words in invocations(block) if "--relay-role" in words)
-    environment = {"OUTBOX_DATABASE_URL": database}
-    run(sys.executable, "-m", "outbox", *map(own, migrate), folder=tmp_path, environment=environment)
+    owner = {"OUTBOX_DATABASE_URL": database}
+    run(sys.executable, "-m", "outbox", *map(own, migrate), folder=tmp_path, environment=owner)
 
     rows(database.replace("postgres@", f"shop_{suffix}@"), named(guide, "sql")["an event"])
     for role in ("outbox_relay", "outbox_operator"):
@@ -113,8 +118,11 @@ def test_command_and_settings_exist(name: str, tmp_path: Path, monkeypatch: pyte
     assert container["envFrom"] == [{"configMapRef": {"name": generated["name"]}}]
     for key, secret in SECRETS[volume["secret"]["secretName"]].items():
         (tmp_path / key).write_text(secret)
-    files = {each["name"]: tmp_path / Path(each["value"]).name for each in container["env"]}
-    check_settings(files | dict(literal.split("=", 1) for literal in generated["literals"]), monkeypatch)
+    variables = dict(literal.split("=", 1) for literal in generated["literals"]) | environment(container)
+    files = {
+        name: tmp_path / Path(path).name for name, path in environment(container).items() if name.endswith("_FILE")
+    }
+    check_settings(variables | files, monkeypatch)
     assert container["image"] in {each["name"] for each in KUSTOMIZATION["images"]}
 
 
@@ -125,8 +133,7 @@ def test_secrets_are_files_that_are_there(name: str) -> None:
     assert mount["name"] == volume["name"]
     assert mount["readOnly"]
     there = {f"{mount['mountPath']}/{key}" for key in SECRETS[volume["secret"]["secretName"]]}
-    assert {each["value"] for each in container["env"]} == there
-    assert all(each["name"].endswith("_FILE") for each in container["env"])
+    assert {path for name, path in environment(container).items() if name.endswith("_FILE")} == there
     assert volume["secret"]["defaultMode"] == 0o440, "the group of the pod may read them, nobody may write"
 
 
