@@ -1,4 +1,4 @@
-"""Files for Kubernetes and systemd, and the guide: they fit their schemas, what they name exists, the guide's SQL runs."""
+"""Files for Kubernetes and systemd, and the guide: they fit their schemas, what they name exists, the SQL runs."""
 
 from __future__ import annotations
 
