@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -12,14 +13,12 @@ from outbox import deadcli, demo, migrating, opscli, process, rebasing, retentio
 from outbox.bench import command as bench
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
-from outbox.machine import machine
+from outbox.machine import machine, printable
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
 from outbox.screen import out
 
 app = typer.Typer(
     name="outbox",
-    help="Transactional outbox for Postgres and NATS JetStream. Settings: flag, else OUTBOX_… in the environment, "
-    "else outbox.toml. Exit codes: 0 done, 1 failed, 2 usage.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,8 +31,26 @@ def main() -> None:
     try:
         app()
     except OutboxError as error:
-        err.print(f"outbox: {error}")
+        err.print(printable(f"outbox: {error}"))
         sys.exit(1)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"outbox-relay {metadata.version('outbox-relay')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Transactional outbox for Postgres and NATS JetStream.
+
+    Settings: flag, else OUTBOX_… in the environment, else outbox.toml. Exit codes: 0 done, 1 failed, 2 usage.
+    """
 
 
 @app.command()

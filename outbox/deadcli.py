@@ -20,7 +20,9 @@ from outbox.transaction import DeadReason
 app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
 
 Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead letters.")]
-Reason = Annotated[DeadReason | None, typer.Option(help="Only those with this reason.")]
+Reason = Annotated[
+    DeadReason | None, typer.Option(metavar="REASON", help="Only those with this reason, as the list names it.")
+]
 Subject = Annotated[str | None, typer.Option(help="Only those with an event on this subject; * and > as in NATS.")]
 Since = Annotated[datetime | None, typer.Option(help="Only those that died at this time or later.")]
 Until = Annotated[datetime | None, typer.Option(help="Only those that died before this time.")]

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from outbox import telemetry
 from outbox.config import LogFormat
+from outbox.machine import printable
 
 USUAL = (
     telemetry.PageRead,
@@ -50,7 +51,7 @@ def level(happening: telemetry.Happening) -> str:
 
 
 def _human(happening: telemetry.Happening) -> str:
-    return f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {telemetry.sentence(happening)}"
+    return f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {printable(telemetry.sentence(happening))}"
 
 
 def _json(happening: telemetry.Happening) -> str:

@@ -1,4 +1,4 @@
-"""What the commands print for machines: values as JSON, as `docs/schemas` describe them. Pure."""
+"""What is printed: values as JSON for machines, as `docs/schemas` describe them, and text made safe for terminals. Pure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ def machine(value: Any, *, indent: int | None = 2) -> str:
     Bytes are text where they are UTF-8; else an object with the one key `base64`.
     """
     return json.dumps(_plain(value), default=_text, indent=indent)
+
+
+def printable(text: str) -> str:
+    """The text without anything that a terminal would take for a command: what comes from rows is hostile."""
+    return "".join(each if each.isprintable() or each == "\n" else _escaped(each) for each in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from outbox.errors import Weather
 from outbox.machine import machine
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, settings
 from outbox.rates import History
-from outbox.screen import out
+from outbox.screen import out, say
 
 SECONDS = 1.0  # between two looks of a watch
 
@@ -163,9 +163,9 @@ def pause(
     given = settings(database_url=database_url, schema=schema_name)
     found = pausing.pause(given.database_url, given.schema, why)
     if found.changed:
-        out.print(f"paused: {found.paused_why}")
+        say(f"paused: {found.paused_why}")
     else:
-        out.print(f"it was paused already, since {found.paused_at:%F %T}: {found.paused_why}")
+        say(f"it was paused already, since {found.paused_at:%F %T}: {found.paused_why}")
 
 
 def resume(database_url: DatabaseURL = None, schema_name: Schema = None) -> None:

@@ -14,6 +14,7 @@ from outbox.admin import Status
 from outbox.comparison import Comparison
 from outbox.diagnosis import Check, Colour
 from outbox.letters import DeadLetter
+from outbox.machine import printable
 from outbox.rates import Rates
 from outbox.showing import Shown
 
@@ -22,6 +23,15 @@ OLD_SECONDS = 60.0  # a transaction that waits longer is worth a look
 GOOD, WARN, BAD = "green", "yellow", "bold red"
 SHOWN_ANOMALIES = 50
 out = Console(markup=False, emoji=False, highlight=False)  # what is shown comes from rows: hostile until checked
+
+
+def say(text: str) -> None:
+    """One line of text."""
+    out.print(printable(text))
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 @contextmanager
@@ -56,15 +66,15 @@ def status_view(found: Status, rates: Rates | None = None, backlog: str = "") ->
     title = f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}"
     table = _table("what", "value")
     for name, value, style in _status_rows(found, rates, backlog):
-        table.add_row(name, Text(value, style=style))
-    parts: list[RenderableType] = [Text(title), table]
+        table.add_row(name, _text(value, style))
+    parts: list[RenderableType] = [_text(title), table]
     if found.streams:
         streams = _table(
             "stream", "mode", "last sequence", "transactions", "events", "planned", title="sent, by stream"
         )
         for each in found.streams:
             numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)
-            streams.add_row(each.name, each.mode, *(f"{number:,}" for number in numbers))
+            streams.add_row(_text(each.name), each.mode, *(f"{number:,}" for number in numbers))
         parts.append(streams)
     return Group(*parts)
 
@@ -98,30 +108,30 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
 
 def show_transaction(found: Shown) -> None:
     """One transaction with its events and its receipt; long payloads are cut."""
-    out.print(f"transaction {found.position}: {found.state}, {found.event_count} events, {found.sealed_at:%F %T}")
+    say(f"transaction {found.position}: {found.state}, {found.event_count} events, {found.sealed_at:%F %T}")
     if found.replay_of:
-        out.print(f"a replay of transaction {found.replay_of}")
+        say(f"a replay of transaction {found.replay_of}")
     if found.replays:
-        out.print(f"replayed as {', '.join(map(str, found.replays))}")
+        say(f"replayed as {', '.join(map(str, found.replays))}")
     if found.sent_at:
         places = f"sequences {found.first_sequence} to {found.last_sequence}"
-        out.print(f"receipt: stream {found.stream}, {places}, {found.sent_at:%F %T}")
+        say(f"receipt: stream {found.stream}, {places}, {found.sent_at:%F %T}")
     if found.dead_at:
-        out.print(f"dead since {found.dead_at:%F %T}: {found.dead_reason}")
+        say(f"dead since {found.dead_at:%F %T}: {found.dead_reason}")
     if found.discarded_at:
-        out.print(f"discarded {found.discarded_at:%F %T}")
+        say(f"discarded {found.discarded_at:%F %T}")
     if found.problem:
-        out.print(f"the stream could not be asked: {found.problem}")
+        say(f"the stream could not be asked: {found.problem}")
     for number, each in enumerate(found.events, start=1):
         place = f", sequence {each.sequence}: {each.in_stream or 'unknown'}" if each.sequence else ""
         table = Table(show_header=False, title=f"event {number}{place}", title_justify="left")
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         table.add_row("message id", str(each.message_id))
-        table.add_row("subject", Text(each.subject))
+        table.add_row("subject", _text(each.subject))
         for name, value in (each.headers or {}).items():
-            table.add_row(Text(name), Text(str(value)))
-        table.add_row("payload", Text(_shortened(each.payload)))
+            table.add_row(_text(name), _text(str(value)))
+        table.add_row("payload", _text(_shortened(each.payload)))
         out.print(table)
 
 
@@ -135,7 +145,8 @@ def show_letters(letters: Iterable[DeadLetter]) -> None:
     table = _table("position", "events", "subjects", "reason", "dead since", "discarded")
     for each in letters:
         times = (f"{at:%F %T}" if at else "" for at in (each.dead_at, each.discarded_at))
-        table.add_row(str(each.position), str(each.event_count), ", ".join(each.subjects), each.reason, *times)
+        words = (_text(", ".join(each.subjects)), _text(each.reason))
+        table.add_row(str(each.position), str(each.event_count), *words, *times)
     out.print(table)
 
 
@@ -148,10 +159,10 @@ def show_checks(checks: Sequence[Check]) -> None:
     table.add_column(overflow="fold", max_width=21)
     table.add_column(overflow="fold", ratio=1)
     for each in checks:
-        words = Text(each.found)
+        words = _text(each.found)
         if each.remedy:
-            words.append(f"\n-> {each.remedy}", style="bold")
-        table.add_row(Text(each.colour, style=styles[each.colour]), each.area, Text(each.name), words)
+            words.append(printable(f"\n-> {each.remedy}"), style="bold")
+        table.add_row(_text(each.colour, styles[each.colour]), each.area, _text(each.name), words)
     out.print(table)
     counts = {colour: sum(each.colour is colour for each in checks) for colour in Colour}
     out.print(", ".join(f"{count} {colour}" for colour, count in counts.items()))
@@ -163,14 +174,14 @@ def show_comparisons(comparisons: Iterable[Comparison]) -> None:
     table, anomalies = _table(*columns), []
     for each in comparisons:
         counts = (each.transactions, each.messages, len(each.anomalies), each.foreign, each.replayed, each.removed)
-        table.add_row(each.stream, *map(str, counts), str(each.unknown))
+        table.add_row(_text(each.stream), *map(str, counts), str(each.unknown))
         anomalies += [(each.stream, anomaly) for anomaly in each.anomalies]
     out.print(table)
     if anomalies:
         wrong = _table("stream", "kind", "position", "sequence", "what", title="anomalies")
         for stream, found in anomalies[:SHOWN_ANOMALIES]:
             places = ("" if place is None else str(place) for place in (found.position, found.sequence))
-            wrong.add_row(stream, found.kind, *places, found.what)
+            wrong.add_row(_text(stream), found.kind, *places, _text(found.what))
         out.print(wrong)
         if len(anomalies) > SHOWN_ANOMALIES:
-            out.print(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all")
+            say(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all")

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from outbox.metrics import Metrics
 
+
 def of_histograms(names: list[str]) -> dict[str, frozenset[str]]:
     """The series of histograms."""
     of_buckets = {f"{name}_bucket": frozenset({"schema", "le"}) for name in names}

@@ -144,7 +144,8 @@ def needed(wanted: Iterable[Requirement]) -> Iterator[Requirement]:
 
 def test_every_package_of_the_image_is_locked_with_its_hashes() -> None:
     """Those of the project and its extra `traces`, and what they need; the head of the list says how it is made."""
-    blocks = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", (ROOT / "docs" / "deploy" / "requirements.txt").read_text(), flags=re.MULTILINE))
+    text = (ROOT / "docs" / "deploy" / "requirements.txt").read_text()
+    blocks = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
     assert all("--hash=sha256:" in block for block in blocks)
     locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", block)[0] for block in blocks)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
