@@ -47,6 +47,9 @@ class Status:
     cursor: int
     blocked: str | None
     blocked_since: datetime | None
+    paused_at: datetime | None
+    paused_why: str | None
+    observed_at: datetime
     pending_transactions: int
     pending_events: int
     oldest_pending_seconds: float | None
@@ -84,6 +87,9 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
         cursor=row[4],
         blocked=row[5],
         blocked_since=row[6],
+        paused_at=row[14],
+        paused_why=row[15],
+        observed_at=row[16],
         pending_transactions=row[9],
         pending_events=row[10],
         oldest_pending_seconds=row[11],

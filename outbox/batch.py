@@ -90,6 +90,12 @@ def take(queue: Iterable[Transaction], packing: Packing) -> list[Transaction]:
     return taken
 
 
+def trace_contexts(batch: Batch) -> list[str]:
+    """The W3C trace contexts that the batch's events carry, each once."""
+    found = (event.headers.get("traceparent") for each in batch.transactions for event in each.events)
+    return list(dict.fromkeys(context for context in found if context))
+
+
 class Frames(NamedTuple):
     """A batch as nats-server reads it, one frame a message; `largest` is as the server counts against max_payload."""
 
@@ -107,7 +113,7 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
     made: list[bytes] = []
     fence = f"Nats-Expected-Stream: {batch.stream}\r\nNats-Expected-Last-Sequence: {batch.base}\r\n"
     for transaction in batch.transactions:
-        whole = f"Outbox-Transaction: {transaction.position}\r\nOutbox-Transaction-Count: {transaction.count}\r\n"
+        whole = f"{_place(transaction)}\r\nOutbox-Transaction-Count: {transaction.count}\r\n"
         for place, event in enumerate(transaction.events, start=1):
             number += 1
             last = number == total
@@ -127,6 +133,13 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
             made.append(b"".join((command, head, event.payload, b"\r\n")))
             largest = max(largest, size)
     return Frames(made, largest)
+
+
+def _place(transaction: Transaction) -> str:
+    """Which transaction this is. A replay must not look like one to who follows the positions."""
+    if transaction.replay_of:
+        return f"Outbox-Replay: {transaction.replay_of}\r\nOutbox-Replay-Position: {transaction.position}"
+    return f"Outbox-Transaction: {transaction.position}"
 
 
 def _lines(headers: Mapping[str, str]) -> str:

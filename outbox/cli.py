@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import gc
-import json
-import logging
-import os
-import signal
 import sys
-from datetime import UTC, datetime
-from typing import Annotated, Any
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
-from outbox import admin, configcli, deadcli, demo, migrating, rebasing, retention, schema, screen, telemetry, verifying
+from outbox import deadcli, demo, migrating, opscli, process, rebasing, retention, schema, screen, verifying
 from outbox.bench import command as bench
-from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted, Settings
+from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
+from outbox.machine import machine, printable
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
-from outbox.relay import Relay
 from outbox.screen import out
 
 app = typer.Typer(
     name="outbox",
-    help="Transactional outbox for Postgres and NATS JetStream. Settings: flag, else OUTBOX_… in the environment, "
-    "else outbox.toml. Exit codes: 0 done, 1 failed, 2 usage.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 
 def main() -> None:
@@ -41,8 +31,26 @@ def main() -> None:
     try:
         app()
     except OutboxError as error:
-        err.print(f"outbox: {error}")
+        err.print(printable(f"outbox: {error}"))
         sys.exit(1)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"outbox-relay {metadata.version('outbox-relay')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Transactional outbox for Postgres and NATS JetStream.
+
+    Settings: flag, else OUTBOX_… in the environment, else outbox.toml. Exit codes: 0 done, 1 failed, 2 usage.
+    """
 
 
 @app.command()
@@ -97,8 +105,8 @@ def relay(
     create_stream: Annotated[str | None, typer.Option(metavar="NAME", help="First create this stream.")] = None,
     subjects: Annotated[list[str] | None, typer.Option(help="Subjects of the stream to create.")] = None,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Health and metrics over HTTP.")] = None,
+    traces: Annotated[bool | None, typer.Option("--traces", help="A span for each batch (OpenTelemetry).")] = None,
     log: Annotated[LogFormat | None, typer.Option(help="How to say what happens, on standard error.")] = None,
-    traces: Annotated[bool | None, typer.Option("--traces", help="Traces by OpenTelemetry.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say every page, batch and mark too.")] = False,
 ) -> None:
     """Publish pending transactions until SIGTERM or SIGINT; start a second one as a standby.
@@ -119,49 +127,15 @@ def relay(
         retention=retention,
         durability=durability,
         listen=listen,
-        log=log,
         traces=traces,
+        log=log,
     )
-    # What is read is freed by reference counts; looking for cycles in it took a quarter of the time.
-    gc.freeze()
-    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    _run(
-        _relay(
-            given,
-            drain=drain,
-            create=(create_stream, subjects) if create_stream and subjects else None,
-            tell=_teller(given.log, verbose=verbose),
-        )
+    process.run(
+        given,
+        drain=drain,
+        create=(create_stream, subjects) if create_stream and subjects else None,
+        verbose=verbose,
     )
-
-
-async def _relay(
-    given: Settings, *, drain: bool, create: tuple[str, list[str]] | None, tell: telemetry.Listener
-) -> None:
-    process = Relay(given, tell=tell, create_stream=create)
-    loop = asyncio.get_running_loop()
-    # Not the loop's own handlers: its end brings the default back, and a second signal would kill us on the way out.
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(process.stop))
-    try:
-        await process.run(drain=drain)
-    finally:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-
-@app.command()
-def status(database_url: DatabaseURL = None, schema_name: Schema = None, as_json: AsJson = False) -> None:
-    """Show what is pending, sent and dead, who leads, and each stream.
-
-    Example: outbox status --json
-    """
-    given = settings(database_url=database_url, schema=schema_name)
-    found = admin.status(given.database_url, given.schema)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found), default=str, indent=2))
-    else:
-        screen.show_status(found)
 
 
 @app.command()
@@ -215,7 +189,7 @@ def verify(
     with screen.progress() as progress:
         found = asyncio.run(verifying.verify(given, first=first, last=last, stream=stream, progress=progress))
     if as_json:
-        print(json.dumps([each.summary() for each in found], indent=2))
+        print(machine([each.summary() for each in found]))
     else:
         screen.show_comparisons(found)
     if any(each.anomalies for each in found):
@@ -237,40 +211,7 @@ def purge(
     out.print(f"{gone} transactions are deleted")
 
 
-app.command(name="config")(configcli.command)
+opscli.register(app)
 app.command(name="demo")(demo.command)
 app.command(name="bench")(bench.command)
 app.add_typer(deadcli.app, name="dead")
-
-
-def _run(work: Any) -> None:
-    # nats-py's TLS makes the loop say so whenever a server hangs up; it means nothing.
-    logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
-
-
-def _teller(log: LogFormat, *, verbose: bool) -> telemetry.Listener:
-    usual = (telemetry.PageRead, telemetry.BatchSent, telemetry.Marked, telemetry.Purged, telemetry.Slept)
-
-    def tell(happening: telemetry.Happening) -> None:
-        if not verbose and isinstance(happening, usual):
-            return
-        if log is LogFormat.JSON:
-            at = datetime.now(UTC).isoformat(timespec="milliseconds")
-            fields = {
-                "time": at,
-                "pid": os.getpid(),
-                "event": type(happening).__name__,
-                **dataclasses.asdict(happening),
-            }
-            print(json.dumps(fields, default=str), file=sys.stderr, flush=True)
-        else:
-            line = f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {telemetry.sentence(happening)}"
-            err.print(line)
-
-    return tell

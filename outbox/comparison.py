@@ -11,7 +11,7 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from outbox.plan import Seen
 from outbox.positions import Range, merged
@@ -40,6 +40,20 @@ class Anomaly:
     position: int | None
     sequence: int | None
     what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a comparison came to: counts of transactions and of messages, as `Comparison` has them, and anomalies."""
+
+    stream: str
+    transactions: int
+    messages: int
+    foreign: int
+    replayed: int
+    removed: int
+    unknown: int
+    anomalies: list[Anomaly]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +89,7 @@ class Comparison:
             if message is None:
                 continue
             self.messages += 1
+            self.replayed += message.replayed and self.knows(message.outbox_id)
             row = rows.get(message.position or 0)
             if self._is_good(sequence, message, row):
                 _extend(self._good, sequence)
@@ -91,16 +106,12 @@ class Comparison:
         return sequence == row.first + (message.number or 0) - 1
 
     def _is_ours(self, message: Seen, row: Row | None) -> bool:
-        if message.replayed:
-            return False
         return self.knows(message.outbox_id) or (self.adopting and row is not None and _is_of(message, row))
 
     def _judge(self, sequence: int, message: Seen, row: Row | None) -> bool:
         """Say what is wrong with a message; False if that cannot be said yet, because its transaction is not marked."""
         position = message.position
-        if message.replayed and self.knows(message.outbox_id):
-            self.replayed += 1
-        elif position is None or not (self.knows(message.outbox_id) or self._is_ours(message, row)):
+        if position is None or not (self.knows(message.outbox_id) or self._is_ours(message, row)):
             self.foreign += 1
             if not self.shared:
                 self._add("foreign", None, sequence, "a message of somebody else, in a stream of the relay alone")
@@ -179,18 +190,10 @@ class Comparison:
                 what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
                 self._add(kind, row.position, row.first, what)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> Summary:
         """Counts and anomalies, for machines."""
-        return {
-            "stream": self.stream,
-            "transactions": self.transactions,
-            "messages": self.messages,
-            "foreign": self.foreign,
-            "replayed": self.replayed,
-            "removed": self.removed,
-            "unknown": self.unknown,
-            "anomalies": [asdict(anomaly) for anomaly in self.anomalies],
-        }
+        counts = {name: getattr(self, name) for name in Summary.__slots__[1:-1]}
+        return Summary(stream=self.stream, anomalies=self.anomalies, **counts)
 
     def _add(self, kind: str, position: int | None, sequence: int | None, what: str) -> None:
         self.anomalies.append(Anomaly(kind=kind, position=position, sequence=sequence, what=what))

@@ -124,7 +124,7 @@ class Settings(BaseModel):
     )
     listen: str = Field("", description="HOST:PORT for health and metrics over HTTP; empty: off.")
     log: LogFormat = Field(LogFormat.HUMAN, description="What the relay says on standard error: for people, or JSON.")
-    traces: bool = Field(False, description="Traces by OpenTelemetry.")
+    traces: bool = Field(False, description="A span for each batch (OpenTelemetry); needs outbox-relay[traces].")
 
     @field_validator("database_url")
     @classmethod
@@ -250,11 +250,33 @@ class Settings(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting as anybody may read it; `value` is null where none is given, `source` where it comes from."""
+
+    name: str
+    variable: str
+    value: str | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """Settings, and where each that is not the default comes from."""
 
     settings: Settings
     origins: dict[str, str]
+
+    def listed(self) -> list[Setting]:
+        """All of them, in their order."""
+        return [
+            Setting(
+                name=name,
+                variable=sources.variable(name),
+                value=self.settings.shown(name),
+                source=self.origins.get(name, "default"),
+            )
+            for name in Settings.model_fields
+        ]
 
 
 class WrongSettings(Misconfigured):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import json
 from datetime import datetime
 from typing import Annotated
 
 import typer
 
-from outbox import letters, screen
+from outbox import letters, screen, showing
 from outbox.config import Settings
+from outbox.errors import Misconfigured
 from outbox.letters import DeadLetter, Selection
+from outbox.machine import machine
 from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
 from outbox.transaction import DeadReason
 
 app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
 
 Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead letters.")]
-Reason = Annotated[DeadReason | None, typer.Option(help="Only those with this reason.")]
+Reason = Annotated[
+    DeadReason | None, typer.Option(metavar="REASON", help="Only those with this reason, as the list names it.")
+]
 Subject = Annotated[str | None, typer.Option(help="Only those with an event on this subject; * and > as in NATS.")]
 Since = Annotated[datetime | None, typer.Option(help="Only those that died at this time or later.")]
 Until = Annotated[datetime | None, typer.Option(help="Only those that died before this time.")]
@@ -64,7 +68,7 @@ def list_(
     selection = dataclasses.replace(_selection(None, reason, subject, since, until), discarded=discarded)
     found = _selected(given, selection)
     if as_json:
-        print(json.dumps([dataclasses.asdict(each) for each in found], default=str, indent=2))
+        print(machine(found))
     else:
         screen.show_letters(found)
 
@@ -74,15 +78,20 @@ def show(
     position: Annotated[int, typer.Argument(help="Position of the dead letter.")],
     database_url: DatabaseURL = None,
     schema_name: Schema = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show one dead letter with its events.
 
     Example: outbox dead show 42
     """
     given = settings(database_url=database_url, schema=schema_name)
-    events = letters.events_of(given.database_url, given.schema, position)
-    for letter in _selected(given, Selection(positions=[position], discarded=True)):
-        screen.show_letter(letter, events)
+    found = asyncio.run(showing.show(given, position))
+    if found.dead_at is None:
+        raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
+    if as_json:
+        print(machine(found))
+    else:
+        screen.show_transaction(found)
 
 
 @app.command()

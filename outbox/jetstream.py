@@ -93,27 +93,22 @@ class JetStream:
                 f"nats-server {version} has no atomic batches: it would store every message by itself",
                 remedy="upgrade nats-server to 2.12.1 or later (2.12.14, 2.14.4 or 2.15 recommended)",
             )
-        if not await self._there():
-            await self.close()
-            raise Weather(
-                f"no JetStream answers at {self._api}",
-                remedy="turn JetStream on in nats-server; or, behind a leaf node, see OUTBOX_NATS_DOMAIN",
-            )
+        await self._look_for_jetstream()
         self._prefix = self._nc.new_inbox()
         await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
         self._sender = asyncio.create_task(self._send_in_order())
         self._sender.add_done_callback(lambda _: self._news())
         return self
 
-    async def _there(self) -> bool:
-        """False if nobody listens where JetStream should; who only is silent may lack a leader for a while."""
-        try:
-            await self._nc.request(f"{self._api}.STREAM.NAMES", timeout=API_SECONDS)
-        except nats.errors.NoRespondersError:
-            return False
-        except (TimeoutError, nats.errors.Error):
-            pass
-        return True
+    async def _look_for_jetstream(self) -> None:
+        """Raise `Weather` if nobody listens where JetStream should; who is only silent may lack a leader just now."""
+        with contextlib.suppress(TimeoutError, nats.errors.Error):
+            try:
+                await self._nc.request(f"{self._api}.STREAM.NAMES", timeout=API_SECONDS)
+            except nats.errors.NoRespondersError as error:
+                await self.close()
+                remedy = "turn JetStream on in nats-server; or, behind a leaf node, see OUTBOX_NATS_DOMAIN"
+                raise Weather(f"no JetStream answers at {self._api}", remedy=remedy) from error
 
     async def close(self) -> None:
         """Close the connection; idempotent, blocks for at most two seconds."""
@@ -140,6 +135,24 @@ class JetStream:
     def max_payload(self) -> int:
         """The most bytes of payload and headers that the server takes; more closes the connection for good."""
         return self._nc.max_payload
+
+    async def ask(self, call: str, body: object = None) -> dict[str, Any]:
+        """JetStream's own answer to a call of its API; raises `Weather`, or `Refused` with the code of its refusal."""
+        return await self._request(call, body)
+
+    async def probe(self, subject: str) -> Outcome:
+        """What the stream's leader says to the second message of a batch that has no first: nothing is ever stored.
+
+        10176 says that atomic batches are on, 10174 that they are off, 10060 that the server does not know them.
+        """
+        headers = {"Nats-Batch-Id": "probe", "Nats-Batch-Sequence": "2", "Nats-Expected-Stream": "~probe~"}
+        try:
+            reply = await self._nc.request(subject, b"", headers=headers, timeout=API_SECONDS)
+        except nats.errors.NoRespondersError:
+            return Unknown(why="no responders: the subject is in no stream, or the stream has no leader")
+        except (TimeoutError, nats.errors.Error) as error:
+            return Unknown(why=self.forbidden or str(error) or "no answer within the time limit")
+        return read_reply(reply.data)
 
     async def stream_of(self, subject: str) -> str | None:
         """The stream that takes `subject` by JetStream's own answer, or None if it says that there is none."""
@@ -327,7 +340,7 @@ def _seen(message: dict[str, Any]) -> Seen:
     return Seen(
         outbox_id=headers.get("Outbox-Id"),
         message_id=headers.get("Nats-Msg-Id"),
-        position=number("Outbox-Transaction"),
+        position=number("Outbox-Replay-Position" if "Outbox-Replay" in headers else "Outbox-Transaction"),
         number=number("Outbox-Transaction-Sequence"),
         count=number("Outbox-Transaction-Count"),
         replayed="Outbox-Replay" in headers,

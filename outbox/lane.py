@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 from outbox import recovery
 from outbox.backoff import Backoff
-from outbox.batch import Packing
+from outbox.batch import Batch, Packing, trace_contexts
 from outbox.chain import CHAINED, SHARED, Chain
 from outbox.config import BatchMode, Settings
 from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream, StreamInfo
-from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning
+from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.rows import Lead, StreamRow
-from outbox.telemetry import BatchSent, Blocked, InDoubt, Listener, Settled, Shared
+from outbox.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.transaction import Limits
 
 NO_LIMIT = 1 << 62
@@ -94,6 +94,7 @@ class Lane:
                 break
             learned = True
             self._outcomes.popleft()
+            self._ended(self.chain.in_flight[0], outcome, now - (deadline - self._settings.ack_timeout))
             self.chain.learn(outcome)
             if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
                 self.proven = True
@@ -103,6 +104,19 @@ class Lane:
             if self.chain.in_doubt:
                 self._give_up()
         return learned
+
+    def _ended(self, batch: Batch, outcome: Outcome, seconds: float) -> None:
+        contexts = trace_contexts(batch) if self._settings.traces else ()
+        self._tell(
+            BatchEnded(
+                stream=batch.stream,
+                outcome=word(outcome),
+                transactions=len(batch.transactions),
+                messages=batch.count,
+                seconds=seconds,
+                contexts=contexts,
+            )
+        )
 
     def _give_up(self) -> None:
         """Nobody waits for what is in flight any more; what is not on the wire yet is not sent."""
@@ -200,11 +214,11 @@ class Lane:
         return bool(batches)
 
     def report(self) -> None:
-        """Say it when something has begun to hold this stream back."""
+        """Say it when something has begun, or ceased, to hold this stream back."""
         if self.chain.blocked != self._told:
             self._told = self.chain.blocked
-            if self._told:
-                self._tell(Blocked(stream=self.chain.stream, why=self._told))
+            told, stream = self._told, self.chain.stream
+            self._tell(Unblocked(stream=stream) if told is None else Blocked(stream=stream, why=told))
 
     def dues(self) -> Iterator[float]:
         """The loop's times at which this lane wants to be looked at."""

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from outbox.caution import Caution
+from outbox.config import Settings
 from outbox.lane import Lane
 from outbox.plan import Planned
+from outbox.rows import Lead, StreamRow
 from outbox.store import Store
+from outbox.telemetry import Listener
 from outbox.transaction import Transaction
 
 
 class Lanes(dict[str, Lane]):
     """The lanes by the names of their streams."""
+
+    def __init__(
+        self, settings: Settings, lead: Lead, *, proven: bool, tell: Listener, news: Callable[[], None]
+    ) -> None:
+        """`proven` says that this process has published before."""
+        super().__init__()
+        self._settings, self._lead, self._proven, self._tell, self._news = settings, lead, proven, tell, news
+
+    def add(self, row: StreamRow, *, moved: bool = False) -> Lane:
+        """A lane for this stream; `moved` as in `Lane`."""
+        lane = Lane(row, self._settings, self._lead, moved=moved, tell=self._tell, news=self._news)
+        lane.proven = self._proven
+        self[row.name] = lane
+        return lane
+
+    async def restore(self, row: StreamRow, store: Store) -> None:
+        """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
+        lane = self.add(row, moved=self._lead.moved)
+        if row.plan:
+            lane.chain.restore(await store.entries(row.plan))
 
     @property
     def waiting(self) -> Iterator[Transaction]:
@@ -36,8 +59,8 @@ class Lanes(dict[str, Lane]):
 
     @property
     def proven(self) -> bool:
-        """True if anything was stored in this term."""
-        return any(lane.proven for lane in self.values())
+        """True if this process has published anything, in this term or before."""
+        return self._proven or any(lane.proven for lane in self.values())
 
     @property
     def moved(self) -> bool:

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from outbox.caution import Caution
 from outbox.config import OnDead, Settings
 from outbox.errors import Halt, Misconfigured
 from outbox.jetstream import JetStream
-from outbox.lane import Lane
 from outbox.lanes import Lanes
 from outbox.link import Link
 from outbox.positions import Range, below
@@ -25,10 +24,10 @@ from outbox.pulse import PING_SECONDS, Pulse
 from outbox.purger import Purger
 from outbox.reader import Reader
 from outbox.router import Router
-from outbox.rows import Decisions, Lead, StreamRow
+from outbox.rows import Decisions, Lead
 from outbox.store import Store
-from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead
-from outbox.transaction import Transaction, Verdict
+from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
+from outbox.transaction import Receipt, Transaction, Verdict
 
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 COUNT, SIZE, POSITION = attrgetter("count"), attrgetter("size"), attrgetter("position")
@@ -52,7 +51,6 @@ class Leader:
     ) -> None:
         """`proven` says that this process has published before: what cannot be used now is weather, not set-up."""
         store.notified = self._heard
-        self._proven_before = proven
         self._store, self._lead, self._settings = store, lead, settings
         self._tell, self._stop, self._drain = tell, stop, drain
         self._news = asyncio.Event()
@@ -61,16 +59,21 @@ class Leader:
         self._written = lead.cursor  # the highest position that was planned or settled: the cursor in the database
         self._router = Router(store, lead, settings, news=self._news.set)
         self._caution = Caution(store, lead, settings.read_ahead_messages)
-        self._lanes = Lanes()
+        self._lanes = Lanes(settings, lead, proven=proven, tell=tell, news=self._news.set)
         self._taken: list[Range] = []
         self._link = Link(connect, tell=tell, news=self._news.set)
         self._purger = Purger(store, settings.retention, tell)
         self._told: str | None = None
         self._began = self._clock()
-        self._pulse = Pulse(store, lead.epoch, now=self._began, tell=tell)
+        self._pulse = Pulse(store, lead, now=self._began, tell=tell)
         self._arrived = False
         term = f"{str(lead.outbox_id)[:8]}-{secrets.token_hex(6)}"
         self._batch_ids = (f"{term}-{number}" for number in itertools.count(1))
+
+    @property
+    def _held_back(self) -> bool:
+        """True if nothing more is to be read, planned or sent: the relay ends, or an operator has paused it."""
+        return self._stop.is_set() or self._pulse.paused is not None
 
     @property
     def _jetstream(self) -> JetStream | None:
@@ -79,7 +82,7 @@ class Leader:
     @property
     def proven(self) -> bool:
         """True if this process has published anything, in this term or before."""
-        return self._proven_before or self._lanes.proven
+        return self._lanes.proven
 
     async def run(self) -> bool:
         """Lead until stopped or drained: True; or until care is no longer needed, and a new term is: False.
@@ -91,7 +94,7 @@ class Leader:
             self._tell(Careful())
         try:
             for row in await self._store.streams():
-                await self._restore(row)
+                await self._lanes.restore(row, self._store)
             while not self._stop.is_set():
                 if await self.run_once() or self._news.is_set():
                     self._news.clear()
@@ -121,7 +124,7 @@ class Leader:
         await self._arrive()
         await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
         await self._route(now)
-        for lane in self._lanes.values():
+        for lane in self._lanes.values() if not self._held_back else ():
             lane.chain.extend()
         moved |= await self._commit()
         moved |= await self._send(now)
@@ -151,7 +154,7 @@ class Leader:
     async def _send(self, now: float) -> bool:
         """Send what is planned and committed, as far as the windows have room; True if anything went out."""
         sent = False
-        if self._jetstream is not None and not self._stop.is_set():
+        if self._jetstream is not None and not self._held_back:
             for lane in self._lanes.values():
                 if self._caution.active and not lane.chain.in_flight and (head := next(lane.chain.ready, None)):
                     await self._caution.suspect(head.position)
@@ -159,18 +162,6 @@ class Leader:
         return sent
 
     # --- streams
-
-    async def _restore(self, row: StreamRow) -> None:
-        """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
-        lane = self._add_lane(row, moved=self._lead.moved)
-        if row.plan:
-            lane.chain.restore(await self._store.entries(row.plan))
-
-    def _add_lane(self, row: StreamRow, *, moved: bool = False) -> Lane:
-        lane = Lane(row, self._settings, self._lead, moved=moved, tell=self._tell, news=self._news.set)
-        lane.proven = self._proven_before
-        self._lanes[row.name] = lane
-        return lane
 
     @property
     def _busy(self) -> bool:
@@ -183,7 +174,7 @@ class Leader:
                 self._jetstream,
                 self._lanes,
                 now,
-                add_lane=self._add_lane,
+                add_lane=self._lanes.add,
                 settled=self._settled,
                 proven=self.proven,
             )
@@ -192,11 +183,11 @@ class Leader:
 
     async def _read(self, now: float) -> bool:
         """Take in the page that was asked for, and ask for the next one if there is room; True if it held anything."""
-        page = await self._reader.taken(now, quiet=self._quiet)
+        page = await self._reader.taken(now, quiet=self._quiet and not self._held_back)
         self._router.incoming.extend(page or ())
         if page is not None and not self._reader.full:
             return True  # a short page is on its way before anybody asks for more
-        if self._reader.reading or now < self._reader.due or self._stop.is_set() or min(room := self._room()) <= 0:
+        if self._reader.reading or now < self._reader.due or self._held_back or min(room := self._room()) <= 0:
             return page is not None
         messages, size = room
         if self._caution.active:
@@ -258,23 +249,27 @@ class Leader:
             ),
         )
         self._router.verdicts, self._taken = [], []
-        self._caution.left -= sum(each.last_sequence - each.first_sequence + 1 for each in receipts)
         for lane in dirty:
-            lane.chain.written()
+            self._marked(lane.chain.written()[0])
         if receipts:
-            self._tell(Marked(transactions=len(receipts), last_position=receipts[-1].position))
             self._purger.marked()
             self._reader.due = 0.0  # room was made, or there is time to look for more
         self._report(verdicts)
         return True
+
+    def _marked(self, receipts: Sequence[Receipt]) -> None:
+        if receipts:
+            events = sum(each.last_sequence - each.first_sequence + 1 for each in receipts)
+            self._caution.left -= events
+            stream, last = receipts[-1].stream, receipts[-1].position
+            self._tell(Marked(stream=stream, transactions=len(receipts), events=events, last_position=last))
 
     def _report(self, verdicts: list[Verdict]) -> None:
         for each in verdicts:
             self._tell(Died(verdict=each))
         if self._router.blocked != self._told:
             self._told = self._router.blocked
-            if self._told:
-                self._tell(Blocked(stream="", why=self._told))
+            self._tell(Blocked(stream="", why=self._told) if self._told else Unblocked(stream=""))
         for lane in self._lanes.values():
             lane.report()
         if verdicts and self._settings.on_dead is OnDead.HALT:
@@ -284,9 +279,15 @@ class Leader:
             )
 
     async def _keep_alive(self, now: float) -> None:
+        before = self._pulse.paused
         if retried := await self._pulse.run_once(now):
             self._reader.reopen(retried)
             self._taken = retried
+            self._news.set()
+        if before is None and self._pulse.paused is not None:
+            await self._reader.rouse()
+        elif before is not None and self._pulse.paused is None:
+            self._reader.look_again()
             self._news.set()
 
     async def _arrive(self) -> None:
@@ -317,7 +318,7 @@ class Leader:
     def _dues(self) -> Iterator[float]:
         yield self._purger.due
         may_read = not self._caution.active or (self._jetstream is not None and self._quiet)
-        if may_read and not self._reader.reading and min(self._room()) > 0:
+        if may_read and not self._held_back and not self._reader.reading and min(self._room()) > 0:
             yield self._reader.due
         if self._jetstream is None:
             yield from self._link.dues()

@@ -1,4 +1,4 @@
-"""Dead letters as a whole story: list them, look at one, retry or discard it.
+"""Dead letters: list them, retry or discard them.
 
 A retried transaction is pending again at its old position, which the leader looks at again; it comes late, and its
 place in the order is lost. A discarded one stays in the table and is never sent. Both are recorded with their time.
@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
-from uuid import UUID
 
 from outbox import orders, queries
-from outbox.errors import Misconfigured
 from outbox.routing import matches
 from outbox.session import command_session
 
@@ -30,17 +27,6 @@ class DeadLetter:
     reason: str
     discarded_at: datetime | None
     retried_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadEvent:
-    """An event of a dead letter, as it was added."""
-
-    message_id: UUID
-    subject: str
-    headers: Any
-    payload: bytes
-    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,15 +59,6 @@ def dead_letters(url: str, name: str, selection: Selection) -> list[DeadLetter]:
         rows = connection.execute(queries.compose(orders.DEAD_LETTERS, name))
         found = (DeadLetter(**dict(zip(names, row, strict=True))) for row in rows)
         return [letter for letter in found if selection.holds(letter)]
-
-
-def events_of(url: str, name: str, position: int) -> list[DeadEvent]:
-    """The events of a dead letter, in their order. Raises `Misconfigured` if there is no such dead letter."""
-    with command_session(url) as connection:
-        rows = connection.execute(queries.compose(orders.DEAD_EVENTS, name), {"position": position}).fetchall()
-    if not rows:
-        raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
-    return [DeadEvent(message_id=m, subject=s, headers=h, payload=p, created_at=c) for m, s, h, p, c in rows]
 
 
 def retry(url: str, name: str, positions: Sequence[int]) -> list[int]:

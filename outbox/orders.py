@@ -15,8 +15,32 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
        (SELECT count(*) FROM {schema}.pending), (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending),
        (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending),
        (SELECT min(position) FROM {schema}.pending),
-       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL)
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL), r.paused_at, r.paused_why, clock_timestamp()
   FROM {schema}.relay AS r
+"""
+
+# What metrics show, every few seconds. What is pending is counted as in STATUS.
+OBSERVE = """
+SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       r.blocked IS NOT NULL, r.paused_at IS NOT NULL, p.transactions, p.events, p.oldest::float8,
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL),
+       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap),
+       least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places))
+  FROM {schema}.relay AS r CROSS JOIN (
+    SELECT count(*) AS transactions, coalesce(sum(event_count), 0) AS events,
+           extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest FROM {schema}.pending
+  ) AS p
+"""
+
+OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL FROM {schema}.streams ORDER BY name"
+
+# How long it took those that were settled since the last look: all of them, or about 200 spread over them.
+OBSERVE_LAGS = """
+SELECT extract(epoch FROM sent_at - sealed_at)::float8 FROM {schema}.transactions
+ WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL
+   AND position %% greatest(1, (%(to)s::bigint - %(after)s::bigint) / 200) = 0
 """
 
 STATUS_STREAMS = """
@@ -39,9 +63,56 @@ SELECT d.position, d.event_count,
   FROM {schema}.dead AS d ORDER BY d.position
 """
 
-DEAD_EVENTS = """
+# One transaction, by transactions_pkey. Its replays are looked for in all that came behind it.
+SHOW = """
+SELECT r.former_ids || r.outbox_id, t.position, t.txid::text,
+       CASE WHEN t.sent_at IS NOT NULL THEN 'sent' WHEN t.discarded_at IS NOT NULL THEN 'discarded'
+            WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END,
+       t.event_count, t.sealed_at, t.attempts, t.stream, t.first_sequence, t.last_sequence, t.sent_at, t.dead_at,
+       t.dead_reason, t.discarded_at, t.retried_at, t.replay_of,
+       ARRAY(SELECT position FROM {schema}.transactions AS again
+              WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position)
+  FROM {schema}.transactions AS t CROSS JOIN {schema}.relay AS r WHERE t.position = %(position)s
+"""
+
+SHOW_EVENTS = """
 SELECT e.message_id, e.subject, e.headers, e.payload, e.created_at
-  FROM {schema}.dead AS d JOIN {schema}.events AS e ON e.txid = d.txid WHERE d.position = %(position)s ORDER BY e.id
+  FROM {schema}.transactions AS t JOIN {schema}.events AS e ON e.txid = t.txid
+ WHERE t.position = %(position)s ORDER BY e.id
+"""
+
+# What may be replayed, a page at a time, with the subjects of its events.
+REPLAYABLE = """
+SELECT t.position, t.txid::text, t.event_count, t.sent_at IS NOT NULL, t.dead_at IS NOT NULL,
+       ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = t.txid)
+  FROM {schema}.transactions AS t
+ WHERE t.position > %(after)s AND t.position <= %(to)s AND t.replay_of IS NULL ORDER BY t.position LIMIT %(page)s
+"""
+
+HIGHEST = "SELECT coalesce(max(position), 0) FROM {schema}.transactions"
+
+# Copies with message ids of their own, in the same order.
+REPLAY_EVENTS = """
+INSERT INTO {schema}.events (message_id, subject, headers, payload)
+SELECT gen_random_uuid(), subject, headers, payload FROM {schema}.events WHERE txid = %(txid)s::xid8 ORDER BY id
+"""
+
+# The trigger writes the row of the transaction now and not at commit, so that it can be marked as a replay.
+SEAL_NOW = "SET CONSTRAINTS {schema}.seal IMMEDIATE"
+
+REPLAY_OF = """
+UPDATE {schema}.transactions SET replay_of = %(position)s WHERE txid = pg_current_xact_id()
+"""
+
+PAUSE = """
+WITH before AS (SELECT paused_at IS NULL AS changed FROM {schema}.relay FOR UPDATE)
+UPDATE {schema}.relay SET paused_at = coalesce(paused_at, clock_timestamp()), paused_why = coalesce(paused_why, %(why)s)
+  FROM before RETURNING paused_at, paused_why, changed
+"""
+
+RESUME = """
+WITH before AS (SELECT paused_at IS NOT NULL AS changed FROM {schema}.relay FOR UPDATE)
+UPDATE {schema}.relay SET paused_at = NULL, paused_why = NULL FROM before RETURNING paused_at, paused_why, changed
 """
 
 # A dead letter is pending again. The leader takes its position from relay.retried into its open positions: in the

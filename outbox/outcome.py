@@ -44,6 +44,12 @@ class Unknown:
 
 
 Outcome = Stored | Duplicate | Rejected | Unknown
+OUTCOMES = ("stored", "duplicate", "rejected", "unknown")
+
+
+def word(outcome: Outcome) -> str:
+    """The outcome as one of `OUTCOMES`."""
+    return type(outcome).__name__.lower()
 
 
 class Meaning(Enum):

@@ -29,7 +29,8 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """The headers of a stored message that tell whose it is; None where it has no such header.
+    """The headers of a stored message that tell whose it is; None where it has no such header. `position` is its own,
+    also where it is a replay of another one.
 
     `digest` is SHA-256 of its subject, a line feed, and its payload; None where it was not read.
     """
@@ -126,7 +127,7 @@ def _beyond(
     next_planned = plan[stored].position if stored < len(plan) else None
     for place in (end + 1, last):
         message = seen.get(place)
-        if message is None or message.outbox_id != outbox_id or message.replayed:
+        if message is None or message.outbox_id != outbox_id:
             continue
         planned = {entry.position for entry in plan[stored:]}
         fits = message.position == next_planned if place == end + 1 else message.position in planned
@@ -140,5 +141,4 @@ def _is_end_of(message: Seen, entry: Planned, outbox_id: str) -> bool:
         and message.position == entry.position
         and message.number == entry.count
         and message.message_id == entry.last_message_id
-        and not message.replayed
     )

@@ -6,20 +6,25 @@ Belongs to the leader's loop. Slow checks that nobody waits for go along.
 from __future__ import annotations
 
 from outbox.positions import Range
+from outbox.rows import Lead
 from outbox.store import Store
-from outbox.telemetry import Blocked, Listener
+from outbox.telemetry import Blocked, Listener, Paused, Resumed
 
 PING_SECONDS = 1.0
 STRAY_SECONDS = 60.0
 
 
 class Pulse:
-    """`heard` says that the session's socket has something to read, which only a statement takes in."""
+    """`heard` says that the session's socket has something to read, which only a statement takes in. `paused` is why an
+    operator has paused the outbox, or None.
+    """
 
-    def __init__(self, store: Store, epoch: int, *, now: float, tell: Listener) -> None:
+    def __init__(self, store: Store, lead: Lead, *, now: float, tell: Listener) -> None:
         self.heard = False
-        self._store, self._epoch, self._tell = store, epoch, tell
+        self.paused: str | None = None
+        self._store, self._epoch, self._tell = store, lead.epoch, tell
         self._spoke, self._strays_looked = 0.0, now
+        self._pause(lead.paused)
 
     async def run_once(self, now: float) -> list[Range]:
         """Speak if it is time; the dead letters that are to be retried. Raises `Deposed` if another relay leads."""
@@ -31,4 +36,11 @@ class Pulse:
         if not self.heard and now - self._spoke < PING_SECONDS:
             return []
         self.heard, self._spoke = False, now
-        return await self._store.ping(self._epoch)
+        wishes = await self._store.ping(self._epoch)
+        self._pause(wishes.paused)
+        return wishes.retried
+
+    def _pause(self, why: str | None) -> None:
+        if why != self.paused:
+            self.paused = why
+            self._tell(Resumed() if why is None else Paused(why=why))

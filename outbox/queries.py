@@ -22,23 +22,26 @@ def compose(text: str, schema: str) -> bytes:
 # first one always. LATERAL with LIMIT keeps both reads on transactions_pkey and events_pkey whatever the statistics
 # say. The LEFT JOIN shows a transaction that has no events; LIMIT event_count + 1 shows one that has too many. Sorted
 # by position from the inside out and with one window, so that only the few transactions of a page are sorted.
+# `replays` is null unless the transaction is pending, and then the position that it sends again, or 0.
 PAGE = """
-SELECT position, event_count, pending, message_id, subject, headers, payload FROM (
-  SELECT p.position, p.event_count, p.pending, e.id, e.message_id::text, e.subject, e.headers::text, e.payload,
+SELECT position, event_count, replays, message_id, subject, headers, payload FROM (
+  SELECT p.position, p.event_count, p.replays, e.id, e.message_id::text, e.subject, e.headers::text, e.payload,
          sum(octet_length(e.payload)) OVER w AS size, min(p.position) OVER w AS head
     FROM (
       SELECT u.*, sum(u.event_count) OVER (ORDER BY u.position) AS running FROM (
         SELECT t.* FROM (SELECT %(cursor)s::bigint + 1 AS low, 9223372036854775807 AS high
                          UNION ALL SELECT * FROM unnest(%(lows)s::bigint[], %(highs)s::bigint[])) AS r
          CROSS JOIN LATERAL (
-           SELECT position, txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
+           SELECT position, txid, event_count,
+                  CASE WHEN sent_at IS NULL AND dead_at IS NULL THEN coalesce(replay_of, 0) END AS replays
              FROM {schema}.transactions WHERE position >= r.low AND position <= r.high
             ORDER BY position LIMIT %(messages)s
          ) AS t
         ORDER BY t.position LIMIT %(messages)s
       ) AS u
     ) AS p LEFT JOIN LATERAL (
-      SELECT * FROM {schema}.events WHERE txid = p.txid AND p.pending ORDER BY txid, id LIMIT p.event_count + 1
+      SELECT * FROM {schema}.events WHERE txid = p.txid AND p.replays IS NOT NULL
+       ORDER BY txid, id LIMIT p.event_count + 1
     ) AS e ON true
    WHERE p.running - p.event_count < %(messages)s
   WINDOW w AS (ORDER BY p.position)
@@ -71,10 +74,10 @@ SELECT p.position, t.event_count, t.attempts,
 
 # Transactions of a plan, by position, with all their events: as PAGE.
 PLANNED = """
-SELECT p.position, t.event_count, t.pending, e.message_id::text, e.subject, e.headers::text, e.payload
+SELECT p.position, t.event_count, t.replays, e.message_id::text, e.subject, e.headers::text, e.payload
   FROM unnest(%(positions)s::bigint[]) AS p (position)
  CROSS JOIN LATERAL (
-   SELECT txid, event_count, sent_at IS NULL AND dead_at IS NULL AS pending
+   SELECT txid, event_count, CASE WHEN sent_at IS NULL AND dead_at IS NULL THEN coalesce(replay_of, 0) END AS replays
      FROM {schema}.transactions WHERE position = p.position ORDER BY position LIMIT 1
  ) AS t
   LEFT JOIN LATERAL (
@@ -181,7 +184,7 @@ UPDATE {schema}.relay AS r SET epoch = epoch + 1, leader = %(leader)s, leader_si
 RETURNING outbox_id, epoch, cursor,
           (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
           (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
-          r.timeline <> %(timeline)s, deaths, last.suspect
+          r.timeline <> %(timeline)s, deaths, last.suspect, paused_why
 """
 
 # A leader that was taken for dead has only lost its session: it takes back what was counted against it.
@@ -209,9 +212,10 @@ SELECT position FROM {schema}.transactions
  WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1
 """
 
-# Keeps the session from idle_session_timeout; tells whether we still lead, and which dead letters are to be retried.
+# Keeps the session from idle_session_timeout; tells whether we still lead, and what operators want: which dead letters
+# are to be retried, and why to pause, if to.
 PING = """
-SELECT epoch, (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
+SELECT epoch, paused_why, (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
        (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(retried) AS g)
   FROM {schema}.relay
 """

@@ -66,6 +66,12 @@ class Reader:
         self.due = 0.0
         self._stale = self._stale or self.reading
 
+    async def rouse(self) -> None:
+        """Commits need not notify for now: nothing will be read for long."""
+        if self._asleep:
+            self._asleep = False
+            await self._store.wake_up()
+
     def skip(self, position: int) -> None:
         """Pass a transaction by that is not to be loaded."""
         self._positions.read([position], position)

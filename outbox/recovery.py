@@ -104,7 +104,7 @@ async def _search(jetstream: JetStream, known: Known, outbox_id: str, finding: F
             ours = message is not None and (
                 message.outbox_id == outbox_id or (message.outbox_id is not None and not known.shared)
             )
-            if message is None or (ours and not message.replayed):
+            if message is None or ours:
                 raise Halt(
                     f"the database was promoted or restored, and stream {known.stream} knows more than it: what is at "
                     f"{place} was sent after {known.base}, the last sequence that the database knows",

@@ -21,7 +21,7 @@ from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
 from outbox.jetstream import JetStream
 from outbox.leader import Leader
 from outbox.store import Store
-from outbox.telemetry import Connected, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
+from outbox.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 
 STANDBY_SECONDS = 0.2
 SOUND_TERM_SECONDS = 5.0  # a shorter term counts as a failure: the next one waits longer
@@ -105,6 +105,7 @@ class Relay:
             return await self._leader.run()
         finally:
             self._proven = self._leader.proven
+            self._tell(LeadEnded())
             if clock() - began > SOUND_TERM_SECONDS:
                 self._backoff = self._backoff.reset()
 

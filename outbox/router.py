@@ -19,6 +19,8 @@ from outbox.rows import Lead, StreamRow
 from outbox.store import Store
 from outbox.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
 
+REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE)  # judged by what JetStream said once
+
 
 class Router:
     """What was read and has no lane yet, the verdicts on it, and what holds its head back."""
@@ -30,6 +32,7 @@ class Router:
         self._store, self._lead, self._settings = store, lead, settings
         self._routes = Routes()
         self._asking: Errand[dict[str, str | None]] = Errand(news)
+        self._asked_again = 0  # the head for whose sake JetStream was asked again
 
     def forget(self) -> None:
         """Subjects may have moved: ask again."""
@@ -73,7 +76,14 @@ class Router:
                 name = streams[head.events[0].subject] or ""
                 if name not in lanes:
                     await self._first_contact(name, add_lane, jetstream)
+                if self._asked_again == head.position:
+                    lanes[name].limit(self._routes.info(name)[0], jetstream)
                 offence = verdict(head, streams, lanes[name].limits)
+            if offence is not None and offence.reason in REMEMBERED and self._asked_again != head.position:
+                # An operator may have mended it since: never a dead letter by what is only remembered.
+                self._asked_again = head.position
+                self._routes.clear()
+                continue
             if offence is None:
                 lanes[name].chain.waiting.append(head)
             elif self._settings.on_dead is OnDead.HALT and not settled():
@@ -96,13 +106,14 @@ class Router:
 
     def _next_head(self) -> None:
         self.incoming.popleft()
+        self._asked_again = 0
         if self._asking.due or self.blocked is not None:
             self._asking.reset()
             self.blocked = None
 
     async def _first_contact(self, name: str, add_lane: Callable[[StreamRow], Lane], jetstream: JetStream) -> None:
         info, tail = self._routes.info(name)
-        if tail is not None and tail.outbox_id == str(self._lead.outbox_id) and not tail.replayed:
+        if tail is not None and tail.outbox_id == str(self._lead.outbox_id):
             raise Halt(
                 f"stream {name} ends with transaction {tail.position} of this outbox, which does not know the stream: "
                 "the database is older than the stream, or is a copy",

@@ -39,6 +39,15 @@ class Lead:
     home: Home
     moved: bool  # the database was promoted or restored since a leader last settled its streams
     careful: bool  # leaders have died here: one transaction at a time, until it is known which one they die of
+    paused: str | None  # why an operator has paused the outbox; None if nobody has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What operators want of the leader: positions of dead letters to retry, and why to pause; None: go on."""
+
+    retried: list[Range]
+    paused: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +90,7 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
     positions: list[int] = []
     start, total = 0, len(rows)
     while start < total:
-        position, count, pending, message_id, *_ = rows[start]
+        position, count, replays, message_id, *_ = rows[start]
         end = start + count
         if end > total or rows[end - 1][0] != position or (end < total and rows[end][0] == position):
             # Settled, or not whole: as many rows as there are.
@@ -89,12 +98,12 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
             while end < total and rows[end][0] == position:
                 end += 1
         positions.append(position)
-        if pending:
+        if replays is not None:
             found = end - start if message_id is not None else 0
             if found != count:
                 raise _not_whole(position, count, found, name)
             events = [Event(m, s, p, json.loads(h) if h else NO_HEADERS) for _, _, _, m, s, h, p in rows[start:end]]
-            transactions.append(Transaction.of(position, tuple(events)))
+            transactions.append(Transaction.of(position, tuple(events), replays))
         start = end
     return Page(transactions=transactions, positions=positions)
 

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from importlib import resources
-from typing import Any, Protocol
+from typing import Any, LiteralString, Protocol
 
 from psycopg import sql
 
@@ -103,35 +103,38 @@ def grants(
     wanted = {"application": application, "relay": relay, "operator": operator}
     for kind, role in wanted.items():
         if role is not None:
-            for statement in _GRANTS[kind]:
+            for privileges, what in GRANTS[kind]:
                 names = {"schema": sql.Identifier(schema), "role": sql.Identifier(role)}
-                yield sql.SQL(statement).format(**names).as_string()
+                yield sql.SQL(f"GRANT {privileges} ON {what} TO {{role}}").format(**names).as_string()
 
 
-_GRANTS = {
+# By role: privileges, with their columns, and on what.
+GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
     "application": (
-        "GRANT USAGE ON SCHEMA {schema} TO {role}",
-        "GRANT INSERT (message_id, subject, headers, payload) ON {schema}.events TO {role}",
-        "GRANT EXECUTE ON FUNCTION {schema}.add(text, bytea, jsonb, uuid) TO {role}",
-        "GRANT EXECUTE ON FUNCTION {schema}.add(text, text, jsonb, uuid) TO {role}",
-        "GRANT EXECUTE ON FUNCTION {schema}.add(text, jsonb, jsonb, uuid) TO {role}",
+        ("USAGE", "SCHEMA {schema}"),
+        ("INSERT (message_id, subject, headers, payload)", "{schema}.events"),
+        ("EXECUTE", "FUNCTION {schema}.add(text, bytea, jsonb, uuid)"),
+        ("EXECUTE", "FUNCTION {schema}.add(text, text, jsonb, uuid)"),
+        ("EXECUTE", "FUNCTION {schema}.add(text, jsonb, jsonb, uuid)"),
     ),
     "relay": (
-        "GRANT USAGE ON SCHEMA {schema} TO {role}",
-        "GRANT SELECT, DELETE ON {schema}.events TO {role}",
-        "GRANT SELECT, DELETE ON {schema}.transactions TO {role}",
-        "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence) ON {schema}.transactions TO {role}",
-        "GRANT UPDATE (dead_at, dead_reason, attempts) ON {schema}.transactions TO {role}",
-        "GRANT SELECT, INSERT, UPDATE ON {schema}.streams TO {role}",
-        "GRANT SELECT, UPDATE ON {schema}.relay TO {role}",
-        "GRANT SELECT ON {schema}.limits, {schema}.pending, {schema}.dead TO {role}",
+        ("USAGE", "SCHEMA {schema}"),
+        ("SELECT, DELETE", "{schema}.events"),
+        ("SELECT, DELETE", "{schema}.transactions"),
+        ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
+        ("UPDATE (dead_at, dead_reason, attempts)", "{schema}.transactions"),
+        ("SELECT, INSERT, UPDATE", "{schema}.streams"),
+        ("SELECT, UPDATE", "{schema}.relay"),
+        ("SELECT", "{schema}.limits, {schema}.pending, {schema}.dead"),
     ),
     "operator": (
-        "GRANT USAGE ON SCHEMA {schema} TO {role}",
-        "GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}",
-        "GRANT UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts) ON {schema}.transactions TO {role}",
-        "GRANT UPDATE (sent_at, stream, first_sequence, last_sequence) ON {schema}.transactions TO {role}",
-        "GRANT UPDATE ON {schema}.relay, {schema}.streams, {schema}.limits TO {role}",
+        ("USAGE", "SCHEMA {schema}"),
+        ("SELECT", "ALL TABLES IN SCHEMA {schema}"),
+        ("INSERT (message_id, subject, headers, payload)", "{schema}.events"),
+        ("UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts)", "{schema}.transactions"),
+        ("UPDATE (replay_of)", "{schema}.transactions"),
+        ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
+        ("UPDATE", "{schema}.relay, {schema}.streams, {schema}.limits"),
     ),
 }
 

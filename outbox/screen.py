@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from rich.text import Text
 
 from outbox.admin import Status
 from outbox.comparison import Comparison
-from outbox.letters import DeadEvent, DeadLetter
+from outbox.config import Setting
+from outbox.diagnosis import Check, Colour
+from outbox.letters import DeadLetter
+from outbox.machine import printable
+from outbox.rates import Rates
+from outbox.showing import Shown
 
 SHOWN_BYTES = 2000
+OLD_SECONDS = 60.0  # a transaction that waits longer is worth a look
+GOOD, WARN, BAD = "green", "yellow", "bold red"
 SHOWN_ANOMALIES = 50
 out = Console(markup=False, emoji=False, highlight=False)  # what is shown comes from rows: hostile until checked
+
+
+def say(text: str) -> None:
+    """One line of text."""
+    out.print(printable(text))
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 @contextmanager
@@ -40,41 +57,96 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def show_settings(settings: Iterable[Mapping[str, str | None]]) -> None:
+def show_settings(settings: Iterable[Setting]) -> None:
     """Settings, one row each."""
     table = _table("setting", "value", "from")
     for each in settings:
-        table.add_row(each["name"], each["value"], each["source"])
+        table.add_row(each.name, _text(each.value or ""), _text(each.source))
     out.print(table)
 
 
 def show_status(found: Status) -> None:
     """The state of an outbox."""
-    out.print(f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}")
+    out.print(status_view(found))
+
+
+def status_view(found: Status, rates: Rates | None = None, backlog: str = "") -> Group:
+    """The state of an outbox as one picture; with `rates` and the line of the backlog, a moment of a watch."""
+    title = f"outbox {found.outbox_id}, schema {found.schema} version {found.schema_version}"
     table = _table("what", "value")
-    for name, value in _status_rows(found):
-        table.add_row(name, value)
-    out.print(table)
+    for name, value, style in _status_rows(found, rates, backlog):
+        table.add_row(name, _text(value, style))
+    parts: list[RenderableType] = [_text(title), table]
     if found.streams:
-        columns = ("stream", "mode", "last sequence", "transactions sent", "events sent", "planned", "blocked")
-        streams = _table(*columns, title="streams")
+        streams = _table(
+            "stream", "mode", "last sequence", "transactions", "events", "planned", title="sent, by stream"
+        )
         for each in found.streams:
             numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)
-            streams.add_row(each.name, each.mode, *map(str, numbers), each.blocked or "")
-        out.print(streams)
+            streams.add_row(_text(each.name), each.mode, *(f"{number:,}" for number in numbers))
+        parts.append(streams)
+    return Group(*parts)
 
 
-def _status_rows(found: Status) -> Iterator[tuple[str, str]]:
-    yield "leader", f"{found.leader} since {found.leader_since:%F %T}" if found.leader else "none"
-    yield "pending", f"{found.pending_transactions} transactions, {found.pending_events} events"
+def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[tuple[str, str, str]]:
+    """What it is, what it is now, and the style that says how good that is."""
+    leader = f"{found.leader}, since {found.leader_since:%F %T}" if found.leader else "none: nothing is sent"
+    yield "leader", leader, GOOD if found.leader else BAD
+    if found.paused_at:
+        yield "paused", f"{found.paused_why}, since {found.paused_at:%F %T}; outbox resume", WARN
+    yield "pending", f"{found.pending_transactions:,} transactions, {found.pending_events:,} events", ""
     if found.oldest_pending_seconds is not None:
-        yield "oldest pending", f"position {found.oldest_pending_position}, {found.oldest_pending_seconds:.1f} s old"
+        waited = f"position {found.oldest_pending_position}, {found.oldest_pending_seconds:.1f} s old"
+        yield "oldest pending", waited, WARN if found.oldest_pending_seconds > OLD_SECONDS else ""
+    if backlog:
+        yield "backlog", backlog, ""
     if found.blocked:
-        yield "blocked", f"{found.blocked}, since {found.blocked_since:%F %T}"
-    yield "sent", f"{found.sent_transactions} transactions, {found.sent_events} events"
-    yield "dead", f"{found.dead_transactions} transactions"
+        yield "blocked", f"{found.blocked}, since {found.blocked_since:%F %T}", BAD
+    for each in found.streams:
+        if each.blocked:
+            yield f"blocked {each.name}", f"{each.blocked}, since {each.blocked_since:%F %T}", BAD
+    yield "sent", f"{found.sent_transactions:,} transactions, {found.sent_events:,} events", ""
+    if rates is not None:
+        sent = f"{rates.sent_transactions:,.0f} transactions, {rates.sent_events:,.0f} events"
+        yield "sent per second", sent, ""
+        yield "added per second", f"{rates.added_transactions:,.0f} transactions", ""
+    yield "dead", f"{found.dead_transactions:,} transactions", BAD if found.dead_transactions else ""
     for letter in found.dead:
-        yield f"dead {letter.position}", f"{letter.reason} ({letter.event_count} events, {letter.dead_at:%F %T})"
+        yield f"dead {letter.position}", f"{letter.reason} ({letter.event_count} events, {letter.dead_at:%F %T})", BAD
+
+
+def show_transaction(found: Shown) -> None:
+    """One transaction with its events and its receipt; long payloads are cut."""
+    say(f"transaction {found.position}: {found.state}, {found.event_count} events, {found.sealed_at:%F %T}")
+    if found.replay_of:
+        say(f"a replay of transaction {found.replay_of}")
+    if found.replays:
+        say(f"replayed as {', '.join(map(str, found.replays))}")
+    if found.sent_at:
+        places = f"sequences {found.first_sequence} to {found.last_sequence}"
+        say(f"receipt: stream {found.stream}, {places}, {found.sent_at:%F %T}")
+    if found.dead_at:
+        say(f"dead since {found.dead_at:%F %T}: {found.dead_reason}")
+    if found.discarded_at:
+        say(f"discarded {found.discarded_at:%F %T}")
+    if found.problem:
+        say(f"the stream could not be asked: {found.problem}")
+    for number, each in enumerate(found.events, start=1):
+        place = f", sequence {each.sequence}: {each.in_stream or 'unknown'}" if each.sequence else ""
+        table = Table(show_header=False, title=f"event {number}{place}", title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row("message id", str(each.message_id))
+        table.add_row("subject", _text(each.subject))
+        for name, value in (each.headers or {}).items():
+            table.add_row(_text(name), _text(str(value)))
+        table.add_row("payload", _text(_shortened(each.payload)))
+        out.print(table)
+
+
+def _shortened(payload: bytes) -> str:
+    shown, rest = payload[:SHOWN_BYTES].decode(errors="replace"), len(payload) - SHOWN_BYTES
+    return f"{shown} … and {rest} bytes" if rest > 0 else shown
 
 
 def show_letters(letters: Iterable[DeadLetter]) -> None:
@@ -82,21 +154,27 @@ def show_letters(letters: Iterable[DeadLetter]) -> None:
     table = _table("position", "events", "subjects", "reason", "dead since", "discarded")
     for each in letters:
         times = (f"{at:%F %T}" if at else "" for at in (each.dead_at, each.discarded_at))
-        table.add_row(str(each.position), str(each.event_count), ", ".join(each.subjects), each.reason, *times)
+        words = (_text(", ".join(each.subjects)), _text(each.reason))
+        table.add_row(str(each.position), str(each.event_count), *words, *times)
     out.print(table)
 
 
-def show_letter(letter: DeadLetter, events: Iterable[DeadEvent]) -> None:
-    """One dead letter with its events; long payloads are cut."""
-    out.print(f"transaction {letter.position}, committed {letter.sealed_at:%F %T}: {letter.reason}")
-    table = _table("message id", "subject", "headers", "payload")
-    for each in events:
-        payload = each.payload[:SHOWN_BYTES].decode(errors="replace")
-        rest = len(each.payload) - SHOWN_BYTES
-        shown = f"{payload} … and {rest} bytes" if rest > 0 else payload
-        headers = "" if each.headers is None else str(each.headers)
-        table.add_row(str(each.message_id), each.subject, headers, shown)
+def show_checks(checks: Sequence[Check]) -> None:
+    """What the doctor found: a line each, and beneath it the remedy of what is not green."""
+    styles = {Colour.GREEN: GOOD, Colour.YELLOW: WARN, Colour.RED: BAD}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for width in (6, 8):
+        table.add_column(width=width, no_wrap=True)
+    table.add_column(overflow="fold", max_width=21)
+    table.add_column(overflow="fold", ratio=1)
+    for each in checks:
+        words = _text(each.found)
+        if each.remedy:
+            words.append(printable(f"\n-> {each.remedy}"), style="bold")
+        table.add_row(_text(each.colour, styles[each.colour]), each.area, _text(each.name), words)
     out.print(table)
+    counts = {colour: sum(each.colour is colour for each in checks) for colour in Colour}
+    out.print(", ".join(f"{count} {colour}" for colour, count in counts.items()))
 
 
 def show_comparisons(comparisons: Iterable[Comparison]) -> None:
@@ -105,14 +183,14 @@ def show_comparisons(comparisons: Iterable[Comparison]) -> None:
     table, anomalies = _table(*columns), []
     for each in comparisons:
         counts = (each.transactions, each.messages, len(each.anomalies), each.foreign, each.replayed, each.removed)
-        table.add_row(each.stream, *map(str, counts), str(each.unknown))
+        table.add_row(_text(each.stream), *map(str, counts), str(each.unknown))
         anomalies += [(each.stream, anomaly) for anomaly in each.anomalies]
     out.print(table)
     if anomalies:
         wrong = _table("stream", "kind", "position", "sequence", "what", title="anomalies")
         for stream, found in anomalies[:SHOWN_ANOMALIES]:
             places = ("" if place is None else str(place) for place in (found.position, found.sequence))
-            wrong.add_row(stream, found.kind, *places, found.what)
+            wrong.add_row(_text(stream), found.kind, *places, _text(found.what))
         out.print(wrong)
         if len(anomalies) > SHOWN_ANOMALIES:
-            out.print(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all")
+            say(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all")

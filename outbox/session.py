@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psycopg
@@ -93,6 +93,19 @@ def command_session(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
         opened = psycopg.connect(url, application_name="outbox", **_kept(url))
     with translated(), opened as connection:
         yield connection
+
+
+@contextlib.asynccontextmanager
+async def observer_session(url: str) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
+    """A connection that only looks, in autocommit mode; raises `Weather` or `Misconfigured`."""
+    with connecting():
+        connection = await psycopg.AsyncConnection.connect(
+            url, autocommit=True, application_name="outbox observer", **_kept(url)
+        )
+    with translated():
+        async with connection:
+            await connection.execute("SET default_transaction_read_only = on; SET statement_timeout = '30s'")
+            yield connection
 
 
 async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:

@@ -18,7 +18,7 @@ from outbox import queries, schema
 from outbox.errors import Deposed, Halt, Misconfigured, Weather
 from outbox.plan import Planned
 from outbox.positions import Holder, Range
-from outbox.rows import Decisions, Home, Lead, Page, StreamRow, array, multirange, places, ranges, read_page
+from outbox.rows import Decisions, Home, Lead, Page, StreamRow, Wishes, array, multirange, places, ranges, read_page
 from outbox.session import answered, open_session, refuse_pooler
 from outbox.transaction import Transaction
 
@@ -115,7 +115,7 @@ class Store:
                 "move, transaction ids and positions may be handed out again",
                 remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
             )
-        outbox_id, epoch, cursor, lows, highs, moved, deaths, suspect = rows[0]
+        outbox_id, epoch, cursor, lows, highs, moved, deaths, suspect, paused = rows[0]
         return Lead(
             epoch=epoch,
             outbox_id=outbox_id,
@@ -124,6 +124,7 @@ class Store:
             home=home,
             moved=moved,
             careful=deaths >= DEATHS or suspect is not None,
+            paused=paused,
         )
 
     async def alive(self, leader: str) -> None:
@@ -255,12 +256,12 @@ class Store:
         """Remember a stream at the first contact."""
         await self._all("ADD_STREAM", epoch=epoch, name=name, created=created, last=last)
 
-    async def ping(self, epoch: int) -> list[Range]:
-        """Keep the session alive; the dead letters that are to be retried. Raises `Deposed` if another relay leads."""
-        current, lows, highs = (await self._all("PING"))[0]
+    async def ping(self, epoch: int) -> Wishes:
+        """Keep the session alive; what operators want. Raises `Deposed` if another relay leads."""
+        current, paused, lows, highs = (await self._all("PING"))[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
-        return list(zip(lows, highs, strict=True))
+        return Wishes(retried=list(zip(lows, highs, strict=True)), paused=paused)
 
     async def resign(self, epoch: int, why: str | None = None) -> None:
         """Lay the lead down in an orderly way; `why` is left for `outbox status` until somebody leads again."""

@@ -75,6 +75,7 @@ def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, s
         sa.Column("dead_reason", text),
         sa.Column("discarded_at", time),
         sa.Column("retried_at", time),
+        number("replay_of", nullable=True),
         sa.Index("transactions_txid", "txid"),
         sa.Index("transactions_dead", "position", postgresql_where=sa.text("dead_at IS NOT NULL")),
         schema=schema,
@@ -128,6 +129,8 @@ def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, s
         number("purged", "0"),
         sa.Column("blocked", text),
         sa.Column("blocked_since", time),
+        sa.Column("paused_at", time),
+        sa.Column("paused_why", text),
         schema=schema,
         comment="One row: who this outbox is, who leads, and how far it has read.",
     )

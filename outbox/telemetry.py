@@ -5,7 +5,7 @@ Pure. A listener must not block; what it raises is the caller's fault and ends t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -36,6 +36,11 @@ class LostLead:
     """The session or the epoch is gone: nothing of what was in memory counts any more."""
 
     why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeadEnded:
+    """This relay does not lead any more, in whatever way its term ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,21 @@ class BatchSent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchEnded:
+    """A batch came to its outcome (stored, duplicate, rejected, unknown), `seconds` after it was sent.
+
+    `contexts` are the W3C trace contexts that its events carry, where the relay was asked to look for them.
+    """
+
+    stream: str
+    outcome: str
+    transactions: int
+    messages: int
+    seconds: float
+    contexts: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InDoubt:
     """A batch failed or nobody answered: nothing more is sent until the stream was read back."""
 
@@ -101,9 +121,11 @@ class Shared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """Transactions are marked sent, with their receipts."""
+    """Transactions of one stream are marked sent, with their receipts."""
 
+    stream: str
     transactions: int
+    events: int
     last_position: int
 
 
@@ -130,6 +152,25 @@ class Blocked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unblocked:
+    """What held transactions back does so no more; `stream` as in `Blocked`."""
+
+    stream: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """An operator has paused the outbox: what is in flight is settled, and nothing more is sent."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The outbox is not paused any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slept:
     """Nothing to do: the relay sleeps until a commit wakes it."""
 
@@ -144,10 +185,12 @@ Happening = (
     | TookLead
     | Careful
     | LostLead
+    | LeadEnded
     | Unreachable
     | Connected
     | PageRead
     | BatchSent
+    | BatchEnded
     | InDoubt
     | Settled
     | Shared
@@ -155,6 +198,9 @@ Happening = (
     | Purged
     | Died
     | Blocked
+    | Unblocked
+    | Paused
+    | Resumed
     | Slept
     | Stopped
 )
@@ -176,6 +222,8 @@ def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one
             return "relays before this one died: one transaction at a time"
         case LostLead(why=why):
             return f"lost the lead: {why}"
+        case LeadEnded():
+            return "leads no more"
         case Unreachable(server=server, why=why, delay=delay):
             return f"{server} cannot be reached, next try in {delay:.1f} s: {why}"
         case Connected(server=server, version=version):
@@ -184,20 +232,28 @@ def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one
             return f"read {transactions} transactions, {events} events"
         case BatchSent(stream=stream, base=base, transactions=transactions, messages=messages):
             return f"{stream}: sent {transactions} transactions, {messages} messages after sequence {base}"
+        case BatchEnded(stream=stream, outcome=outcome, messages=messages, seconds=seconds):
+            return f"{stream}: {messages} messages {outcome} after {1000 * seconds:.1f} ms"
         case InDoubt(stream=stream, why=why):
             return f"{stream}: in doubt, reading the stream back: {why}"
         case Settled(stream=stream, last_sequence=last, stored=stored, remaining=remaining):
             return f"{stream}: settled at sequence {last}, {stored} planned transactions stored, {remaining} to send"
         case Shared(stream=stream, sequence=sequence):
             return f"{stream}: has other writers (at {sequence}): one batch in flight from now on"
-        case Marked(transactions=transactions, last_position=position):
-            return f"marked {transactions} transactions, to position {position}"
+        case Marked(stream=stream, transactions=transactions, last_position=position):
+            return f"{stream}: marked {transactions} transactions, to position {position}"
         case Purged(transactions=transactions):
             return f"deleted {transactions} old transactions"
         case Died(verdict=verdict):
             return f"transaction {verdict.position} is a dead letter: {verdict}"
         case Blocked(stream=stream, why=why):
             return f"{stream or 'outbox'}: blocked: {why}"
+        case Unblocked(stream=stream):
+            return f"{stream or 'outbox'}: not blocked any more"
+        case Paused(why=why):
+            return f"paused: {why}"
+        case Resumed():
+            return "resumed"
         case Slept():
             return "asleep until a commit"
         case Stopped():

@@ -38,7 +38,8 @@ class Transaction:
     """A committed transaction with all its events, in the order in which they were added; make it with `of`.
 
     What is asked of every one on its way is worked out once: how many events it has, their `size` in bytes, their
-    message ids, the subjects that it rolls up, and whether it is `plain`: none of them has headers.
+    message ids, the subjects that it rolls up, and whether it is `plain`: none of them has headers. `replay_of` is the
+    position of the transaction that it sends again, or 0.
     """
 
     position: int
@@ -48,9 +49,10 @@ class Transaction:
     message_ids: Sequence[str]
     rollups: frozenset[str]
     plain: bool
+    replay_of: int
 
     @classmethod
-    def of(cls, position: int, events: tuple[Event, ...]) -> Transaction:
+    def of(cls, position: int, events: tuple[Event, ...], replay_of: int = 0) -> Transaction:
         """The transaction at this position with these events, whose headers may still be anything: see `invalid`."""
         size, rollups, plain = EVENT_OVERHEAD * len(events), NONE, True
         for event in events:
@@ -60,7 +62,8 @@ class Transaction:
                 size += len(str(event.headers))
                 if isinstance(event.headers, dict) and event.is_rollup:
                     rollups |= {event.subject}
-        return cls(position, events, len(events), size, [event.message_id for event in events], rollups, plain)
+        ids = [event.message_id for event in events]
+        return cls(position, events, len(events), size, ids, rollups, plain, replay_of)
 
 
 class Receipt(NamedTuple):

@@ -8,7 +8,7 @@ insert could not run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -48,13 +48,20 @@ def event(
 class Outbox:
     """The outbox in one schema. Cheap, without state or IO of its own: make one and share it between threads."""
 
-    def __init__(self, schema: str = DEFAULT_SCHEMA, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        """`max_event_bytes`: payload and headers of an event, at most; raise it with the limit in the database."""
+    def __init__(
+        self, schema: str = DEFAULT_SCHEMA, *, max_event_bytes: int = MAX_EVENT_BYTES, traces: bool = False
+    ) -> None:
+        """`max_event_bytes`: payload and headers of an event, at most; raise it with the limit in the database.
+
+        `traces`: give each event a span `create` in the caller's trace (OpenTelemetry, extra `traces`), and its context
+        to the consumers, as the header `traceparent`.
+        """
         self.schema = checked_name(schema)
         self.max_event_bytes = max_event_bytes
+        self._traced = _tracer() if traces else None
 
     def _checked(self, events: Iterable[Event]) -> list[Event]:
-        added = list(events)
+        added = [self._traced(each) for each in events] if self._traced else list(events)
         for each in added:
             check_size(each, self.max_event_bytes)
         return added
@@ -115,6 +122,17 @@ class Outbox:
             else:
                 await connection.execute(_core_text(self.schema, len(part)), _core_values(part))
         return [UUID(each.message_id) for each in added]
+
+
+def _tracer() -> Callable[[Event], Event]:
+    try:
+        from outbox.tracing import created
+    except ImportError as error:
+        raise OutboxError(
+            f"outbox: traces need a package that is not installed: {error.name}",
+            remedy="pip install 'outbox-relay[traces]'",
+        ) from error
+    return created
 
 
 def _refuse_autocommit(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:

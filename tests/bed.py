@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import nats
 import psycopg
@@ -64,7 +64,12 @@ class Stored:
 
     @property
     def position(self) -> int:
-        return int(self.headers["Outbox-Transaction"])
+        return int(self.headers["Outbox-Replay-Position" if self.replay_of else "Outbox-Transaction"])
+
+    @property
+    def replay_of(self) -> int | None:
+        """The position of the transaction that this is a replay of."""
+        return int(self.headers["Outbox-Replay"]) if "Outbox-Replay" in self.headers else None
 
     @property
     def number(self) -> int:
@@ -153,8 +158,16 @@ def broker_of(settings: Settings) -> Broker:
 class ThreadRelay:
     """A relay in a thread of this process: its telemetry can be awaited, its code be broken on purpose."""
 
-    def __init__(self, settings: Settings, *, drain: bool = False, locked: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        drain: bool = False,
+        locked: bool = True,
+        listener: telemetry.Listener = telemetry.silent,
+    ) -> None:
         self.happenings: list[telemetry.Happening] = []
+        self._listener = listener
         self.error: BaseException | None = None
         self._changed = threading.Condition()
         self._relay: Relay | None = None
@@ -178,6 +191,7 @@ class ThreadRelay:
             self._changed.notify_all()
 
     def _tell(self, happening: telemetry.Happening) -> None:
+        self._listener(happening)
         with self._changed:
             self.happenings.append(happening)
             self._changed.notify_all()
@@ -295,7 +309,7 @@ class ProcessRelay:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def __enter__(self) -> ProcessRelay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -47,6 +47,7 @@ class Report:
     disordered: list[Any] = field(default_factory=list)
     receipts: list[Any] = field(default_factory=list)
     transactions: int = 0
+    replays: int = 0
     messages: int = 0
 
     @property
@@ -64,10 +65,12 @@ def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
         for marker, aggregate, version in connection.execute("SELECT * FROM bumps"):
             bumps[marker].append((aggregate, version))
         compared = compare(connection, stored, schema)
+        copies = replayable(connection, stored, schema)
     ids = Counter(message.message_id for message in stored)
     report.doubled = [each for each, times in ids.items() if times > 1]
-    report.missing = sorted(ledger.keys() - ids.keys())
-    report.phantom = sorted(ids.keys() - ledger.keys())
+    originals = {message.message_id for message in stored if not message.replay_of}
+    report.missing = sorted(ledger.keys() - originals)
+    report.phantom = sorted(originals - ledger.keys())
     sizes = Counter(marker for marker, _ in ledger.values())
     versions: Counter[int] = Counter()
     at = 0
@@ -75,11 +78,19 @@ def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
         first = stored[at]
         whole = stored[at : at + first.count]
         numbers = [(m.position, m.number, m.count) for m in whole]
+        if first.replay_of:
+            # The same events in the same order, as a whole, under ids that nothing else has.
+            original = copies.get(first.replay_of)
+            same = original is None or [(m.subject, m.payload) for m in whole] == original
+            if not same or not _is_whole(whole):
+                report.split.append((first.sequence, numbers[:3], first.replay_of))
+            report.replays += 1
+            at += first.count
+            continue
         markers = {ledger[m.message_id][0] for m in whole if m.message_id in ledger}
         order = [ledger[m.message_id][1] for m in whole if m.message_id in ledger]
-        wanted = [(first.position, n, first.count) for n in range(1, first.count + 1)]
         if (
-            numbers != wanted
+            not _is_whole(whole)
             or len(markers) != 1
             or sizes[next(iter(markers))] != first.count
             or order != sorted(order)
@@ -97,6 +108,28 @@ def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
     for anomaly in compared.anomalies:
         kinds[anomaly.kind].append(anomaly)
     return report
+
+
+def _is_whole(messages: Sequence[Stored]) -> bool:
+    first = messages[0]
+    wanted = [(first.position, first.replay_of, n, first.count) for n in range(1, first.count + 1)]
+    return [(m.position, m.replay_of, m.number, m.count) for m in messages] == wanted
+
+
+def replayable(
+    connection: psycopg.Connection[Any], stored: Sequence[Stored], schema: str
+) -> dict[int, list[tuple[str, bytes]]]:
+    """Subject and payload of each event, by position, of what these messages are replays of, unless it is purged."""
+    statement = (
+        f'SELECT position, subject, payload FROM "{schema}".transactions JOIN "{schema}".events USING (txid) '
+        "WHERE position = ANY (%s) ORDER BY position, id"
+    )
+    found: dict[int, list[tuple[str, bytes]]] = defaultdict(list)
+    for position, subject, payload in connection.execute(
+        statement.encode(), [[m.replay_of for m in stored if m.replay_of]]
+    ):
+        found[position].append((subject, payload))
+    return found
 
 
 def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schema: str) -> Comparison:
@@ -127,6 +160,7 @@ def seen(message: Stored) -> Seen:
         position=message.position,
         number=message.number,
         count=message.count,
+        replayed=message.replay_of is not None,
         digest=sha256(message.subject.encode() + b"\n" + message.payload).digest(),
     )
 

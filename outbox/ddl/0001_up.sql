@@ -41,6 +41,7 @@ CREATE TABLE {schema}.transactions (
   dead_reason    text,
   discarded_at   timestamptz,
   retried_at     timestamptz,
+  replay_of      bigint,
   CONSTRAINT transactions_pkey PRIMARY KEY (position),
   CONSTRAINT transactions_have_events CHECK (event_count > 0),
   CONSTRAINT transactions_attempts_not_negative CHECK (attempts >= 0),
@@ -48,7 +49,8 @@ CREATE TABLE {schema}.transactions (
   CONSTRAINT transactions_receipt_fits_count CHECK (last_sequence - first_sequence + 1 = event_count),
   CONSTRAINT transactions_dead_with_reason CHECK (num_nonnulls(dead_at, dead_reason) IN (0, 2)),
   CONSTRAINT transactions_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
-  CONSTRAINT transactions_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL)
+  CONSTRAINT transactions_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL),
+  CONSTRAINT transactions_replay_is_later CHECK (replay_of < position)
 ) WITH (fillfactor = 35, autovacuum_vacuum_scale_factor = 0.05);
 
 COMMENT ON TABLE {schema}.transactions IS 'One row per transaction that added events, in commit order; written at commit.';
@@ -96,9 +98,12 @@ CREATE TABLE {schema}.relay (
   purged            bigint         NOT NULL DEFAULT 0,
   blocked           text,
   blocked_since     timestamptz,
+  paused_at         timestamptz,
+  paused_why        text,
   CONSTRAINT relay_pkey PRIMARY KEY (singleton),
   CONSTRAINT relay_has_one_row CHECK (singleton),
-  CONSTRAINT relay_blocked_has_a_time CHECK (num_nonnulls(blocked, blocked_since) IN (0, 2))
+  CONSTRAINT relay_blocked_has_a_time CHECK (num_nonnulls(blocked, blocked_since) IN (0, 2)),
+  CONSTRAINT relay_paused_has_a_time CHECK (num_nonnulls(paused_at, paused_why) IN (0, 2))
 ) WITH (fillfactor = 20);
 
 COMMENT ON TABLE {schema}.relay IS 'One row: who this outbox is, who leads, and how far it has read.';

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer.main
+from typer.testing import CliRunner
 
+from outbox.cli import app
+from tests.acceptance.test_docs import check_command, invocations
 from tests.bed import Broker, ProcessRelay, rows, until, value
 from tests.conftest import Stream
 
@@ -28,13 +36,105 @@ def outbox(environment: dict[str, str], *words: str, cwd: Path | None = None) ->
     return done
 
 
-def test_help_and_usage(environment: dict[str, str]) -> None:
-    for command in ("migrate", "relay", "status", "rebase", "demo"):
-        done = outbox(environment, command, "--help")
-        assert done.returncode == 0
-        assert "Example:" in done.stdout, command
+def commands() -> Iterator[tuple[str, ...]]:
+    """Every command, those of groups with their group."""
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        below = getattr(command, "commands", None)
+        yield from [(name, each) for each in below] if below else [(name,)]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_help_has_an_example_that_parses_and_fits_the_width(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert done.exit_code == 0
+    example = re.search(r"Example: (outbox [^\n]+(?:\n +[^\n]+)*)", done.output)
+    assert example, done.output
+    (said,) = invocations(" ".join(example.group(1).split()))
+    check_command(said)
+    assert tuple(said[: len(words)]) == words
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert CliRunner().invoke(app, [*words, "--no-such-flag"]).exit_code == 2
+
+
+def test_usage(environment: dict[str, str]) -> None:
     assert outbox(environment, "relay", "--no-such-flag").returncode == 2
     assert outbox(environment, "relay", "--create-stream", "X").returncode == 2
+    assert outbox(environment, "replay", "--from", "5", "--to", "4").returncode == 2
+    assert outbox(environment, "replay", "--from", "0", "--to", "4").returncode == 2
+    assert outbox(environment, "show", "first").returncode == 2
+    assert outbox(environment, "no-such-command").returncode == 2
+    assert metadata.version("outbox-relay") in outbox(environment, "--version").stdout
+
+
+def test_pause_resume_show_replay_and_purge(environment: dict[str, str], database: str, stream: Stream) -> None:
+    rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+    assert "no reason" in outbox(environment, "pause", "--why", "no reason").stdout
+    assert "already" in outbox(environment, "pause").stdout
+    table = outbox(environment, "status").stdout
+    assert "no reason" in table
+    assert "outbox resume" in table
+    assert outbox(environment, "resume").stdout == "resumed\n"
+    assert "not paused" in outbox(environment, "resume").stdout
+    assert outbox(environment, "relay", "--drain").returncode == 0
+    shown = outbox(environment, "show", "1")
+    assert shown.returncode == 0
+    assert f"receipt: stream {stream.name}, sequences 1 to 1" in shown.stdout
+    assert "sequence 1: there" in shown.stdout
+    missing = outbox(environment, "show", "99")
+    assert missing.returncode == 1
+    assert "remedy" in missing.stderr
+    away = outbox({**environment, "OUTBOX_NATS_URL": "nats://127.0.0.1:1"}, "show", "1")
+    assert away.returncode == 0
+    assert "the stream could not be asked" in away.stdout
+    assert outbox(environment, "replay", "--from", "1", "--to", "9", "--dry-run").stdout.startswith("1 transactions")
+    assert outbox(environment, "replay", "--from", "1", "--to", "9").returncode == 1  # asks, and nobody answers
+    assert value(database, "SELECT count(*) FROM outbox.transactions") == 1
+    assert outbox(environment, "replay", "--from", "1", "--to", "9", "--yes").returncode == 0
+    assert outbox(environment, "relay", "--drain").returncode == 0
+    assert "replay of transaction 1" in outbox(environment, "show", "2").stdout
+    assert outbox(environment, "purge", "--older-than", "0").stdout == "2 transactions are deleted\n"
+    assert "purged" in outbox(environment, "show", "1").stderr
+    assert outbox(environment, "purge", "--older-than", "-1").returncode == 2
+
+
+def test_watch_prints_a_line_a_look_and_ends_with_0(environment: dict[str, str], workplace: Path) -> None:
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "outbox", "status", "--watch", "--json"],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with watching:
+        assert watching.stdout
+        looks = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 0
+        assert watching.stderr
+        assert watching.stderr.read() == ""
+    assert looks[0]["observed_at"] < looks[1]["observed_at"]
+
+
+def test_tables_fit_80_columns_whatever_is_in_the_rows(
+    environment: dict[str, str], database: str, broker: Broker, stream: Stream
+) -> None:
+    """Long names, long subjects, headers and payloads, and what a terminal would take for a command."""
+    long = f"{stream.prefix}.{'long.' * 40}end"
+    rows(database, "SELECT outbox.add(%s, %s, %s)", long, "\x1b[31mred" * 99, json.dumps({"a-long-header": "v" * 300}))
+    same = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+    twice = "INSERT INTO outbox.events (subject, payload, message_id) VALUES (%s, 'a', %s), (%s, 'b', %s)"
+    rows(database, twice, long, same, long, same)
+    assert outbox(environment, "relay", "--drain").returncode == 0
+    rows(database, "SELECT outbox.add('nowhere.at.all', 'x')")
+    rows(database, "UPDATE outbox.streams SET blocked = repeat('why ', 60), blocked_since = now()")
+    rows(database, "UPDATE outbox.relay SET paused_at = now(), paused_why = repeat('because', 30)")
+    seen = "".join(
+        outbox(environment, *words).stdout
+        for words in (["status"], ["doctor"], ["show", "1"], ["dead", "list"], ["dead", "show", "2"], ["verify"])
+    )
+    assert [line for line in seen.splitlines() if len(line) > 80] == []
+    assert "\x1b" not in seen
+    assert "\\x1b[31mred" in seen
 
 
 def test_all_mistakes_in_settings_are_named_at_once(environment: dict[str, str]) -> None:

@@ -1,14 +1,22 @@
-"""The deployment files: they are well-formed, and every command and setting in them exists. Nothing is started."""
+"""Compose file and image: well-formed, and every command, setting and file in them exists. Nothing is started."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import typer.main
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from outbox.cli import app
 from outbox.config import Settings, load
@@ -25,8 +33,15 @@ def instructions(name: str) -> list[str]:
     return [line.split(maxsplit=1)[1] for line in DOCKERFILE if line.startswith(f"{name} ")]
 
 
+def test_it_fits_the_schema_of_compose() -> None:
+    schema = resources.files("check_jsonschema.builtin_schemas.vendor").joinpath("compose-spec.json")
+    jsonschema.validate(COMPOSE, json.loads(schema.read_text()))
+
+
 def test_services() -> None:
-    assert SERVICES.keys() == {"postgres", "nats", "migrate", "relay"}
+    without_profile = {name for name, service in SERVICES.items() if "profiles" not in service}
+    assert without_profile == {"postgres", "nats", "migrate", "relay"}
+    assert {name for name in SERVICES if SERVICES[name].get("profiles") == ["monitoring"]} == {"prometheus", "grafana"}
     assert OURS.keys() == {"migrate", "relay"}
 
 
@@ -54,7 +69,11 @@ def test_urls_lead_to_the_services() -> None:
 
 def test_each_waits_for_what_it_needs() -> None:
     for service in SERVICES.values():
-        for name, needed in service.get("depends_on", {}).items():
+        needs = service.get("depends_on", {})
+        if isinstance(needs, list):
+            assert needs == ["prometheus"]
+            continue
+        for name, needed in needs.items():
             if needed["condition"] == "service_healthy":
                 assert "healthcheck" in SERVICES[name], name
             else:
@@ -64,30 +83,80 @@ def test_each_waits_for_what_it_needs() -> None:
     assert SERVICES["migrate"]["depends_on"].keys() == {"postgres"}
 
 
-def test_data_is_in_named_volumes_and_ports_are_local() -> None:
-    used = {volume.partition(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
-    assert used == COMPOSE["volumes"].keys() == {"postgres", "nats"}
+def test_data_is_in_named_volumes_files_are_read_only_and_ports_are_local() -> None:
+    volumes = [volume.split(":") for service in SERVICES.values() for volume in service.get("volumes", [])]
+    assert (
+        {name for name, *_ in volumes if not name.startswith(".")} == COMPOSE["volumes"].keys() == {"postgres", "nats"}
+    )
+    for here, _, *mode in (volume for volume in volumes if volume[0].startswith(".")):
+        assert (ROOT / here).exists(), here
+        assert mode == ["ro"]
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_containers_of_ours_have_no_rights(name: str) -> None:
+    assert OURS[name]["read_only"]
+    assert OURS[name]["cap_drop"] == ["ALL"]
+    assert OURS[name]["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_relay_is_healthy_when_it_is_ready() -> None:
+    """By the Python of the image: there is neither curl nor wget."""
+    relay = OURS["relay"]
+    _, program, option, code = relay["healthcheck"]["test"]
+    assert (program, option) == ("python", "-c")
+    ast.parse(code)
+    port = relay["command"][relay["command"].index("--listen") + 1].rpartition(":")[2]
+    assert f'urlopen("http://127.0.0.1:{port}/readyz"' in code
+
+
 def test_images_have_a_version() -> None:
-    images = [service["image"] for service in SERVICES.values()] + instructions("FROM")
-    for image in images:
-        assert re.fullmatch(r"[\w./-]+:\d[\w.-]*", image), image
+    bases = [line.split()[0] for line in instructions("FROM")]
+    assert len(set(bases)) == 1, "the packages were made for another Python"
+    for image in [service["image"] for service in SERVICES.values()] + bases:
+        assert re.fullmatch(r"[\w./-]+:v?\d[\w.-]*", image), image
+    version = metadata.version("outbox-relay")
+    assert {service["image"] for service in OURS.values()} == {f"outbox-relay:{version}"}
+    assert f'org.opencontainers.image.version="{version}"' in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_image_runs_the_command_and_not_as_root() -> None:
     assert instructions("ENTRYPOINT") == ['["outbox"]']
-    user = instructions("USER")[-1]
-    assert user.split(":")[0] not in {"root", "0"}
-    assert any(f"useradd --system --uid 10001 --no-create-home {user}" in line for line in DOCKERFILE)
+    (user,) = instructions("USER")
+    assert user == "10001:10001"
+    assert any("useradd --system --uid 10001 --gid 10001 --no-create-home" in line for line in DOCKERFILE)
     assert DOCKERFILE.index(f"USER {user}") > max(index for index, line in enumerate(DOCKERFILE) if "RUN" in line)
+
+
+def needed(wanted: Iterable[Requirement]) -> Iterator[Requirement]:
+    """These and what they need, as the packages that are installed here say."""
+    for requirement in wanted:
+        yield requirement
+        extras = requirement.extras or {""}
+        below = map(Requirement, metadata.requires(requirement.name) or [])
+        yield from needed(
+            each for each in below if not each.marker or any(each.marker.evaluate({"extra": extra}) for extra in extras)
+        )
+
+
+def test_every_package_of_the_image_is_locked_with_its_hashes() -> None:
+    """Those of the project and its extra `traces`, and what they need; the head of the list says how it is made."""
+    text = (ROOT / "docs" / "deploy" / "requirements.txt").read_text()
+    blocks = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
+    assert all("--hash=sha256:" in block for block in blocks)
+    locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", block)[0] for block in blocks)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"].get("traces", [])]
+    for requirement in needed(map(Requirement, wanted)):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
 
 
 def test_what_the_image_copies_is_there_and_not_ignored() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    copied = {source for arguments in instructions("COPY") for source in arguments.split()[:-1]}
+    here = [arguments for arguments in instructions("COPY") if not arguments.startswith("--from=")]
+    copied = {source for arguments in here for source in arguments.split()[:-1]}
     assert copied == allowed
     assert all((ROOT / source).exists() for source in copied)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from outbox import Outbox, retention
+from outbox import Outbox, pausing, replaying, retention
 from outbox.config import BatchMode, Settings
 from outbox.embedded import Postgres
 from tests.bed import ThreadRelay, until, value, wait_until_sent
@@ -148,6 +148,20 @@ class World(RuleBasedStateMachine):
     def purge_old(self) -> None:
         retention.purge(self.url, "outbox", 0)
 
+    # --- operators
+
+    @rule(low=strategies.integers(1, 20), count=strategies.integers(1, 5))
+    def replay(self, low: int, count: int) -> None:
+        replaying.replay(self.url, "outbox", replaying.Range(first=low, last=low + count))
+
+    @rule()
+    def pause(self) -> None:
+        pausing.pause(self.url, "outbox", "by the model")
+
+    @rule()
+    def resume(self) -> None:
+        pausing.resume(self.url, "outbox")
+
     @rule(seconds=strategies.sampled_from([0.02, 0.1, 0.4]))
     def wait(self, seconds: float) -> None:
         threading.Event().wait(seconds)
@@ -169,11 +183,13 @@ class World(RuleBasedStateMachine):
             self.relays = self.relays[-1:]
             if not self.relays:
                 self.start(single=False, rival=False)
+            pausing.resume(self.url, "outbox")
             wait_until_sent(self.url, patience=40)
             stored = self.cluster.read(self.name)
             report = check(self.url, stored)
             assert report.anomalies == {}
-            assert len(stored) == value(self.url, "SELECT count(*) FROM ledger")
+            originals = [each for each in stored if not each.replay_of]
+            assert len(originals) == value(self.url, "SELECT count(*) FROM ledger")
         finally:
             for relay in self.relays:
                 relay.kill()

@@ -60,10 +60,11 @@ def test_gone_in_a_shared_stream_without_an_answer_is_ambiguous() -> None:
     assert finding.look is Look.AMBIGUOUS
 
 
-def test_replayed_messages_are_not_the_plans() -> None:
-    replayed = Seen(outbox_id="me", message_id="m1", position=1, number=2, replayed=True)
-    finding = judge(outbox_id="me", shared=False, unanswered=ALL, base=10, plan=PLAN, last=12, seen={12: replayed})
-    assert finding.look is Look.FOREIGN
+def test_replay_of_a_planned_transaction_is_not_that_transaction() -> None:
+    """It has a position and message ids of its own."""
+    replay = Seen(outbox_id="me", message_id="other", position=9, number=2, replayed=True)
+    finding = judge(outbox_id="me", shared=False, unanswered=ALL, base=10, plan=PLAN, last=12, seen={12: replay})
+    assert (finding.look, finding.stored) == (Look.IMPOSTOR, 0)
 
 
 def test_wanted_are_the_ends_what_follows_and_the_tail() -> None:

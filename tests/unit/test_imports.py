@@ -15,6 +15,7 @@ def test_import_loads_nothing_that_only_the_relay_needs() -> None:
     )
     assert not loaded & {
         "nats",
+        "opentelemetry",
         "typer",
         "alembic",
         "prometheus_client",
@@ -23,6 +24,13 @@ def test_import_loads_nothing_that_only_the_relay_needs() -> None:
         "pydantic_settings",
         "uvloop",
     }
+
+
+def test_command_line_loads_nothing_of_opentelemetry() -> None:
+    code = "import outbox.cli, sys; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "nats" in loaded
+    assert "opentelemetry" not in loaded
 
 
 def test_all_names_are_there() -> None:

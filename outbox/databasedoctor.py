@@ -1,0 +1,224 @@
+"""What `outbox doctor` looks at in Postgres: the server, the schema, this role's privileges, and who is in the way.
+
+Reads only; the comparison of the schema makes a copy that it rolls back. Blocks nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox import checkups, migrating, queries, schema
+from outbox.config import Settings
+from outbox.diagnosis import Check, Checks
+from outbox.errors import Misconfigured, OutboxError
+from outbox.session import refuse_pooler
+
+CHECKS = Checks("database")
+OLDEST, NEWEST = 140005, 180000
+LONG_SECONDS, OLD_SNAPSHOT_SECONDS = 60.0, 3600.0
+PREPARED_SECONDS, FORGOTTEN_SECONDS = 5.0, 3600.0  # the second half of a two-phase commit comes at once
+DEAD_ROWS, DEAD_SHARE, BLOATED_BYTES = 10_000, 0.5, 100_000_000
+ROW_BYTES = {"transactions": 500}  # of a row and the room that its page keeps, at most; of events nobody knows
+
+Connection = psycopg.AsyncConnection[TupleRow]
+
+
+async def examine(connection: Connection, settings: Settings) -> AsyncIterator[Check]:
+    """All checks of the database; ends early where the rest would make no sense."""
+    name = settings.schema
+    (server,) = await _rows(connection, checkups.SERVER, name, schema=name)
+    for check in _server(server):
+        yield check
+    yield await _pooler(connection)
+    if server[9] is None:
+        yield CHECKS.red("schema", f"there is no schema {name} in this database", "outbox migrate")
+        return
+    if not server[9]:
+        yield _missing(name, server[6], ["USAGE ON SCHEMA"])
+        return
+    try:
+        schema.check_version(server[8], name)
+    except Misconfigured as error:
+        yield CHECKS.red("schema", error.message, error.remedy)
+        return
+    yield _drift(settings, may_create=server[7])
+    missing = [each async for each in _not_granted(connection, name)]
+    yield _missing(name, server[6], missing) if missing else CHECKS.green("privileges", f"role {server[6]} may all")
+    if missing:
+        return
+    yield await _row_security(connection, name, server[6])
+    yield await _home(connection, name)
+    yield await _limits(connection, settings)
+    for check in [*(await _tables(connection, name, server[4])), *(await _holders(connection, name))]:
+        yield check
+
+
+def _server(row: TupleRow) -> Iterator[Check]:
+    number, standby, encoding, fsync, _, max_prepared, *_ = row
+    version = f"{number // 10000}.{number % 10000}"
+    if number < OLDEST:
+        yield CHECKS.red("server", f"PostgreSQL {version} is too old", "upgrade to 14.5 or later")
+    elif number // 10000 * 10000 > NEWEST:
+        yield CHECKS.yellow("server", f"PostgreSQL {version} is newer than what was tested", "test it, or use 18")
+    else:
+        polls = "; it allows prepared transactions, so the relay polls" if max_prepared else ""
+        yield CHECKS.green("server", f"PostgreSQL {version}{polls}")
+    if standby:
+        yield CHECKS.red("server", "it is a standby", "name the primary in OUTBOX_DATABASE_URL")
+    if encoding != "UTF8":
+        yield CHECKS.red("encoding", f"the database has encoding {encoding}", "use a database with encoding UTF8")
+    if fsync != "on":
+        found = "fsync is off: a crash can undo what was published"
+        yield CHECKS.red("fsync", found, "ALTER SYSTEM SET fsync = on; then reload")
+
+
+async def _pooler(connection: Connection) -> Check:
+    try:
+        await refuse_pooler(connection)
+    except Misconfigured as error:
+        return CHECKS.red("pooler", error.message, error.remedy)
+    except psycopg.OperationalError as error:
+        return CHECKS.yellow("pooler", f"could not be told: {error}", "allow this role a second connection")
+    return CHECKS.green("pooler", "none, or one in session mode")
+
+
+def _drift(settings: Settings, *, may_create: bool) -> Check:
+    if not may_create:
+        return CHECKS.yellow(
+            "schema",
+            f"version {schema.VERSION}; drift was not looked for, as this role may not CREATE in the database",
+            "run as the owner: outbox migrate --check",
+        )
+    try:
+        problems = migrating.problems(settings.database_url, settings.schema)
+    except OutboxError as error:
+        return CHECKS.yellow("schema", f"drift could not be looked for: {error.message}", error.remedy)
+    if problems:
+        rest = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        return CHECKS.red(
+            "schema",
+            f"it has drifted: {problems[0]}{rest}",
+            "outbox migrate --check names all; put them back as outbox migrate --sql has them",
+        )
+    return CHECKS.green("schema", f"version {schema.VERSION}, without drift")
+
+
+async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
+    """What the relay needs and this role may not."""
+    for privileges, what in schema.GRANTS["relay"]:
+        kinds, _, columns = privileges.partition(" (")
+        if what.startswith("SCHEMA"):
+            continue
+        for table in what.format(schema=name).split(", "):
+            for kind in kinds.split(", "):
+                given = {
+                    "table": table,
+                    "privilege": kind,
+                    "columns": columns.rstrip(")").split(", ") if columns else [],
+                }
+                ((may,),) = await _rows(connection, checkups.MAY, name, **given)
+                if not may:
+                    yield f"{kind}{f' ({columns}' if columns else ''} ON {table}"
+
+
+def _missing(name: str, role: str, missing: list[str]) -> Check:
+    rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    remedy = f"as the owner: outbox migrate --relay-role {role}"
+    return CHECKS.red("privileges", f"role {role} lacks {missing[0]}{rest} in schema {name}", remedy)
+
+
+async def _row_security(connection: Connection, name: str, role: str) -> Check:
+    hidden = [row[0] for row in await _rows(connection, checkups.ROW_SECURITY, name, schema=name)]
+    if hidden:
+        return CHECKS.red(
+            "row security",
+            f"it may hide rows of {', '.join(hidden)} from role {role}: they would never be sent",
+            f"ALTER TABLE {name}.{hidden[0]} DISABLE ROW LEVEL SECURITY; or ALTER ROLE {role} BYPASSRLS",
+        )
+    return CHECKS.green("row security", "hides nothing from this role")
+
+
+async def _home(connection: Connection, name: str) -> Check:
+    ((cluster, database, _, now_cluster, now_database),) = await _rows(connection, checkups.HOME, name)
+    if cluster is None:
+        return CHECKS.green("identity", "the first relay will make this database the outbox's home")
+    if (cluster, database) != (now_cluster, now_database):
+        return CHECKS.red(
+            "identity",
+            "this is not the database, or not the cluster, that the outbox was in: it was restored, copied or moved",
+            "make sure that only one copy is in use, then: outbox rebase",
+        )
+    return CHECKS.green("identity", "the database that the outbox was in")
+
+
+async def _limits(connection: Connection, settings: Settings) -> Check:
+    name = settings.schema
+    ((size, events),) = await _rows(connection, checkups.LIMITS, name)
+    ((cache,),) = await _rows(connection, checkups.CACHES, name)
+    if cache != 1:
+        return CHECKS.red(
+            "limits",
+            "an identity of the outbox has a cache, which breaks the commit order",
+            f"ALTER TABLE {name}.transactions ALTER COLUMN position SET CACHE 1; same for events.id",
+        )
+    if events > settings.max_batch_messages:
+        return CHECKS.red(
+            "limits",
+            f"a transaction may add {events} events, and the relay's batch takes {settings.max_batch_messages}",
+            f"raise OUTBOX_MAX_BATCH_MESSAGES, or lower max_transaction_events in {name}.limits",
+        )
+    return CHECKS.green("limits", f"{events} events in a transaction, {size:,} bytes in an event")
+
+
+async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Check]:
+    found = []
+    for table, size, live, dead, enabled, seconds in await _rows(connection, checkups.TABLES, name, schema=name):
+        if autovacuum != "on" or not enabled:
+            remedy = "ALTER SYSTEM SET autovacuum = on" if autovacuum != "on" else f"ALTER TABLE {name}.{table} RESET"
+            remedy += "" if autovacuum != "on" else " (autovacuum_enabled)"
+            found.append(CHECKS.red("vacuum", f"autovacuum is off for {table}", remedy))
+        elif dead > DEAD_ROWS and dead > DEAD_SHARE * live:
+            last = f"{_ago(seconds)} ago" if seconds is not None else "never"
+            words = f"{table} has {dead:,} dead rows beside {live:,} live ones; vacuumed {last}"
+            found.append(CHECKS.yellow("vacuum", words, f"VACUUM {name}.{table}; see long transactions"))
+        elif table in ROW_BYTES and size > max(BLOATED_BYTES, 4 * live * ROW_BYTES[table]):
+            words = f"{table} takes {size / 1e6:,.0f} MB for {live:,} rows"
+            found.append(CHECKS.yellow("bloat", words, f"in a quiet hour: VACUUM FULL {name}.{table}, which blocks"))
+    return found or [CHECKS.green("vacuum", "autovacuum keeps up, and no table is bloated")]
+
+
+async def _holders(connection: Connection, name: str) -> list[Check]:
+    found = []
+    for gid, owner, age in await _rows(connection, checkups.PREPARED, name, seconds=PREPARED_SECONDS):
+        words = f"prepared transaction {gid!r} of {owner} is {_ago(age)} old: what it added waits"
+        literal = gid.replace("'", "''")
+        remedy = f"ask who made it, then COMMIT PREPARED '{literal}' or ROLLBACK PREPARED '{literal}'"
+        found.append((CHECKS.red if age > FORGOTTEN_SECONDS else CHECKS.yellow)("prepared transactions", words, remedy))
+    for pid, application, age, query in await _rows(connection, checkups.WRITERS, name, seconds=LONG_SECONDS):
+        words = f"pid {pid} ({application}) has added events and is open for {_ago(age)}: {_line(query)}"
+        found.append(
+            CHECKS.yellow("long transactions", words, f"end it in the application, or pg_terminate_backend({pid})")
+        )
+    for pid, application, age, query in await _rows(connection, checkups.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
+        words = f"pid {pid} ({application}) keeps dead rows from being removed for {_ago(age)}: {_line(query)}"
+        found.append(CHECKS.yellow("long transactions", words, f"end it, or pg_terminate_backend({pid})"))
+    return found or [CHECKS.green("long transactions", "nobody holds anything up")]
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+async def _rows(connection: Connection, query: str, name: str, **given: Any) -> list[TupleRow]:
+    return await (await connection.execute(queries.compose(query, name), given)).fetchall()

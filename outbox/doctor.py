@@ -1,0 +1,106 @@
+"""`outbox doctor`: a look at both ends and at the outbox itself, a line each, with the remedy for what is wrong.
+
+Reads only, stores nothing, and goes on where it can: a server that cannot be reached is a line, not the end.
+"""
+
+from __future__ import annotations
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox import admin, checkups, databasedoctor, orders, queries, streamdoctor
+from outbox.admin import Status
+from outbox.config import Settings
+from outbox.diagnosis import Check, Checks, Colour
+from outbox.errors import OutboxError
+from outbox.jetstream import JetStream
+from outbox.rows import StreamRow
+from outbox.session import observer_session
+from outbox.streamdoctor import Known
+
+CHECKS = Checks("outbox")
+OLD_SECONDS = 60.0
+NOTHING = Known(outbox_ids=(), streams={}, subjects=(), max_event_bytes=0)
+
+
+async def examine(settings: Settings) -> list[Check]:
+    """Every check, in the order in which they are worth reading: Postgres, the outbox, NATS."""
+    checks: list[Check] = []
+    known = NOTHING
+    try:
+        async with observer_session(settings.database_url) as connection:
+            checks += [check async for check in databasedoctor.examine(connection, settings)]
+            if not any(each.name in ("schema", "privileges") and each.colour is Colour.RED for each in checks):
+                known = await _known(connection, settings.schema)
+    except OutboxError as error:
+        remedy = error.remedy or "start Postgres, or correct OUTBOX_DATABASE_URL: outbox config shows what is used"
+        checks.append(Checks("database").red("connection", error.message, remedy))
+    if known is not NOTHING:
+        checks += _outbox(admin.status(settings.database_url, settings.schema))
+    try:
+        jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+    except OutboxError as error:
+        remedy = error.remedy or "start nats-server, or correct OUTBOX_NATS_URL: outbox config shows what is used"
+        return [*checks, Checks("stream").red("connection", error.message, remedy)]
+    try:
+        return checks + [check async for check in streamdoctor.examine(jetstream, known)]
+    finally:
+        await jetstream.close()
+
+
+async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Known:
+    async def rows(query: str) -> list[TupleRow]:
+        return await (await connection.execute(queries.compose(query, name))).fetchall()
+
+    ((ids,),) = await rows(checkups.OUTBOX_IDS)
+    ((size, _),) = await rows(checkups.LIMITS)
+    pending = await rows(orders.PENDING_SUBJECTS)
+    return Known(
+        outbox_ids=[str(each) for each in ids],
+        streams={
+            name: StreamRow(name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked)
+            for name, created, mode, last, _, blocked in await rows(queries.STREAMS)
+        },
+        subjects=[row[0] for row in await rows(checkups.RECENT_SUBJECTS)] + [[row[0]] for row in pending],
+        max_event_bytes=size,
+    )
+
+
+def _outbox(status: Status) -> list[Check]:
+    """What is the matter with the outbox itself."""
+    checks = [
+        CHECKS.green("leader", f"{status.leader} leads")
+        if status.leader
+        else CHECKS.yellow("leader", "no relay leads: nothing is sent", "outbox relay")
+    ]
+    if status.paused_at:
+        words = f"paused since {status.paused_at:%F %T}: {status.paused_why}"
+        checks.append(CHECKS.yellow("paused", words, "outbox resume"))
+    checks += [_blocked(name, why) for name, why in _blocks(status)]
+    if status.dead_transactions:
+        newest = f"; the newest, {status.dead[0].position}: {status.dead[0].reason}" if status.dead else ""
+        remedy = "outbox dead list; then outbox dead retry, or outbox dead discard"
+        checks.append(CHECKS.yellow("dead letters", f"{status.dead_transactions} transactions{newest}", remedy))
+    waited = status.oldest_pending_seconds or 0
+    if waited > OLD_SECONDS:
+        words = f"transaction {status.oldest_pending_position} waits for {waited:,.0f} s"
+        checks.append(
+            CHECKS.yellow("lag", words, "mend what is red above and below; outbox status --watch shows rates")
+        )
+    else:
+        checks.append(CHECKS.green("lag", f"{status.pending_transactions:,} transactions are pending"))
+    return checks
+
+
+def _blocks(status: Status) -> list[tuple[str, str]]:
+    streams = [(each.name, each.blocked) for each in status.streams if each.blocked]
+    return ([("the outbox", status.blocked)] if status.blocked else []) + streams
+
+
+def _blocked(name: str, why: str) -> Check:
+    words, _, remedy = why.partition("\n  remedy: ")
+    return CHECKS.red(
+        "blocked",
+        f"{name}: {words}",
+        remedy or "the lines under stream say what settles it; outbox status shows when it goes on",
+    )

@@ -1,0 +1,193 @@
+"""The commands of whoever is on call: status, doctor, config, show, replay, pause, resume.
+
+Parse, call one function, print, exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated
+
+import typer
+from rich.live import Live
+from rich.text import Text
+
+from outbox import admin, pausing, replaying, screen, showing
+from outbox.config import Settings
+from outbox.diagnosis import Colour
+from outbox.doctor import examine
+from outbox.errors import Weather
+from outbox.machine import machine
+from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, loaded, settings
+from outbox.rates import History
+from outbox.screen import out, say
+
+SECONDS = 1.0  # between two looks of a watch
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    for command in (status, doctor, config, show, replay, pause, resume):
+        app.command()(command)
+
+
+def status(
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every second, with rates; Ctrl-C ends.")] = False,
+) -> None:
+    """Show what is pending, sent and dead, who leads, and each stream.
+
+    With --watch and --json it prints one line of JSON a second.
+
+    Example: outbox status --watch
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    if watch:
+        _watch(given, as_json=as_json)
+    elif as_json:
+        print(machine(admin.status(given.database_url, given.schema)))
+    else:
+        screen.show_status(admin.status(given.database_url, given.schema))
+
+
+def _watch(given: Settings, *, as_json: bool) -> None:
+    history = History()
+    try:
+        with Live(console=out, auto_refresh=False, screen=out.is_terminal and not as_json) as live:
+            while True:
+                try:
+                    found = admin.status(given.database_url, given.schema)
+                except Weather as weather:
+                    live.update(Text(f"Postgres cannot be reached: {weather.message}"), refresh=not as_json)
+                else:
+                    rates = history.take(found)
+                    if as_json:
+                        print(machine(found, indent=None), flush=True)
+                    else:
+                        live.update(screen.status_view(found, rates, history.line()), refresh=True)
+                time.sleep(SECONDS)
+    except KeyboardInterrupt:
+        return
+
+
+def doctor(
+    database_url: DatabaseURL = None, nats_url: NatsURL = None, schema_name: Schema = None, as_json: AsJson = False
+) -> None:
+    """Look at Postgres, at NATS and at the outbox: what is wrong, and what settles it. Exits with 1 on red.
+
+    Reads only. Run it with the settings and the role of the relay, before the first start and whenever in doubt.
+
+    Example: outbox doctor --database-url postgresql://relay@db/shop
+    """
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    checks = asyncio.run(examine(given))
+    if as_json:
+        print(machine(checks))
+    else:
+        screen.show_checks(checks)
+    if any(each.colour is Colour.RED for each in checks):
+        raise typer.Exit(1)
+
+
+def config(as_json: AsJson = False) -> None:
+    """Show every setting, its value and where it comes from. Passwords, tokens and seeds are masked.
+
+    Example: outbox config --json
+    """
+    found = loaded().listed()
+    if as_json:
+        print(machine(found))
+    else:
+        screen.show_settings(found)
+
+
+def show(
+    position: Annotated[int, typer.Argument(help="Position of the transaction.")],
+    database_url: DatabaseURL = None,
+    nats_url: NatsURL = None,
+    schema_name: Schema = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one transaction: its state, its events, its receipt, and what the stream holds at that place now.
+
+    Example: outbox show 42
+    """
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    found = asyncio.run(showing.show(given, position))
+    if as_json:
+        print(machine(found))
+    else:
+        screen.show_transaction(found)
+
+
+def replay(
+    first: Annotated[int, typer.Option("--from", min=1, help="Lowest position.")],
+    last: Annotated[int, typer.Option("--to", min=1, help="Highest position.")],
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Only transactions with an event on this subject; * and > as in NATS.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send sent transactions again on purpose: whole, as new messages with new ids, marked with Outbox-Replay.
+
+    Consumers take them for new messages: make sure that they know what to do with them.
+
+    Example: outbox replay --from 1000 --to 2000 --subject 'orders.>' --dry-run
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    wanted = replaying.Range(first=first, last=last, subject=subject)
+    if last < first:
+        raise typer.BadParameter("--to is below --from")
+    found = replaying.replay(given.database_url, given.schema, wanted, dry_run=True)
+    if not dry_run and found.transactions:
+        confirm(f"Send {found.transactions} transactions, {found.events} events, again as new messages?", yes=yes)
+        with screen.progress() as bar:
+            found = replaying.replay(
+                given.database_url,
+                given.schema,
+                wanted,
+                progress=lambda done: bar("replay", done.transactions, found.transactions),
+            )
+    if as_json:
+        print(machine(found))
+        return
+    done = "would be sent again" if dry_run else "are pending again, as new transactions"
+    out.print(f"{found.transactions} transactions, {found.events} events, {done}")
+    if found.pending or found.dead:
+        out.print(f"passed over: {found.pending} that are pending, {found.dead} dead letters")
+    if found.purged >= first:
+        out.print(f"up to position {found.purged} what was sent may be purged, and so is not replayed")
+
+
+def pause(
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    why: Annotated[str, typer.Option(help="The reason, which status shows.")] = "by an operator",
+) -> None:
+    """Have nothing more published until `outbox resume`; what is in flight is settled. Applications go on adding.
+
+    Example: outbox pause --why 'the stream is being moved'
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    found = pausing.pause(given.database_url, given.schema, why)
+    if found.changed:
+        say(f"paused: {found.paused_why}")
+    else:
+        say(f"it was paused already, since {found.paused_at:%F %T}: {found.paused_why}")
+
+
+def resume(database_url: DatabaseURL = None, schema_name: Schema = None) -> None:
+    """Have publishing go on where it was paused.
+
+    Example: outbox resume
+    """
+    given = settings(database_url=database_url, schema=schema_name)
+    found = pausing.resume(given.database_url, given.schema)
+    out.print("resumed" if found.changed else "it was not paused")

@@ -1,0 +1,39 @@
+"""`outbox pause` and `outbox resume`: an operator's order to the leader, whoever that is. It survives every restart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from outbox import orders, queries, schema
+from outbox.session import command_session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Since when and why the outbox is paused, both null if it is not; `changed` is false if it was so before."""
+
+    paused_at: datetime | None
+    paused_why: str | None
+    changed: bool
+
+
+def pause(url: str, name: str, why: str) -> Pause:
+    """Have nothing more published; what is in flight is settled and marked. Idempotent: the first reason stays.
+
+    Commits. The leader heeds it within about a second. Applications go on adding events.
+    """
+    return _order(url, name, orders.PAUSE, why=why)
+
+
+def resume(url: str, name: str) -> Pause:
+    """Have publishing go on where it stopped. Idempotent; commits."""
+    return _order(url, name, orders.RESUME)
+
+
+def _order(url: str, name: str, query: str, **given: str) -> Pause:
+    with command_session(url) as connection:
+        row = connection.execute(queries.compose(query, name), given).fetchone()
+        assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
+        connection.execute("SELECT pg_notify(%s, '')", [schema.channel(name)])
+    return Pause(paused_at=row[0], paused_why=row[1], changed=row[2])

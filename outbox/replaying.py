@@ -1,0 +1,117 @@
+"""`outbox replay`: send sent transactions again on purpose, as new messages that say what they repeat.
+
+A replay is a new transaction of the outbox: copies of the events with new message ids, at a new position, marked with
+the position that it repeats. So the leader publishes it like any other, with every promise, and a command never
+publishes by itself: it would be a foreign writer in the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from outbox import orders, queries
+from outbox.errors import Misconfigured
+from outbox.routing import matches
+from outbox.session import command_session
+
+PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Which transactions: positions from `first` to `last`, both included, with an event on `subject` (wildcards)."""
+
+    first: int
+    last: int
+    subject: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Replayed:
+    """What was, or with `dry_run` would be, sent again: whole transactions, and how many events they have.
+
+    Passed over: what is `pending` (it is sent anyway), what is `dead` (see `outbox dead retry`), and what has lost its
+    events. `last` is the last position that was replayed: after an interruption go on behind it. Up to the position
+    `purged` transactions may be gone.
+    """
+
+    transactions: int = 0
+    events: int = 0
+    pending: int = 0
+    dead: int = 0
+    last: int | None = None
+    purged: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    position: int
+    txid: str
+    count: int
+
+
+def replay(
+    url: str,
+    name: str,
+    wanted: Range,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[Replayed], None] = lambda _: None,
+) -> Replayed:
+    """Add the transactions in this range again, in their order; one commit each; but what is itself a replay.
+
+    Interrupted, it has added whole transactions only. Needs what the operator's role may. May raise `Weather`.
+    """
+    done = Replayed()
+    with command_session(url) as connection:
+        connection.autocommit = True
+        ((done.purged,),) = connection.execute(queries.compose("SELECT purged FROM {schema}.relay", name)).fetchall()
+        for each in _chosen(connection, name, wanted, done):
+            if dry_run or _again(connection, name, each):
+                done.transactions += 1
+                done.events += each.count
+                done.last = each.position
+                progress(done)
+    return done
+
+
+def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Range, done: Replayed) -> Iterator[_Sent]:
+    # Only up to what is there now: a replay must not meet its own work.
+    text = queries.compose(orders.REPLAYABLE, name)
+    ((highest,),) = connection.execute(queries.compose(orders.HIGHEST, name)).fetchall()
+    after, last = wanted.first - 1, min(wanted.last, int(highest))
+    while rows := connection.execute(text, {"after": after, "to": last, "page": PAGE}).fetchall():
+        for position, txid, count, sent, dead, subjects in rows:
+            if wanted.subject is not None and not any(matches(subject, wanted.subject) for subject in subjects):
+                continue
+            if sent:
+                yield _Sent(position=position, txid=txid, count=count)
+            done.dead += dead
+            done.pending += not sent and not dead
+        after = rows[-1][0]
+
+
+def _again(connection: psycopg.Connection[TupleRow], name: str, sent: _Sent) -> bool:
+    """Add one transaction again, in a transaction of its own; False if it was purged meanwhile."""
+    try:
+        with connection.transaction():
+            copied = connection.execute(queries.compose(orders.REPLAY_EVENTS, name), {"txid": sent.txid})
+            if copied.rowcount == 0:
+                return False
+            if copied.rowcount != sent.count:
+                raise Misconfigured(
+                    f"transaction {sent.position} has {sent.count} events, but {copied.rowcount} are in {name}.events",
+                    remedy="find out who changed the table; replay what lies before and behind it",
+                )
+            connection.execute(queries.compose(orders.SEAL_NOW, name))
+            connection.execute(queries.compose(orders.REPLAY_OF, name), {"position": sent.position})
+    except psycopg.errors.CheckViolation as error:
+        raise Misconfigured(
+            f"transaction {sent.position} cannot be added again: {error.diag.message_primary}",
+            remedy=error.diag.message_hint or f"look at the limits in {name}.limits",
+        ) from error
+    return True

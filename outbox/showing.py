@@ -1,0 +1,128 @@
+"""`outbox show`: one transaction as a whole story: its state, its events, its receipt, and what is in the stream now.
+
+Reads only. The database tells the story; the stream is asked what it still holds, and where it cannot be asked that is
+said, and nothing else is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from outbox import orders, queries
+from outbox.config import Settings
+from outbox.errors import Misconfigured, OutboxError
+from outbox.jetstream import JetStream
+from outbox.plan import Seen
+from outbox.session import command_session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownEvent:
+    """An event as it was added. `sequence` is its place by the receipt.
+
+    `in_stream` says what is at that place now: there, removed (by the stream's own limits, rollup or purge), or other;
+    null where there is no receipt, or the stream could not be asked.
+    """
+
+    message_id: UUID
+    subject: str
+    headers: dict[str, str] | None
+    payload: bytes
+    created_at: datetime
+    sequence: int | None
+    in_stream: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A transaction. `state` is pending, sent, dead or discarded; `problem` is why the stream could not be asked."""
+
+    position: int
+    txid: str
+    state: str
+    event_count: int
+    sealed_at: datetime
+    attempts: int
+    stream: str | None
+    first_sequence: int | None
+    last_sequence: int | None
+    sent_at: datetime | None
+    dead_at: datetime | None
+    dead_reason: str | None
+    discarded_at: datetime | None
+    retried_at: datetime | None
+    replay_of: int | None
+    replays: list[int]
+    events: list[ShownEvent]
+    problem: str | None
+
+
+async def show(settings: Settings, position: int) -> Shown:
+    """Everything about one transaction. Raises `Misconfigured` if there is none at this position."""
+    with command_session(settings.database_url) as connection:
+        given = {"position": position}
+        row = connection.execute(queries.compose(orders.SHOW, settings.schema), given).fetchone()
+        events = connection.execute(queries.compose(orders.SHOW_EVENTS, settings.schema), given).fetchall()
+        if row is None:
+            ((purged,),) = connection.execute(queries.compose("SELECT purged FROM {schema}.relay", settings.schema))
+            raise _nothing_at(position, int(purged))
+    outbox_ids, stream, first = row[0], row[7], row[8]
+    seen, problem = await _look(settings, stream, first, len(events))
+    return Shown(
+        **dict(zip(Shown.__slots__[:-2], row[1:], strict=True)),
+        events=[
+            ShownEvent(
+                message_id=message_id,
+                subject=subject,
+                headers=headers,
+                payload=payload,
+                created_at=created_at,
+                sequence=first + number if first is not None else None,
+                in_stream=_place(seen, first + number, message_id, outbox_ids) if first is not None else None,
+            )
+            for number, (message_id, subject, headers, payload, created_at) in enumerate(events)
+        ],
+        problem=problem,
+    )
+
+
+def _nothing_at(position: int, purged: int) -> Misconfigured:
+    if position <= purged:
+        return Misconfigured(
+            f"there is no transaction at position {position}: it was rolled back, or sent and purged",
+            remedy=f"keep what was sent for longer (OUTBOX_RETENTION); positions up to {purged} may be purged",
+        )
+    return Misconfigured(
+        f"there is no transaction at position {position}: it was rolled back, or is not committed",
+        remedy="outbox status names the oldest pending position; the view pending has all of them",
+    )
+
+
+async def _look(
+    settings: Settings, stream: str | None, first: int | None, count: int
+) -> tuple[dict[int, Seen | None] | None, str | None]:
+    """What is at the places of the receipt; None, and why, if that cannot be known."""
+    if stream is None or first is None:
+        return None, None
+    try:
+        jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+        try:
+            if await jetstream.stream(stream) is None:
+                return None, f"stream {stream} does not exist"
+            return await jetstream.look(stream, range(first, first + count)), None
+        finally:
+            await jetstream.close()
+    except OutboxError as error:
+        return None, error.message
+
+
+def _place(seen: dict[int, Seen | None] | None, sequence: int, message_id: UUID, outbox_ids: list[UUID]) -> str | None:
+    if seen is None:
+        return None
+    message = seen.get(sequence)
+    if message is None:
+        return "removed"
+    ours = message.outbox_id in {str(each) for each in outbox_ids} and message.message_id == str(message_id)
+    return "there" if ours else "other"

@@ -1,0 +1,287 @@
+"""What `outbox doctor` looks at in NATS: the server, the account, and each stream that this outbox publishes to.
+
+Stores nothing: the probe is a batch message that nothing can come of. Stream settings that would behead or refuse
+batches are facts of nats-server 2.12 to 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outbox.diagnosis import Check, Checks
+from outbox.errors import OutboxError
+from outbox.jetstream import JetStream, Refused
+from outbox.outcome import Rejected, Unknown
+from outbox.rows import StreamRow
+
+CHECKS = Checks("stream")
+STREAMS_AT_MOST = 1000
+TAIL = 32  # messages at a stream's end that are looked at
+FULL_SHARE, NEARLY_SHARE = 0.98, 0.8
+HEADER_ROOM = 1000  # bytes that the relay's own headers take, at most
+LONGEST_WINDOW = 600e9  # ns of a duplicate window, beyond which its ids take much memory
+INCOMPLETE, NOT_ENABLED, NOT_EXPECTED = 10176, 10174, 10060
+
+# Versions of a release line up to which something is wrong with atomic batches: (line, fixed in, what).
+KNOWN_BAD = (
+    ((2, 12), (2, 12, 2), "a change of leader could commit a part of a batch"),
+    ((2, 12), (2, 12, 9), "a stream can deadlock, and replicas drift apart"),
+    ((2, 12), (2, 12, 14), "a fence on a subject can be read from a wrong buffer"),
+    (
+        (2, 14),
+        (2, 14, 4),
+        "a fence on a subject can be read from a wrong buffer, and a former leader's proposals count",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the outbox knows: its ids, its streams by name, subjects by transaction, and how large an event may be."""
+
+    outbox_ids: Sequence[str]
+    streams: Mapping[str, StreamRow]
+    subjects: Sequence[Sequence[str]]
+    max_event_bytes: int
+
+
+async def examine(jetstream: JetStream, known: Known) -> AsyncIterator[Check]:
+    """All checks of NATS; what cannot be asked is a red line of its own."""
+    yield _server(jetstream.version)
+    try:
+        for check in _account(await jetstream.ask("INFO")):
+            yield check
+        routes: dict[str, str | None] = {}
+        for subject in sorted({subject for group in known.subjects for subject in group}):
+            routes[subject] = await jetstream.stream_of(subject)
+        for check in _routing(routes, known.subjects):
+            yield check
+        infos = {info["config"]["name"]: info async for info in _infos(jetstream)}
+        for name in sorted({*known.streams, *(stream for stream in routes.values() if stream)}):
+            if (info := infos.get(name)) is None:
+                yield _gone(name)
+                continue
+            for check in [*_stream(info, jetstream.max_payload, known), *_copies(name, infos.values())]:
+                yield check
+            if (probed := next((each for each, stream in routes.items() if stream == name), None)) is not None:
+                yield await _probed(jetstream, name, probed)
+            yield await _writers(jetstream, name, info, known)
+    except OutboxError as error:
+        yield CHECKS.red("JetStream", error.message, error.remedy or "look at the nats-server's log and this account")
+
+
+def _server(version: tuple[int, int, int]) -> Check:
+    words = ".".join(map(str, version))
+    for line, fixed, what in KNOWN_BAD:
+        if version[:2] == line and version < fixed:
+            remedy = "upgrade nats-server to 2.12.14, 2.14.4, 2.15 or later"
+            return CHECKS.yellow("server", f"nats-server {words}: {what} before {'.'.join(map(str, fixed))}", remedy)
+    return CHECKS.green("server", f"nats-server {words}")
+
+
+def _account(info: dict[str, Any]) -> Iterator[Check]:
+    level = int((info.get("api") or {}).get("level", 0))
+    if level < 2:  # noqa: PLR2004 - ADR-44: what allow_atomic asks for
+        yield CHECKS.red("API level", f"{level}: atomic batches need 2", "upgrade every nats-server of the cluster")
+    for what in ("storage", "memory"):
+        limit, used = int(info.get("limits", {}).get(f"max_{what}", -1)), int(info.get(what, 0))
+        if limit > 0 and used > NEARLY_SHARE * limit:
+            words = f"the account has used {used:,} of {limit:,} bytes of {what}: beyond it a batch can be cut"
+            yield CHECKS.yellow("account", words, "raise the account's limit, or lower max_bytes of its streams")
+    if level >= 2:  # noqa: PLR2004 - as above
+        yield CHECKS.green("account", f"JetStream is there, API level {level}")
+
+
+def _routing(routes: Mapping[str, str | None], groups: Sequence[Sequence[str]]) -> Iterator[Check]:
+    for subject, stream in routes.items():
+        if stream is None:
+            yield CHECKS.red(
+                "subjects",
+                f"subject {subject} is in no stream: a transaction with it waits, and all behind it",
+                f"add it to a stream's subjects (nats stream edit), or make one: nats stream add --subjects {subject}",
+            )
+    for group in groups:
+        streams = sorted({stream for subject in group if (stream := routes.get(subject)) is not None})
+        if len(streams) > 1:
+            yield CHECKS.red(
+                "subjects",
+                f"one transaction has subjects in {' and '.join(streams)}: it is a dead letter",
+                "put all subjects of a transaction into one stream",
+            )
+            return
+    if routes and all(routes.values()):
+        yield CHECKS.green("subjects", f"each of {len(routes)} lately used is in one stream")
+
+
+async def _infos(jetstream: JetStream) -> AsyncIterator[dict[str, Any]]:
+    offset = 0
+    while offset < STREAMS_AT_MOST:
+        answer = await jetstream.ask("STREAM.LIST", {"offset": offset})
+        streams = answer.get("streams") or []
+        for each in streams:
+            yield each
+        offset += len(streams)
+        if not streams or offset >= int(answer.get("total", 0)):
+            return
+
+
+def _gone(name: str) -> Check:
+    return CHECKS.red(name, "it does not exist any more", f"create it again, then: outbox rebase --stream {name}")
+
+
+def _stream(info: dict[str, Any], max_payload: int, known: Known) -> Iterator[Check]:
+    config, state, name = info["config"], info["state"], info["config"]["name"]
+    problems = [
+        *_refused(config),
+        *_identity(info, known),
+        *_sizes(config, max_payload, known),
+        *_fullness(config, state, known),
+    ]
+    problems += [*_beheading(config), *_durability(info)]
+    yield from problems
+    if not problems:
+        yield CHECKS.green(
+            name, f"it suits the relay; {state['messages']:,} messages, last sequence {state['last_seq']:,}"
+        )
+
+
+def _refused(config: dict[str, Any]) -> Iterator[Check]:
+    name = config["name"]
+    if config.get("mirror"):
+        yield CHECKS.red(name, "it is a mirror, which takes no messages", "publish to the stream that it mirrors")
+    if not config.get("allow_atomic"):
+        yield CHECKS.red(name, "it lacks allow_atomic", f"nats stream edit {name} --allow-batch")
+    if config.get("persist_mode") == "async":
+        yield CHECKS.red(
+            name, "its persist_mode is async, which excludes atomic batches", f"re-create {name} without it"
+        )
+    if config.get("no_ack"):
+        yield CHECKS.red(name, "it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack")
+    if config.get("sealed"):
+        yield CHECKS.red(name, "it is sealed", "use another stream")
+    if config.get("sources"):
+        yield CHECKS.yellow(name, "it has sources: they write to it too", "give the relay a stream of its own")
+    if config.get("subject_transform"):
+        yield CHECKS.yellow(
+            name, "it changes subjects (subject_transform)", "transform in a stream that sources this one"
+        )
+
+
+def _identity(info: dict[str, Any], known: Known) -> Iterator[Check]:
+    name = info["config"]["name"]
+    remembered = known.streams.get(name)
+    if remembered is None:
+        return
+    last = remembered.last_sequence
+    if remembered.created != info["created"]:
+        words = "it is not the stream that the outbox published to: it was made again"
+        yield CHECKS.red(name, words, f"outbox rebase --stream {name}")
+    elif int(info["state"]["last_seq"]) < last:
+        words = (
+            f"it ends at {info['state']['last_seq']}, before the last receipt at {last}: it was restored from a backup"
+        )
+        yield CHECKS.red(name, words, f"outbox rebase --stream {name}")
+
+
+def _sizes(config: dict[str, Any], max_payload: int, known: Known) -> Iterator[Check]:
+    name, needed = config["name"], known.max_event_bytes + HEADER_ROOM
+    largest = int(config.get("max_msg_size", -1))
+    if 0 <= largest < needed:
+        words = f"max_msg_size is {largest:,}, and an event may have {known.max_event_bytes:,} bytes"
+        remedy = f"nats stream edit {name} --max-msg-size=-1, or lower max_event_bytes in the table limits"
+        yield CHECKS.yellow(name, words, remedy)
+    if max_payload < needed:
+        words = f"max_payload of nats-server is {max_payload:,}, and an event may have {known.max_event_bytes:,} bytes"
+        yield CHECKS.yellow("server", words, "raise max_payload, or lower max_event_bytes in the table limits")
+
+
+def _fullness(config: dict[str, Any], state: dict[str, Any], known: Known) -> Iterator[Check]:
+    name = config["name"]
+    blocked = name in known.streams and known.streams[name].blocked is not None
+    for limit, used in (("max_bytes", "bytes"), ("max_msgs", "messages")):
+        most, now = int(config.get(limit, -1)), int(state[used])
+        if config.get("discard") == "new" and most > 0 and (blocked or now > NEARLY_SHARE * most):
+            full = blocked or now > FULL_SHARE * most
+            words = f"it is {'' if full else 'nearly '}full: {now:,} of {most:,} {used}; what does not fit waits"
+            remedy = f"raise {limit} (nats stream edit {name}), or let consumers catch up"
+            yield (CHECKS.red if full else CHECKS.yellow)(name, words, remedy)
+
+
+def _beheading(config: dict[str, Any]) -> Iterator[Check]:
+    name = config["name"]
+    limited = [each for each in ("max_bytes", "max_msgs") if int(config.get(each, -1)) > 0]
+    if limited and config.get("discard") != "new":
+        words = f"discard is old and {limited[0]} is set: the oldest messages go, also in the middle of a transaction"
+        yield CHECKS.yellow(name, words, f"nats stream edit {name} --discard=new")
+    if int(config.get("max_msgs_per_subject", -1)) > 0:
+        words = "max_msgs_per_subject is set: parts of older transactions are removed"
+        yield CHECKS.yellow(name, words, f"nats stream edit {name} --max-msgs-per-subject=-1, unless that is wanted")
+    if int(config.get("duplicate_window", 0)) > LONGEST_WINDOW:
+        words = "its duplicate window is over ten minutes, and each id in it takes memory of the server"
+        yield CHECKS.yellow(name, words, f"nats stream edit {name} --dupe-window=2m; the relay does not need it")
+
+
+def _durability(info: dict[str, Any]) -> Iterator[Check]:
+    config = info["config"]
+    name, replicas = config["name"], int(config.get("num_replicas", 1))
+    if config.get("storage") == "memory":
+        yield CHECKS.yellow(name, "it is in memory: an ack is worth nothing after a restart", "use file storage")
+    elif replicas == 1:
+        yield CHECKS.yellow(
+            name,
+            "it has one replica: an ack outlives nats-server, but not its disk, nor, by default, a loss of power",
+            f"nats stream edit {name} --replicas=3; with one: jetstream {{ sync_interval: always }} in nats-server",
+        )
+    cluster = info.get("cluster") or {}
+    behind = [each["name"] for each in cluster.get("replicas") or [] if each.get("offline") or not each.get("current")]
+    if behind:
+        yield CHECKS.yellow(name, f"replica {behind[0]} is offline or behind", f"nats stream info {name}")
+
+
+def _copies(name: str, infos: Iterable[dict[str, Any]]) -> Iterator[Check]:
+    for each in infos:
+        config = each["config"]
+        origins = [
+            (config.get("mirror") or {}).get("name"),
+            *(source["name"] for source in config.get("sources") or []),
+        ]
+        if name in origins:
+            words = f"stream {config['name']} copies it: there a batch comes message by message, without Nats-Batch-*"
+            yield CHECKS.green(name, f"{words}; its consumers tell transactions by the Outbox-* headers")
+
+
+async def _probed(jetstream: JetStream, name: str, subject: str) -> Check:
+    match await jetstream.probe(subject):
+        case Rejected(code=code) if code == INCOMPLETE:
+            return CHECKS.green(name, f"its leader takes atomic batches (probed on {subject})")
+        case Rejected(code=code) if code == NOT_ENABLED:
+            return CHECKS.red(
+                name, "its leader says that atomic batches are off", f"nats stream edit {name} --allow-batch"
+            )
+        case Rejected(code=code) if code == NOT_EXPECTED:
+            remedy = "upgrade every nats-server of the cluster to 2.12.1 or later"
+            return CHECKS.red(name, "the nats-server of its leader does not know atomic batches", remedy)
+        case Unknown(why=why):
+            remedy = "look at the permissions of this user, and at the stream's leader: nats stream info"
+            return CHECKS.red(name, f"publishing to {subject} cannot be probed: {why}", remedy)
+        case other:
+            return CHECKS.red(name, f"it answered a probe with {other}", f"nats stream info {name}")
+
+
+async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known: Known) -> Check:
+    last = int(info["state"]["last_seq"])
+    first = max(int(info["state"]["first_seq"]), last - TAIL + 1, 1)
+    try:
+        seen = await jetstream.look(name, range(first, last + 1))
+    except Refused as refused:
+        return CHECKS.yellow(name, f"its messages cannot be read: {refused}", "allow $JS.API.STREAM.MSG.GET")
+    foreign = [place for place, each in seen.items() if each is not None and each.outbox_id not in known.outbox_ids]
+    if foreign:
+        return CHECKS.yellow(
+            name,
+            f"it has another writer (message {foreign[-1]}): the relay sends one batch at a time, and slowly",
+            f"give the outbox a stream of its own; look: nats stream get {name} {foreign[-1]}",
+        )
+    return CHECKS.green(name, f"no other writer in its last {len(seen)} messages")

@@ -1,0 +1,236 @@
+"""Ten things that an operator meets: the doctor, or the status, names each with its remedy, and the remedy works."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from outbox import admin, doctor, letters, migrating
+from outbox.config import Settings
+from outbox.diagnosis import Check, Colour
+from outbox.embedded import Nats, Postgres
+from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.conftest import Stream, clone, old_nats
+
+
+def checks(settings: Settings) -> list[Check]:
+    return asyncio.run(doctor.examine(settings))
+
+
+def wrong(settings: Settings, colour: Colour = Colour.RED) -> list[Check]:
+    return [each for each in checks(settings) if each.colour is colour]
+
+
+def named(settings: Settings, found: str, remedy: str, colour: Colour = Colour.RED) -> Check:
+    """The one check of this colour that says so, with this remedy."""
+    told = checks(settings)
+    fitting = [each for each in told if found in each.found and remedy in each.remedy and each.colour is colour]
+    assert len(fitting) == 1, "\n".join(f"{each.colour} {each.name}: {each.found} -> {each.remedy}" for each in told)
+    return fitting[0]
+
+
+def add(url: str, subject: str, payload: str = "x") -> None:
+    rows(url, "SELECT outbox.add(%s, %s::text)", subject, payload)
+
+
+def flows(settings: Settings) -> None:
+    """A relay sends all that is pending, and the doctor sees nothing red."""
+    with ThreadRelay(settings):
+        wait_until_sent(settings.database_url)
+        assert wrong(settings) == []
+
+
+@pytest.fixture
+def edit(broker: Broker, stream: Stream) -> Callable[..., None]:
+    """What `nats stream edit` does."""
+
+    def change(**config: object) -> None:
+        answer = broker.api(f"STREAM.UPDATE.{stream.name}", {**broker.info(stream.name)["config"], **config})
+        assert "error" not in answer, answer
+
+    return change
+
+
+def test_nothing_is_wrong(settings: Settings, stream: Stream) -> None:
+    add(settings.database_url, f"{stream.prefix}.x")
+    flows(settings)
+    assert {each.area for each in checks(settings)} == {"database", "outbox", "stream"}
+    assert all(each.remedy for each in checks(settings) if each.colour is not Colour.GREEN)
+
+
+def test_stream_without_allow_atomic(settings: Settings, broker: Broker) -> None:
+    broker.create_stream("LACKS", "lacks.>", allow_atomic=False)
+    add(settings.database_url, "lacks.x")
+    named(settings, "it lacks allow_atomic", "nats stream edit LACKS --allow-batch")
+    named(settings, "its leader says that atomic batches are off", "nats stream edit LACKS --allow-batch")
+    assert broker.last_sequence("LACKS") == 0
+    broker.api("STREAM.UPDATE.LACKS", {**broker.info("LACKS")["config"], "allow_atomic": True})
+    flows(settings)
+    broker.api("STREAM.DELETE.LACKS")
+
+
+def test_subject_without_a_stream(settings: Settings, broker: Broker, stream: Stream) -> None:
+    add(settings.database_url, "lost.property")
+    named(settings, "subject lost.property is in no stream", "nats stream add --subjects lost.property")
+    with ThreadRelay(settings):
+        until(lambda: admin.status(settings.database_url).blocked)
+        named(settings, "transaction 1: subject lost.property is in no stream", "the lines under stream")
+    broker.create_stream("FOUND", "lost.property")
+    flows(settings)
+    broker.api("STREAM.DELETE.FOUND")
+
+
+def test_full_stream(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:
+    edit(max_msgs=2, discard="new")
+    with ThreadRelay(settings):
+        for _ in range(2):
+            add(settings.database_url, f"{stream.prefix}.x")
+            wait_until_sent(settings.database_url)
+        add(settings.database_url, f"{stream.prefix}.x")
+        until(lambda: any(each.blocked for each in admin.status(settings.database_url).streams))
+        named(settings, "it is full: 2 of 2 messages", "raise max_msgs")
+        named(settings, f"{stream.name}: maximum messages exceeded", "the lines under stream")
+    edit(max_msgs=-1)
+    flows(settings)
+
+
+def test_missing_grant(settings: Settings, stream: Stream) -> None:
+    url, name = settings.database_url, f"relay_{stream.prefix}"
+    rows(url, f"CREATE ROLE {name} LOGIN")
+    migrating.grant(url, "outbox", relay=name)
+    rows(url, f"REVOKE UPDATE (attempts) ON outbox.transactions FROM {name}")
+    as_relay = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user=name)})
+    add(url, f"{stream.prefix}.x")
+    found = named(as_relay, "lacks UPDATE (dead_at, dead_reason, attempts) ON outbox.transactions", "outbox migrate")
+    assert found.remedy == f"as the owner: outbox migrate --relay-role {name}"
+    rows(url, f"REVOKE USAGE ON SCHEMA outbox FROM {name}")
+    named(as_relay, f"role {name} lacks USAGE ON SCHEMA", "outbox migrate --relay-role")
+    migrating.grant(url, "outbox", relay=name)
+    flows(as_relay)
+
+
+def test_drifted_schema(settings: Settings, stream: Stream) -> None:
+    url = settings.database_url
+    rows(url, "DROP INDEX outbox.transactions_dead")
+    rows(url, "ALTER TABLE outbox.events DISABLE TRIGGER seal")
+    named(settings, "it has drifted: missing: index", "outbox migrate --check names all")
+    sql = migrating.migration_sql()
+    index = next(line for line in sql.splitlines() if "CREATE INDEX transactions_dead" in line)
+    rows(url, index)
+    named(settings, "it has drifted: missing: trigger", "outbox migrate --check names all")
+    rows(url, "ALTER TABLE outbox.events ENABLE TRIGGER seal")
+    add(url, f"{stream.prefix}.x")
+    flows(settings)
+
+
+def test_schema_that_is_not_there(settings: Settings) -> None:
+    nowhere = settings.model_copy(update={"schema": "nowhere"})
+    named(nowhere, "there is no schema nowhere", "outbox migrate")
+    migrating.migrate(settings.database_url, "nowhere")
+    assert wrong(nowhere) == []
+
+
+def test_old_server(database: str, workplace: Path) -> None:
+    """Upgraded on its own data, it is what the relay needs."""
+    server = Nats(workplace / "nats", binary=old_nats("2.11.11"))
+    settings = Settings(database_url=database, nats_url=server.url)
+    with server:
+        broker = Broker(server.url)
+        broker.create_stream("OLD", "old.>", allow_atomic=None)
+        add(database, "old.x")
+        named(settings, "nats-server 2.11.11", "upgrade nats-server to 2.12.1 or later")
+    with Nats(workplace / "nats", port=server.port, binary=old_nats("2.12.1")):
+        named(settings, "nats-server 2.12.1: a change of leader could", "upgrade nats-server", Colour.YELLOW)
+        Broker(server.url).api("STREAM.UPDATE.OLD", {**broker.info("OLD")["config"], "allow_atomic": True})
+        flows(settings)
+
+
+def test_forgotten_prepared_transaction(any_postgres: Postgres, nats: Nats, stream: Stream) -> None:
+    settings = Settings(database_url=clone(any_postgres), nats_url=nats.url)
+    url = settings.database_url
+    with psycopg.connect(url) as connection:
+        connection.execute("SELECT outbox.add(%s, 'x')", [f"{stream.prefix}.x"])
+        connection.execute("PREPARE TRANSACTION 'it''s forgotten'")
+        connection.rollback()
+    with ThreadRelay(settings):
+        add(url, f"{stream.prefix}.x")
+        wait_until_sent(url)  # nobody waits for it
+
+        def found() -> list[Check]:
+            return [each for each in wrong(settings, Colour.YELLOW) if each.name == "prepared transactions"]
+
+        (check,) = until(found)
+        assert 'prepared transaction "it\'s forgotten" of postgres' in check.found
+        command = check.remedy.partition("then ")[2].partition(" or ")[0]
+        rows(url, command)
+        until(lambda: value(url, "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL") == 2)
+        assert found() == []
+
+
+def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:
+    url = settings.database_url
+    edit(max_msg_size=500)
+    add(url, f"{stream.prefix}.x", "x" * 900)
+    with ThreadRelay(settings):
+        until(lambda: admin.status(url).dead_transactions)
+        named(settings, "1 transactions; the newest, 1: message-too-large", "outbox dead list", Colour.YELLOW)
+        named(settings, "max_msg_size is 500", "--max-msg-size=-1", Colour.YELLOW)
+        edit(max_msg_size=-1)
+        assert letters.retry(url, "outbox", [1]) == [1]
+        until(lambda: value(url, "SELECT sent_at FROM outbox.transactions"))
+    assert [each for each in checks(settings) if each.name == "dead letters"] == []
+
+
+def test_another_writer_in_the_stream(settings: Settings, broker: Broker, stream: Stream) -> None:
+    url = settings.database_url
+    with ThreadRelay(settings):
+        add(url, f"{stream.prefix}.x")
+        wait_until_sent(url)
+        broker.publish(f"{stream.prefix}.foreign")
+        named(settings, "it has another writer (message 2)", "give the outbox a stream of its own", Colour.YELLOW)
+        add(url, f"{stream.prefix}.x")
+        wait_until_sent(url)
+        assert admin.status(url).streams[0].mode == "shared"
+        # The other writer gets a stream of its own, and what it wrote here goes.
+        broker.api(f"STREAM.MSG.DELETE.{stream.name}", {"seq": 2})
+        assert [each for each in checks(settings) if "another writer" in each.found] == []
+
+
+def test_paused_and_without_a_leader(settings: Settings, stream: Stream) -> None:
+    add(settings.database_url, f"{stream.prefix}.x")
+    rows(settings.database_url, "UPDATE outbox.transactions SET sealed_at = now() - interval '2 minutes'")
+    named(settings, "no relay leads", "outbox relay", Colour.YELLOW)
+    named(settings, "transaction 1 waits for 120 s", "outbox status --watch", Colour.YELLOW)
+    rows(settings.database_url, "UPDATE outbox.relay SET paused_at = now(), paused_why = 'a test'")
+    named(settings, "a test", "outbox resume", Colour.YELLOW)
+    rows(settings.database_url, "UPDATE outbox.relay SET paused_at = NULL, paused_why = NULL")
+    flows(settings)
+
+
+def test_row_security_restored_database_and_small_batches(settings: Settings) -> None:
+    url = settings.database_url
+    rows(url, "CREATE ROLE hidden LOGIN")
+    migrating.grant(url, "outbox", relay="hidden")
+    rows(url, "ALTER TABLE outbox.transactions ENABLE ROW LEVEL SECURITY")
+    as_hidden = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user="hidden")})
+    named(as_hidden, "it may hide rows of transactions from role hidden", "DISABLE ROW LEVEL SECURITY")
+    rows(url, "UPDATE outbox.relay SET system_identifier = 1, database_oid = 1, timeline = 1")
+    named(as_hidden, "it was restored, copied or moved", "outbox rebase")
+    small = as_hidden.model_copy(update={"max_batch_messages": 10})
+    named(small, "a transaction may add 1000 events", "raise OUTBOX_MAX_BATCH_MESSAGES")
+
+
+def test_servers_that_are_not_there(settings: Settings) -> None:
+    """Each is a line, and the other one is looked at all the same."""
+    nowhere = {"database_url": "postgresql://postgres@127.0.0.1:1/x", "nats_url": "nats://127.0.0.1:1"}
+    no_nats = checks(settings.model_copy(update={"nats_url": nowhere["nats_url"]}))
+    assert [each.area for each in no_nats if each.colour is Colour.RED] == ["stream"]
+    assert any(each.name == "schema" for each in no_nats)
+    no_postgres = checks(settings.model_copy(update={"database_url": nowhere["database_url"]}))
+    assert [each.area for each in no_postgres if each.colour is Colour.RED] == ["database"]
+    assert any(each.name == "account" for each in no_postgres)
+    assert [each.colour for each in checks(settings.model_copy(update=nowhere))] == [Colour.RED, Colour.RED]

@@ -1,0 +1,247 @@
+"""Health, readiness and metrics over HTTP, and what systemd is told: from a relay as its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from outbox import pausing, server
+from outbox.embedded import Nats, free_port
+from outbox.health import Health
+from outbox.metrics import Metrics
+from outbox.telemetry import TookLead
+from outbox.transaction import DeadReason
+from tests.bed import Broker, ProcessRelay, rows, until, wait_until_sent
+from tests.conftest import Stream, own_nats, own_postgres, prepared
+
+Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+class Scraped(ProcessRelay):
+    """A relay that serves health and metrics."""
+
+    def __init__(self, directory: Path, environment: dict[str, str], *flags: str) -> None:
+        self.port = free_port()
+        super().__init__(directory, environment, "--listen", f"127.0.0.1:{self.port}", *flags)
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except urllib.error.URLError:
+            return 0, ""
+
+    def ready(self) -> tuple[int, Any]:
+        status, body = self.get("/readyz")
+        return status, json.loads(body) if body else {}
+
+    def series(self) -> Series:
+        _, body = self.get("/metrics")
+        found: Series = {}
+        for family in text_string_to_metric_families(body):
+            for sample in family.samples:
+                labels = {name: each for name, each in sample.labels.items() if name != "schema"}
+                found[sample.name, tuple(sorted(labels.items()))] = sample.value
+        return found
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.series().get((f"outbox_{name}", tuple(sorted(labels.items()))))
+
+    def until(self, name: str, wanted: float, **labels: str) -> None:
+        until(lambda: self.value(name, **labels) == wanted, what=f"{name} {labels} to be {wanted}")
+
+
+def add(url: str, subject: str, events: int = 1) -> None:
+    rows(url, "SELECT outbox.add(%s, n::text) FROM generate_series(1, %s) AS n", subject, events)
+
+
+def test_leader_and_standby_are_ready_and_count(
+    database: str, environment: dict[str, str], stream: Stream, workplace: Path
+) -> None:
+    add(database, f"{stream.prefix}.x", 3)
+    with Scraped(workplace, environment) as leader:
+        until(lambda: leader.ready() == (200, {"ready": True, "state": "leader", "problem": None}))
+        wait_until_sent(database)
+        with Scraped(workplace, environment) as standby:
+            until(lambda: standby.ready()[1].get("state") == "standby")
+            assert standby.ready()[0] == 200
+            standby.until("leader_present", 1)
+            assert (leader.value("leader"), standby.value("leader")) == (1, 0)
+            pausing.pause(database, "outbox", "a test")
+            add(database, f"{stream.prefix}.x", 2)
+            for relay in (leader, standby):
+                relay.until("pending_events", 2)
+                relay.until("paused", 1)
+                assert (relay.value("oldest_pending_age_seconds") or 0) > 0
+            pausing.resume(database, "outbox")
+            leader.until("published_events_total", 5, stream=stream.name)
+            assert leader.value("published_transactions_total", stream=stream.name) == 2
+            assert leader.value("batches_total", outcome="stored") == 2
+            assert leader.value("batch_messages_sum") == 5
+            assert leader.value("batch_commit_duration_seconds_count") == 2
+            assert leader.value("batches_in_flight") == 0
+            leader.until("stream_last_sequence", 5, stream=stream.name)
+            leader.until("pending_events", 0)
+            assert leader.value("oldest_pending_age_seconds") == 0
+            assert (leader.value("delivery_lag_seconds_count") or 0) >= 1
+            assert standby.value("published_events_total", stream=stream.name) == 0
+        assert leader.get("/healthz") == (200, '{"alive": true}\n')
+        assert leader.get("/nothing")[0] == 404
+        assert leader.stop() == 0
+
+
+def test_dead_letters_and_blocks_are_counted(
+    database: str, environment: dict[str, str], stream: Stream, workplace: Path
+) -> None:
+    same = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+    twice = "INSERT INTO outbox.events (subject, payload, message_id) VALUES (%s, 'a', %s), (%s, 'b', %s)"
+    rows(database, twice, f"{stream.prefix}.x", same, f"{stream.prefix}.x", same)
+    with Scraped(workplace, environment) as relay:
+        relay.wait_for("Died")
+        assert relay.value("dead_transactions_total", reason="duplicate-message-id") == 1
+        relay.until("dead_letters", 1)
+        add(database, "nowhere.x")
+        relay.until("blocked", 1)
+        rows(database, "UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'by hand' WHERE position = 2")
+        relay.until("blocked", 0)
+
+
+def test_dead_broker_shows_and_does_not_end_the_relay(workplace: Path, database: str) -> None:
+    """The lag grows by the database's clock, readiness says why, and liveness stays: a restart would not help."""
+    broker = own_nats(workplace / "nats")
+    environment = {"OUTBOX_DATABASE_URL": database, "OUTBOX_NATS_URL": broker.url}
+    with broker:
+        Broker(broker.url).create_stream("DIES", "dies.>")
+        relay = Scraped(workplace, environment)
+        with relay:
+            relay.until("connected", 1, server="nats")
+            broker.kill()
+            add(database, "dies.x")
+            rows(database, "UPDATE outbox.transactions SET sealed_at = sealed_at - interval '10 minutes'")
+            until(lambda: relay.ready()[0] == 503)
+            assert relay.ready()[1]["problem"].startswith("nats: ")
+            relay.until("connected", 0, server="nats")
+            until(lambda: (relay.value("oldest_pending_age_seconds") or 0) > 600)
+            assert (relay.value("connection_failures_total", server="nats") or 0) > 0
+            assert relay.get("/healthz")[0] == 200
+            broker.start()
+            until(lambda: relay.ready()[0] == 200)
+            relay.until("published_events_total", 1, stream="DIES")
+            relay.until("oldest_pending_age_seconds", 0)
+
+
+def test_dead_database_shows_and_is_observed_again(workplace: Path, nats: Nats) -> None:
+    with own_postgres(workplace / "postgres") as postgres:
+        prepared(postgres)
+        relay = Scraped(workplace, {"OUTBOX_DATABASE_URL": postgres.url(), "OUTBOX_NATS_URL": nats.url})
+        with relay:
+            until(lambda: relay.ready()[0] == 200)
+            until(lambda: relay.value("observed_timestamp_seconds"))
+            postgres.kill()
+            until(lambda: relay.ready()[0] == 503)
+            seen = relay.value("observed_timestamp_seconds")
+            assert relay.value("leader") == 0
+            until(lambda: math.isnan(relay.value("pending_transactions") or 0))
+            assert relay.get("/healthz")[0] == 200
+            postgres.start()
+            until(lambda: relay.ready()[0] == 200)
+            until(lambda: relay.value("observed_timestamp_seconds") != seen)
+
+
+def test_all_series_are_there_from_the_start() -> None:
+    """But those by stream, which nobody knows yet; and no label holds what an application chooses."""
+    registry = CollectorRegistry()
+    Metrics("shop", "1.2.3", registry)
+    by_stream = {
+        "outbox_published_transactions",
+        "outbox_published_events",
+        "outbox_stream_blocked",
+        "outbox_stream_last_sequence",
+    }
+    families = {family.name: family for family in registry.collect()}
+    assert {name for name, family in families.items() if not family.samples} == by_stream
+    labels = {name for family in families.values() for sample in family.samples for name in sample.labels}
+    assert labels == {"schema", "outcome", "reason", "server", "version", "le"}
+    assert {sample.labels["schema"] for family in families.values() for sample in family.samples} == {"shop"}
+    reasons = {sample.labels["reason"] for sample in families["outbox_dead_transactions"].samples}
+    assert reasons == set(DeadReason)
+
+
+def test_loop_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one thing that a restart cures; the server answers from a thread of its own."""
+    monkeypatch.setattr(server, "LOOP_SECONDS", 0.05)
+    go_on = threading.Event()
+
+    def get(port: int) -> int:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+        finally:
+            go_on.set()
+
+    async def hang() -> None:
+        with server.serving("127.0.0.1:0", CollectorRegistry(), Health()) as port:
+            assert await asyncio.to_thread(get, port) == 200
+            go_on.clear()
+            asked = asyncio.get_running_loop().run_in_executor(None, get, port)
+            go_on.wait(10)  # the loop hangs here
+            assert await asked == 503
+
+    asyncio.run(hang())
+
+
+def test_address_that_is_taken_is_told(environment: dict[str, str], workplace: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        relay = ProcessRelay(workplace, environment, "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+        with relay:
+            until(lambda: not relay.running)
+            assert relay.stop() == 1
+        said = relay.log.read_text()
+        assert "cannot listen on" in said
+        assert "OUTBOX_LISTEN" in said
+
+
+@pytest.fixture
+def notified(workplace: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(workplace / "notify"))
+        listening.settimeout(20)
+        yield listening
+
+
+def test_systemd_is_told(environment: dict[str, str], workplace: Path, notified: socket.socket) -> None:
+    """Ready when it leads, alive in between, and stopping at the end."""
+    given = {"NOTIFY_SOCKET": str(workplace / "notify"), "WATCHDOG_USEC": "200000"}
+    heard: list[str] = []
+    with ProcessRelay(workplace, environment | given) as relay:
+        while sum(words == "WATCHDOG=1" for words in heard) < 3 or not any("READY=1" in words for words in heard):
+            heard.append(notified.recv(4096).decode())
+        assert relay.stop() == 0
+        while "STOPPING=1" not in heard:
+            heard.append(notified.recv(4096).decode())
+    assert [words for words in heard if "READY=1" in words] == ["READY=1\nSTATUS=leading, epoch 1"]
+
+
+def test_health_follows_what_happens() -> None:
+    health = Health()
+    assert health.problem
+    health.happened(TookLead(epoch=1))
+    assert health.problem == "postgres: not connected yet"

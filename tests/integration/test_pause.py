@@ -1,0 +1,64 @@
+"""An operator's pause: nothing more is published, nothing is lost, and it survives the relay."""
+
+from __future__ import annotations
+
+from outbox import admin, pausing, schema
+from outbox.config import Settings
+from outbox.telemetry import Marked, PageRead, Paused, Resumed, Slept
+from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.conftest import Stream
+
+
+def add(url: str, stream: Stream) -> None:
+    rows(url, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+
+
+def test_nothing_is_published_until_it_is_resumed(settings: Settings, broker: Broker, stream: Stream) -> None:
+    url = settings.database_url
+    with ThreadRelay(settings) as relay:
+        add(url, stream)
+        wait_until_sent(url)
+        relay.wait_for(Slept)
+        assert pausing.pause(url, "outbox", "moving the stream").changed
+        assert not pausing.pause(url, "outbox", "again").changed
+        assert relay.wait_for(Paused).why == "moving the stream"
+        at = len(relay.happenings)
+        for _ in range(20):
+            add(url, stream)
+        found = admin.status(url)
+        assert (found.paused_why, found.pending_transactions) == ("moving the stream", 20)
+        assert found.leader
+        assert not [each for each in relay.happenings[at:] if isinstance(each, PageRead | Marked)]
+        assert broker.last_sequence(stream.name) == 1
+        assert pausing.resume(url, "outbox").changed
+        relay.wait_for(Resumed)
+        wait_until_sent(url)
+    assert broker.last_sequence(stream.name) == 21
+    assert not pausing.resume(url, "outbox").changed
+    assert admin.status(url).paused_at is None
+
+
+def test_a_new_leader_is_paused_from_its_first_moment(settings: Settings, broker: Broker, stream: Stream) -> None:
+    url = settings.database_url
+    add(url, stream)
+    pausing.pause(url, "outbox", "not yet")
+    with ThreadRelay(settings) as relay:
+        relay.wait_for(Paused)
+        until(lambda: admin.status(url).leader)
+        assert not [each for each in relay.happenings if isinstance(each, PageRead)]
+    assert broker.last_sequence(stream.name) == 0
+    with ThreadRelay(settings):
+        pausing.resume(url, "outbox")
+        wait_until_sent(url)
+    assert broker.last_sequence(stream.name) == 1
+
+
+def test_writers_do_not_notify_a_relay_that_is_paused(settings: Settings, stream: Stream) -> None:
+    """It slept when it was paused: left asleep, every commit would pay for a notification that nobody needs."""
+    url = settings.database_url
+    with ThreadRelay(settings) as relay:
+        relay.wait_for(Slept)
+        pausing.pause(url, "outbox", "x")
+        relay.wait_for(Paused)
+        asleep = "SELECT pg_try_advisory_xact_lock_shared(%s, %s)"
+        until(lambda: value(url, asleep, schema.AWAKE_LOCK, schema.lock_key("outbox")))
