@@ -1,4 +1,4 @@
-"""What is printed: values as JSON for machines, as `docs/schemas` describe them, and text made safe for terminals. Pure."""
+"""What is printed: values as JSON for machines (see `docs/schemas`), and text that is safe for terminals. Pure."""
 
 from __future__ import annotations
 
