@@ -25,6 +25,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def counted(number: float, word: str) -> str:
+    """Such as "1 event" or "1,000 events"."""
+    return f"{number:,.0f} {word}{'' if number == 1 else 's'}"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
