@@ -14,6 +14,7 @@ from outbox.config import Settings
 from outbox.diagnosis import Check, Checks, Colour
 from outbox.errors import OutboxError
 from outbox.jetstream import JetStream
+from outbox.machine import counted
 from outbox.rows import StreamRow
 from outbox.session import observer_session
 from outbox.streamdoctor import Known
@@ -80,7 +81,7 @@ def _outbox(status: Status) -> list[Check]:
     if status.dead_transactions:
         newest = f"; the newest, {status.dead[0].position}: {status.dead[0].reason}" if status.dead else ""
         remedy = "outbox dead list; then outbox dead retry, or outbox dead discard"
-        checks.append(CHECKS.yellow("dead letters", f"{status.dead_transactions} transactions{newest}", remedy))
+        checks.append(CHECKS.yellow("dead letters", counted(status.dead_transactions, "transaction") + newest, remedy))
     waited = status.oldest_pending_seconds or 0
     if waited > OLD_SECONDS:
         words = f"transaction {status.oldest_pending_position} waits for {waited:,.0f} s"
@@ -88,7 +89,7 @@ def _outbox(status: Status) -> list[Check]:
             CHECKS.yellow("lag", words, "mend what is red above and below; outbox status --watch shows rates")
         )
     else:
-        checks.append(CHECKS.green("lag", f"{status.pending_transactions:,} transactions are pending"))
+        checks.append(CHECKS.green("lag", f"pending: {counted(status.pending_transactions, 'transaction')}"))
     return checks
 
 

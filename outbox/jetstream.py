@@ -87,7 +87,7 @@ class JetStream:
         self._nc = await dial(servers, error_cb=self._on_error, closed_cb=self._on_closed, **options)
         self._api = f"$JS.{domain}.API" if domain else "$JS.API"
         if self.version < OLDEST_NATS:
-            version = self._nc.connected_server_version
+            version = ".".join(map(str, self.version))
             await self.close()
             raise Misconfigured(
                 f"nats-server {version} has no atomic batches: it would store every message by itself",

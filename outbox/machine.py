@@ -1,7 +1,4 @@
-"""What is printed: values as JSON for machines, as `docs/schemas` describe them, and text made safe for terminals.
-
-Pure.
-"""
+"""What is printed: values as JSON for machines (see `docs/schemas`), and text that is safe for terminals. Pure."""
 
 from __future__ import annotations
 
@@ -26,6 +23,11 @@ def printable(text: str) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def counted(number: float, word: str) -> str:
+    """Such as "1 event" or "1,000 events"."""
+    return f"{number:,.0f} {word}{'' if number == 1 else 's'}"
 
 
 def _plain(value: Any) -> Any:

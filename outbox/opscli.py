@@ -18,7 +18,7 @@ from outbox.config import Settings
 from outbox.diagnosis import Colour
 from outbox.doctor import examine
 from outbox.errors import Weather
-from outbox.machine import machine
+from outbox.machine import counted, machine
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, loaded, settings
 from outbox.rates import History
 from outbox.screen import out, say
@@ -147,7 +147,8 @@ def replay(
         raise typer.BadParameter("--to is below --from")
     found = replaying.replay(given.database_url, given.schema, wanted, dry_run=True)
     if not dry_run and found.transactions:
-        confirm(f"Send {found.transactions} transactions, {found.events} events, again as new messages?", yes=yes)
+        what = f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}"
+        confirm(f"Send {what}, again as new messages?", yes=yes)
         with screen.progress() as bar:
             found = replaying.replay(
                 given.database_url,
@@ -158,8 +159,8 @@ def replay(
     if as_json:
         print(machine(found))
         return
-    done = "would be sent again" if dry_run else "are pending again, as new transactions"
-    out.print(f"{found.transactions} transactions, {found.events} events, {done}")
+    done = "to be sent again" if dry_run else "pending again, as new transactions"
+    say(f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}: {done}")
     if found.pending or found.dead:
         out.print(f"passed over: {found.pending} that are pending, {found.dead} dead letters")
     if found.purged >= first:

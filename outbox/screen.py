@@ -15,7 +15,7 @@ from outbox.comparison import Comparison
 from outbox.config import Setting
 from outbox.diagnosis import Check, Colour
 from outbox.letters import DeadLetter
-from outbox.machine import printable
+from outbox.machine import counted, printable
 from outbox.rates import Rates
 from outbox.showing import Shown
 
@@ -23,6 +23,7 @@ SHOWN_BYTES = 2000
 OLD_SECONDS = 60.0  # a transaction that waits longer is worth a look
 GOOD, WARN, BAD = "green", "yellow", "bold red"
 SHOWN_ANOMALIES = 50
+NUMBERS = {"transactions", "events", "messages", "last sequence", "planned", "position", "sequence"}
 out = Console(markup=False, emoji=False, highlight=False)  # what is shown comes from rows: hostile until checked
 
 
@@ -53,7 +54,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", justify="right" if column in NUMBERS else "left")
     return table
 
 
@@ -94,7 +95,7 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
     yield "leader", leader, GOOD if found.leader else BAD
     if found.paused_at:
         yield "paused", f"{found.paused_why}, since {found.paused_at:%F %T}; outbox resume", WARN
-    yield "pending", f"{found.pending_transactions:,} transactions, {found.pending_events:,} events", ""
+    yield "pending", _both(found.pending_transactions, found.pending_events), ""
     if found.oldest_pending_seconds is not None:
         waited = f"position {found.oldest_pending_position}, {found.oldest_pending_seconds:.1f} s old"
         yield "oldest pending", waited, WARN if found.oldest_pending_seconds > OLD_SECONDS else ""
@@ -105,19 +106,26 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
     for each in found.streams:
         if each.blocked:
             yield f"blocked {each.name}", f"{each.blocked}, since {each.blocked_since:%F %T}", BAD
-    yield "sent", f"{found.sent_transactions:,} transactions, {found.sent_events:,} events", ""
+    yield "sent", _both(found.sent_transactions, found.sent_events), ""
     if rates is not None:
-        sent = f"{rates.sent_transactions:,.0f} transactions, {rates.sent_events:,.0f} events"
-        yield "sent per second", sent, ""
-        yield "added per second", f"{rates.added_transactions:,.0f} transactions", ""
-    yield "dead", f"{found.dead_transactions:,} transactions", BAD if found.dead_transactions else ""
+        yield "sent per second", _both(rates.sent_transactions, rates.sent_events), ""
+        yield "added per second", counted(rates.added_transactions, "transaction"), ""
+    yield "dead", counted(found.dead_transactions, "transaction"), BAD if found.dead_transactions else ""
     for letter in found.dead:
-        yield f"dead {letter.position}", f"{letter.reason} ({letter.event_count} events, {letter.dead_at:%F %T})", BAD
+        yield (
+            f"dead {letter.position}",
+            f"{letter.reason} ({counted(letter.event_count, 'event')}, {letter.dead_at:%F %T})",
+            BAD,
+        )
+
+
+def _both(transactions: float, events: float) -> str:
+    return f"{counted(transactions, 'transaction')}, {counted(events, 'event')}"
 
 
 def show_transaction(found: Shown) -> None:
     """One transaction with its events and its receipt; long payloads are cut."""
-    say(f"transaction {found.position}: {found.state}, {found.event_count} events, {found.sealed_at:%F %T}")
+    say(f"transaction {found.position}: {found.state}, {counted(found.event_count, 'event')}, {found.sealed_at:%F %T}")
     if found.replay_of:
         say(f"a replay of transaction {found.replay_of}")
     if found.replays:

@@ -86,7 +86,9 @@ def test_pause_resume_show_replay_and_purge(environment: dict[str, str], databas
     away = outbox({**environment, "OUTBOX_NATS_URL": "nats://127.0.0.1:1"}, "show", "1")
     assert away.returncode == 0
     assert "the stream could not be asked" in away.stdout
-    assert outbox(environment, "replay", "--from", "1", "--to", "9", "--dry-run").stdout.startswith("1 transactions")
+    assert outbox(environment, "replay", "--from", "1", "--to", "9", "--dry-run").stdout.startswith(
+        "1 transaction, 1 event: "
+    )
     assert outbox(environment, "replay", "--from", "1", "--to", "9").returncode == 1  # asks, and nobody answers
     assert value(database, "SELECT count(*) FROM outbox.transactions") == 1
     assert outbox(environment, "replay", "--from", "1", "--to", "9", "--yes").returncode == 0

@@ -177,7 +177,7 @@ def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., Non
     add(url, f"{stream.prefix}.x", "x" * 900)
     with ThreadRelay(settings):
         until(lambda: admin.status(url).dead_transactions)
-        named(settings, "1 transactions; the newest, 1: message-too-large", "outbox dead list", Colour.YELLOW)
+        named(settings, "1 transaction; the newest, 1: message-too-large", "outbox dead list", Colour.YELLOW)
         named(settings, "max_msg_size is 500", "--max-msg-size=-1", Colour.YELLOW)
         edit(max_msg_size=-1)
         assert letters.retry(url, "outbox", [1]) == [1]

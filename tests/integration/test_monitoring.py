@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,9 +25,13 @@ from outbox.health import Health
 from outbox.metrics import Metrics
 from outbox.telemetry import TookLead
 from outbox.transaction import DeadReason
+from tests import promql
 from tests.bed import Broker, ProcessRelay, rows, until, wait_until_sent
 from tests.conftest import Stream, own_nats, own_postgres, prepared
 
+ALERTS = yaml.safe_load((Path(__file__).parents[2] / "docs/deploy/monitoring/alerts.yml").read_text())["groups"][0][
+    "rules"
+]
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -58,6 +64,18 @@ class Scraped(ProcessRelay):
                 labels = {name: each for name, each in sample.labels.items() if name != "schema"}
                 found[sample.name, tuple(sorted(labels.items()))] = sample.value
         return found
+
+    def alerts(self) -> set[str]:
+        """The alerts whose expressions are true of what this relay exports now."""
+        _, body = self.get("/metrics")
+        scraped: dict[promql.Labels, list[float | None]] = {}
+        for family in text_string_to_metric_families(body):
+            for sample in family.samples:
+                labels = {"__name__": sample.name, "job": "outbox", "instance": "relay", **sample.labels}
+                scraped[frozenset(labels.items())] = [sample.value]
+        samples = promql.Samples(interval=1.0, series=scraped)
+        expressions = {rule["alert"]: promql_parser.parse(rule["expr"]) for rule in ALERTS}
+        return {name for name, each in expressions.items() if promql.value_of(each, samples, 0.0)}
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.series().get((f"outbox_{name}", tuple(sorted(labels.items()))))
@@ -137,12 +155,14 @@ def test_dead_broker_shows_and_does_not_end_the_relay(workplace: Path, database:
             assert relay.ready()[1]["problem"].startswith("nats: ")
             relay.until("connected", 0, server="nats")
             until(lambda: (relay.value("oldest_pending_age_seconds") or 0) > 600)
+            assert {"OutboxLagging", "OutboxNATSDisconnected"} <= relay.alerts()
             assert (relay.value("connection_failures_total", server="nats") or 0) > 0
             assert relay.get("/healthz")[0] == 200
             broker.start()
             until(lambda: relay.ready()[0] == 200)
             relay.until("published_events_total", 1, stream="DIES")
             relay.until("oldest_pending_age_seconds", 0)
+            assert not {"OutboxLagging", "OutboxNATSDisconnected"} & relay.alerts()
 
 
 def test_dead_database_shows_and_is_observed_again(workplace: Path, nats: Nats) -> None:
