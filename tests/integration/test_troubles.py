@@ -15,6 +15,7 @@ from outbox.diagnosis import Check, Colour
 from outbox.embedded import Nats, Postgres
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, old_nats
+from tests.integration.conftest import SECRET
 
 
 def checks(settings: Settings) -> list[Check]:
@@ -60,6 +61,18 @@ def test_nothing_is_wrong(settings: Settings, stream: Stream) -> None:
     flows(settings)
     assert {each.area for each in checks(settings)} == {"database", "outbox", "stream"}
     assert all(each.remedy for each in checks(settings) if each.colour is not Colour.GREEN)
+
+
+def test_wrong_password(passwords: Postgres, nats: Nats, stream: Stream) -> None:
+    url = clone(passwords)
+    migrating.grant(url, "outbox", relay="by_password")
+    add(url, f"{stream.prefix}.x")
+    right = psycopg.conninfo.make_conninfo(url, user="by_password", password=SECRET)
+    wrong_one = psycopg.conninfo.make_conninfo(right, password="guessed")
+    settings = Settings(database_url=wrong_one, nats_url=nats.url)
+    found = named(settings, "password authentication failed", "give the right user and password")
+    assert "guessed" not in found.found
+    flows(settings.model_copy(update={"database_url": right}))
 
 
 def test_stream_without_allow_atomic(settings: Settings, broker: Broker) -> None:
@@ -204,7 +217,7 @@ def test_paused_and_without_a_leader(settings: Settings, stream: Stream) -> None
     add(settings.database_url, f"{stream.prefix}.x")
     rows(settings.database_url, "UPDATE outbox.transactions SET sealed_at = now() - interval '2 minutes'")
     named(settings, "no relay leads", "outbox relay", Colour.YELLOW)
-    named(settings, "transaction 1 waits for 120 s", "outbox status --watch", Colour.YELLOW)
+    named(settings, "transaction 1 waits for 12", "outbox status --watch", Colour.YELLOW)
     rows(settings.database_url, "UPDATE outbox.relay SET paused_at = now(), paused_why = 'a test'")
     named(settings, "a test", "outbox resume", Colour.YELLOW)
     rows(settings.database_url, "UPDATE outbox.relay SET paused_at = NULL, paused_why = NULL")
