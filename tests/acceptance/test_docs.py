@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-import psycopg
 import pytest
 import sqlalchemy as sa
 import typer.main
@@ -28,21 +27,30 @@ from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.transaction import DeadReason
 from tests.bed import Broker, rows, until, value
+from tests.documents import DOCS, README, ROOT, blocks, libpq, named
 
-ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-OPERATING = ROOT / "docs" / "operating.md"
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCHEMA, API = DOCS / "schema.md", DOCS / "reference" / "api.md"
+STREAM, MONITOR, DEAD_LETTERS, TROUBLESHOOT = (
+    DOCS / "operate" / f"{name}.md" for name in ("stream", "monitor", "dead-letters", "troubleshoot")
+)
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+# Heard from them in test_troubleshoot.py, or in the tests that the guarantees name.
+SERVERS_WORDS = {
+    "password authentication failed",
+    'database "shop" does not exist',
+    "Connection refused",
+    "Authorization Violation",
+    "no servers available for connection",
+    "permission denied for schema outbox",
+    "maximum messages exceeded",
+    "maximum bytes exceeded",
+    "permissions violation",
+}
 ENDS_OF_COMMANDS = {"&&", "||", "|", ";", "&"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
 # --- reading the documents
-
-
-def blocks(document: Path, language: str) -> Iterator[str]:
-    """The fenced blocks of this language."""
-    yield from re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def prose(document: Path) -> str:
@@ -53,13 +61,6 @@ def prose(document: Path) -> str:
 def spans(document: Path) -> list[str]:
     """What stands between backticks in the prose."""
     return re.findall(r"`([^`\n]+)`", prose(document))
-
-
-def named(document: Path, language: str) -> dict[str, str]:
-    """The blocks of this language by the name in their first line, which is a comment."""
-    found = [re.match(r"(?:#|--) (.+)\n", block) for block in blocks(document, language)]
-    named = [match.group(1) if match else "" for match in found]
-    return dict(zip(named, blocks(document, language), strict=True))
 
 
 def section(document: Path, title: str) -> str:
@@ -109,13 +110,6 @@ def anchors(document: Path) -> set[str]:
 
 
 # --- the examples of the README
-
-
-def libpq(url: str) -> dict[str, str]:
-    """The connection as libpq's environment variables."""
-    parts = psycopg.conninfo.conninfo_to_dict(url)
-    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
-    return {variable: str(parts[name]) for name, variable in names.items()}
 
 
 def run(*command: str, folder: Path, environment: Mapping[str, str]) -> str:
@@ -174,12 +168,12 @@ def test_readme_first_event_relay_and_consumer(database: str, nats: Nats, tmp_pa
     assert "".join(heard) == transcript
 
 
-def test_readme_revision_and_metadata(database: str) -> None:
+def test_revision_and_metadata(database: str) -> None:
     """The revision of an application's own history goes up and down, and autogenerate leaves the outbox alone."""
     migrating.migrate(database, to=0)
     rows(database, "DROP TABLE aggregates, bumps, ledger")
     revision: dict[str, object] = {}
-    exec(compile(named(README, "python")["revision.py"], "revision.py", "exec"), revision)
+    exec(compile(named(SCHEMA, "python")["revision.py"], "revision.py", "exec"), revision)
     upgrade, downgrade = revision["upgrade"], revision["downgrade"]
     assert callable(upgrade)
     assert callable(downgrade)
@@ -210,12 +204,12 @@ def test_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) < 220
 
 
-# --- the SQL of the operator's guide
+# --- the operator's guide
 
 
 def test_sql_of_the_operators_guide(database: str) -> None:
     """Each block as it is, as the role that is said to run it: what it changes, and that it is allowed."""
-    statements = named(OPERATING, "sql")
+    statements = {**named(STREAM, "sql"), **named(MONITOR, "sql")}
     suffix = database.rpartition("/")[2]
     operator, relay = f"operator_{suffix}", f"relay_{suffix}"
     for role in (operator, relay):
@@ -249,7 +243,7 @@ def test_sql_of_the_operators_guide(database: str) -> None:
 
 
 def test_reasons_and_columns_of_dead_letters(database: str) -> None:
-    words = first_cells(section(OPERATING, "Dead letters"))
+    words = first_cells(DEAD_LETTERS.read_text())
     columns = rows(database, "SELECT attname FROM pg_attribute WHERE attrelid = 'outbox.dead'::regclass")
     assert sorted(words) == sorted([*(name for (name,) in columns), *DeadReason])
 
@@ -261,6 +255,14 @@ def test_words_of_halts_are_those_of_the_code() -> None:
     for words in found:
         for piece in words.split("…"):
             assert piece.strip() in code, words
+
+
+def test_words_of_troubleshooting_are_those_of_the_code() -> None:
+    """But for those of the two servers, which `test_troubleshoot.py` hears from them."""
+    code = "".join(path.read_text() for kind in ("*.py", "ddl/*.sql") for path in (ROOT / "outbox").glob(kind))
+    for words in first_cells(TROUBLESHOOT.read_text()):
+        for piece in re.sub("^(postgres|nats) (?=cannot)", "", words).split("…"):
+            assert piece.strip() in code or piece in SERVERS_WORDS, words
 
 
 # --- what the documents name
@@ -305,10 +307,17 @@ def test_settings_exist(document: Path) -> None:
         assert name.removeprefix("OUTBOX_").removesuffix("_FILE").lower() in Settings.model_fields, name
 
 
-def test_every_setting_is_documented_with_its_flag_and_default() -> None:
-    table = [line.split("|")[1:-1] for line in section(README, "Settings").splitlines() if line.startswith("| `")]
+def test_references_are_what_the_code_says() -> None:
+    """Commands, settings and the index of pages are made from the code; this says what to run when they are not."""
+    command = [sys.executable, "docs/site/reference.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_settings_of_the_readme_have_their_flag_and_default() -> None:
+    table = [line.split("|")[1:-1] for line in section(README, "Run it").splitlines() if line.startswith("| `")]
     names = [name.strip(" `").removeprefix("OUTBOX_").lower() for name, *_ in table]
-    assert names == list(Settings.model_fields)
+    assert len(names) == 5
     for name, (_, flag, default, _) in zip(names, table, strict=True):
         wanted = Settings.model_fields[name].default
         assert default.strip(" `") == ("" if wanted is None else str(wanted)), name
@@ -317,7 +326,7 @@ def test_every_setting_is_documented_with_its_flag_and_default() -> None:
 
 
 def test_every_name_of_the_application_is_documented() -> None:
-    assert sorted(first_cells(section(README, "API"))) == sorted(outbox.__all__)
+    assert sorted(first_cells(API.read_text().partition("\n## ")[0])) == sorted(outbox.__all__)
 
 
 def test_every_command_is_documented() -> None:
