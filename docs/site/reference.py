@@ -1,9 +1,9 @@
-"""Writes what the documents say by the code: the commands, the settings, and the index of pages.
+"""Writes what the documents say by the code: the commands, the settings, the metrics, and the index of pages.
 
-    python docs/site/reference.py            # write docs/reference/cli.md, docs/reference/settings.md, docs/llms.txt
+    python docs/site/reference.py            # write docs/reference/cli.md, settings.md, metrics.md, and docs/llms.txt
     python docs/site/reference.py --check    # change nothing; exit with 1 if one of them would change
 
-In the two references only what stands between the markers is written; the text around it is for people to edit.
+In the references only what stands between the markers is written; the text around it is for people to edit.
 Reads the declarations that typer and pydantic read, not what one version of them makes of those.
 """
 
@@ -22,10 +22,13 @@ from typing import Any
 import typer
 import yaml
 from pages import CONFIG, DOCS, ROOT, sections, source_of
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 from typer.models import ArgumentInfo, OptionInfo
 
 from outbox.cli import app
 from outbox.config import PREFIX, Settings
+from outbox.metrics import Metrics
 
 BEGIN, END = "<!-- generated: python docs/site/reference.py -->", "<!-- end -->"
 LARGEST_SHOWN = 2**31  # a default above it means that there is no limit
@@ -131,6 +134,20 @@ def settings_page() -> str:
     return "| variable and flag | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
+def metrics_page() -> str:
+    """A table of all metrics, in the order of the code; the label `schema` is on each."""
+    registry = CollectorRegistry()
+    Metrics("outbox", "", registry)
+    rows = []
+    for collector in registry._collector_to_names:  # noqa: SLF001 - what is by stream has no sample to be read from yet
+        assert isinstance(collector, MetricWrapperBase)  # noqa: S101 - the registry is ours
+        (family,) = collector.describe()
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = ", ".join(f"`{label}`" for label in collector._labelnames if label != "schema")  # noqa: SLF001 - as above
+        rows.append(f"| `{name}` | {family.type} | {labels} | {_cell(family.documentation)} |")
+    return "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
 def index() -> str:
     """`llms.txt`: every page with its first sentence."""
     lines = ["# outbox", ""]
@@ -167,7 +184,11 @@ def main() -> None:
     reference = ROOT / DOCS / "reference"
     made = {
         path: filled(path, text())
-        for path, text in ((reference / "cli.md", command_page), (reference / "settings.md", settings_page))
+        for path, text in (
+            (reference / "cli.md", command_page),
+            (reference / "settings.md", settings_page),
+            (reference / "metrics.md", metrics_page),
+        )
     }
     made[ROOT / DOCS / "llms.txt"] = index()
     stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]

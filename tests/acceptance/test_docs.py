@@ -87,13 +87,16 @@ def invocations(text: str) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Fails unless the command line would be accepted: command, flags and the values of choices."""
+    """Fails unless the command line would be accepted: command, flags and the values of choices.
+
+    A command by its name alone is spoken of, not run: it may have arguments that it needs.
+    """
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert words[0] in commands, f"there is no command outbox {words[0]}"
     if below := getattr(commands[words[0]], "commands", None):
         assert not words[1:] or words[1] in below, f"there is no command outbox {' '.join(words[:2])}"
         commands, words = below, words[1:]
-    if words:
+    if words[1:]:
         commands[words[0]].make_context(words[0], words[1:])
 
 
@@ -312,6 +315,12 @@ def test_references_are_what_the_code_says() -> None:
     command = [sys.executable, "docs/site/reference.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_metrics_to_watch_exist() -> None:
+    named = set(re.findall(r"`(outbox_[a-z_]+)`", MONITOR.read_text()))
+    assert named
+    assert named <= set(first_cells((DOCS / "reference" / "metrics.md").read_text()))
 
 
 def test_settings_of_the_readme_have_their_flag_and_default() -> None:
