@@ -16,6 +16,7 @@ from pages import DOCS, ELSEWHERE, ROOT, expanded, source_of
 
 LINK = re.compile(r"(?P<text>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<path>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py::\w+)`")
 plain: dict[str, str] = {}  # the pages of this build as Markdown, with the site's links
 
 
@@ -33,7 +34,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Links as the site needs them; fenced blocks stay as they are."""
+    """Links as the site needs them, and names of tests that can be broken; fenced blocks stay as they are."""
     here = page.file.src_uri
 
     def link(match: re.Match[str]) -> str:
@@ -49,7 +50,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     parts = FENCED.split(markdown)
     plain[here] = "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
-    return plain[here]
+    return NAMED_TEST.sub(_breakable, plain[here])
+
+
+def _breakable(name: re.Match[str]) -> str:
+    return "<code>" + re.sub(r"(/|::|_)", r"\1<wbr>", name[1]) + "</code>"
 
 
 def on_post_build(config: Any) -> None:
