@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 import typer.main
@@ -205,6 +206,14 @@ def test_readme_begins_with_the_two_command_lines() -> None:
 
 def test_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) < 220
+
+
+def test_bad_event_is_refused_as_the_schema_page_says(database: str) -> None:
+    (transcript,) = blocks(SCHEMA, "text")
+    with pytest.raises(psycopg.errors.CheckViolation) as refused:
+        rows(database, named(SCHEMA, "sql")["refused"])
+    told = refused.value.diag
+    assert f"ERROR:  {told.message_primary}\nHINT:  {told.message_hint}\n" == transcript
 
 
 # --- the operator's guide
