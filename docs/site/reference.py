@@ -27,7 +27,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from typer.models import ArgumentInfo, OptionInfo
 
 from outbox.cli import app
-from outbox.config import PREFIX, Settings
+from outbox.config import Settings
 from outbox.metrics import Metrics
 
 BEGIN, END = "<!-- generated: python docs/site/reference.py -->", "<!-- end -->"
@@ -84,7 +84,7 @@ def _choices(kind: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value is False or value is inspect.Parameter.empty:
+    if value is None or value is False or value == "" or value is inspect.Parameter.empty:
         return ""
     if isinstance(value, int) and value > LARGEST_SHOWN:
         return ""
@@ -128,9 +128,10 @@ def settings_page() -> str:
     there, rows = flags(), []
     for name, field in Settings.model_fields.items():
         option = "--" + name.replace("_", "-")
-        names = f"`{PREFIX}{name.upper()}`" + (f"<br>`{option}`" if option in there else "")
+        names = f"`OUTBOX_{name.upper()}`" + (f"<br>`{option}`" if option in there else "")
         meaning = _cell(field.description or "") + _choices(field.annotation)
-        rows.append(f"| {names} | {_default(field.default)} | {meaning} |")
+        default = "`false`" if field.default is False else _default(field.default)
+        rows.append(f"| {names} | {default} | {meaning} |")
     return "| variable and flag | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 

@@ -41,6 +41,7 @@ SERVERS_WORDS = {
     'database "shop" does not exist',
     "Connection refused",
     "Authorization Violation",
+    "Connect call failed",
     "no servers available for connection",
     "permission denied for schema outbox",
     "maximum messages exceeded",
