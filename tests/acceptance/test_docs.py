@@ -28,7 +28,19 @@ from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.transaction import DeadReason
 from tests.bed import Broker, rows, until, value
-from tests.documents import DOCS, README, ROOT, blocks, libpq, named
+from tests.documents import (
+    DOCS,
+    README,
+    ROOT,
+    anchors,
+    blocks,
+    first_cells,
+    libpq,
+    named,
+    prose,
+    section,
+    spans,
+)
 
 SCHEMA, API = DOCS / "schema.md", DOCS / "reference" / "api.md"
 STREAM, MONITOR, DEAD_LETTERS, TROUBLESHOOT = (
@@ -52,30 +64,7 @@ ENDS_OF_COMMANDS = {"&&", "||", "|", ";", "&"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-# --- reading the documents
-
-
-def prose(document: Path) -> str:
-    """The document without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def spans(document: Path) -> list[str]:
-    """What stands between backticks in the prose."""
-    return re.findall(r"`([^`\n]+)`", prose(document))
-
-
-def section(document: Path, title: str) -> str:
-    """The text under a heading, to the next heading of its level."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", document.read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"{document.name} has no section {title}"
-    return found.group(1)
-
-
-def first_cells(text: str) -> list[str]:
-    """What stands between backticks in the first cells of the tables in `text`."""
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
-    return [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
+# --- what a command line is
 
 
 def invocations(text: str) -> Iterator[list[str]]:
@@ -106,12 +95,6 @@ def flags() -> set[str]:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     below = [command for group in commands.values() for command in getattr(group, "commands", {}).values()]
     return {flag for command in (*commands.values(), *below) for parameter in command.params for flag in parameter.opts}
-
-
-def anchors(document: Path) -> set[str]:
-    """The anchors of the headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 # --- the examples of the README
