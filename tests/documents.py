@@ -1,16 +1,23 @@
-"""Reading documents, and the environment in which their examples run."""
+"""Reading documents: their blocks, names and command lines, and the environment in which their examples run."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psycopg
+import typer.main
+
+from outbox.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+ENDS_OF_COMMANDS = {"&&", "||", "|", ";", "&"}
 
 
 def blocks(document: Path, language: str) -> Iterator[str]:
@@ -59,3 +66,41 @@ def libpq(url: str) -> dict[str, str]:
     parts = psycopg.conninfo.conninfo_to_dict(url)
     names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
     return {variable: str(parts[name]) for name, variable in names.items()}
+
+
+def invocations(text: str) -> Iterator[list[str]]:
+    """The words behind `outbox` in a command line, once for each time that it is called there."""
+    words = shlex.split(text)
+    for index, word in enumerate(words[:-1]):
+        if Path(word).name == "outbox" and re.fullmatch(r"[a-z]+", words[index + 1]):
+            behind = words[index + 1 :]
+            ends = [place for place, each in enumerate(behind) if each in ENDS_OF_COMMANDS]
+            yield behind[: ends[0]] if ends else behind
+
+
+def check_command(words: list[str]) -> None:
+    """Fails unless the command line would be accepted: command, flags and the values of choices.
+
+    A command by its name alone is spoken of, not run: it may have arguments that it needs.
+    """
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert words[0] in commands, f"there is no command outbox {words[0]}"
+    if below := getattr(commands[words[0]], "commands", None):
+        assert not words[1:] or words[1] in below, f"there is no command outbox {' '.join(words[:2])}"
+        commands, words = below, words[1:]
+    if words[1:]:
+        commands[words[0]].make_context(words[0], words[1:])
+
+
+def flags() -> set[str]:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    below = [command for group in commands.values() for command in getattr(group, "commands", {}).values()]
+    return {flag for command in (*commands.values(), *below) for parameter in command.params for flag in parameter.opts}
+
+
+def run(*command: str, folder: Path, environment: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -16,8 +16,8 @@ import yaml
 
 from outbox import admin, options
 from outbox.config import Settings
-from tests.acceptance.test_docs import blocks, check_command, invocations, named, run
 from tests.bed import rows
+from tests.documents import blocks, check_command, invocations, named, run
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"

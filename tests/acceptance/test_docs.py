@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -34,10 +32,14 @@ from tests.documents import (
     ROOT,
     anchors,
     blocks,
+    check_command,
     first_cells,
+    flags,
+    invocations,
     libpq,
     named,
     prose,
+    run,
     section,
     spans,
 )
@@ -60,52 +62,10 @@ SERVERS_WORDS = {
     "maximum bytes exceeded",
     "permissions violation",
 }
-ENDS_OF_COMMANDS = {"&&", "||", "|", ";", "&"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-# --- what a command line is
-
-
-def invocations(text: str) -> Iterator[list[str]]:
-    """The words behind `outbox` in a command line, once for each time that it is called there."""
-    words = shlex.split(text)
-    for index, word in enumerate(words[:-1]):
-        if Path(word).name == "outbox" and re.fullmatch(r"[a-z]+", words[index + 1]):
-            behind = words[index + 1 :]
-            ends = [place for place, each in enumerate(behind) if each in ENDS_OF_COMMANDS]
-            yield behind[: ends[0]] if ends else behind
-
-
-def check_command(words: list[str]) -> None:
-    """Fails unless the command line would be accepted: command, flags and the values of choices.
-
-    A command by its name alone is spoken of, not run: it may have arguments that it needs.
-    """
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert words[0] in commands, f"there is no command outbox {words[0]}"
-    if below := getattr(commands[words[0]], "commands", None):
-        assert not words[1:] or words[1] in below, f"there is no command outbox {' '.join(words[:2])}"
-        commands, words = below, words[1:]
-    if words[1:]:
-        commands[words[0]].make_context(words[0], words[1:])
-
-
-def flags() -> set[str]:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    below = [command for group in commands.values() for command in getattr(group, "commands", {}).values()]
-    return {flag for command in (*commands.values(), *below) for parameter in command.params for flag in parameter.opts}
-
-
 # --- the examples of the README
-
-
-def run(*command: str, folder: Path, environment: Mapping[str, str]) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_readme_first_event_relay_and_consumer(database: str, nats: Nats, tmp_path: Path) -> None:

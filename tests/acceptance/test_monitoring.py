@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests import promql
-from tests.acceptance.test_docs import check_command, invocations
+from tests.documents import check_command, invocations
 from tests.exported import EXPORTED
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
