@@ -17,9 +17,9 @@ import typer.main
 from typer.testing import CliRunner
 
 from outbox.cli import app
-from tests.acceptance.test_docs import check_command, invocations
 from tests.bed import Broker, ProcessRelay, rows, until, value
 from tests.conftest import Stream
+from tests.documents import check_command, invocations
 
 
 def outbox(environment: dict[str, str], *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
