@@ -29,7 +29,18 @@ DEBIAN_15 = Path("/usr/lib/postgresql/15")
 # Other servers for a whole run: OUTBOX_TESTS_POSTGRES=15 OUTBOX_TESTS_NATS=2.12.1 python -m pytest -m core
 POSTGRES_VERSION = os.environ.get("OUTBOX_TESTS_POSTGRES", "18")
 NATS_VERSION = os.environ.get("OUTBOX_TESTS_NATS", "")
+ROOM = 8 << 30  # bytes that a run may take for a while
 numbers = itertools.count(1)
+
+
+def pytest_configure() -> None:
+    """Data in memory where the system has room for it: the tests kill processes, not machines, and a disk is slow."""
+    memory = Path("/dev/shm")
+    if "TMPDIR" not in os.environ and os.access(memory, os.W_OK):
+        there = os.statvfs(memory)
+        if there.f_bavail * there.f_frsize > ROOM and not there.f_flag & os.ST_NOEXEC:
+            os.environ["TMPDIR"] = str(memory)  # for the commands that the tests run, too
+            tempfile.tempdir = None
 
 
 @pytest.fixture(scope="session")

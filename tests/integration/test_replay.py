@@ -125,5 +125,9 @@ def test_verify_and_the_checker_see_a_damaged_replay(settings: Settings, broker:
     stored = broker.read(stream.name)
     whole, part = check(url, stored), check(url, stored[:3])
     assert whole.replays == 1
-    assert [each for each in whole.split if each[0] > 2] == []
-    assert [each for each in part.split if each[0] > 2]
+
+    def replays(split: list[object]) -> list[object]:
+        return [each for each in split if isinstance(each, tuple) and each[0] > 2]
+
+    assert replays(whole.split) == []
+    assert replays(part.split)
