@@ -1,55 +1,33 @@
 """The relay's only hand on NATS: one connection, stream facts, single messages, and batches with windowed acks.
 
-Built on nats-py's public calls, but for one function that writes frames. nats-py buffers what is published while it
-reconnects and sends it later, even what its caller has given up: so this connection never reconnects. When it is lost,
-every batch in flight has the outcome `Unknown`, and the leader opens a new one.
+Built on nats-py's public calls, but for one function that writes frames, and `dialing`'s look at TLS. nats-py buffers
+what is published while it reconnects and sends it later, even what its caller has given up: so this connection never
+reconnects. When it is lost, every batch in flight has the outcome `Unknown`, and the leader opens a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, Self
 
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from outbox.answers import StreamInfo, seen, stream_info
 from outbox.batch import Batch, frames
 from outbox.dialing import close, dial
-from outbox.errors import Misconfigured, Unusable, Weather
+from outbox.errors import Misconfigured, Weather
 from outbox.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
 from outbox.plan import Seen
 
 OLDEST_NATS = (2, 12, 1)
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0
 LOOKS_AT_ONCE = 32  # each answer carries the whole message
-MAX_DIGITS = 18  # a number of more is nobody's position
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamInfo:
-    """What the relay needs to know of a stream. `created` is its identity: a re-created stream has another one."""
-
-    name: str
-    created: str
-    first_sequence: int
-    last_sequence: int
-    subjects: tuple[str, ...]
-    problem: tuple[str, str] | None
-    max_message_bytes: int | None
-
-    def check(self) -> Self:
-        """The stream itself; raises `Unusable`, with the remedy, if the relay cannot keep its promises with it."""
-        if self.problem is not None:
-            raise Unusable(f"stream {self.name} cannot be used: {self.problem[0]}", remedy=self.problem[1])
-        return self
 
 
 class Refused(Weather):
@@ -162,7 +140,7 @@ class JetStream:
     async def stream(self, name: str) -> StreamInfo | None:
         """What the stream's leader says of it now, or None if there is no such stream."""
         try:
-            return _stream_info(await self._request(f"STREAM.INFO.{name}"))
+            return stream_info(await self._request(f"STREAM.INFO.{name}"))
         except Refused as refused:
             if refused.code == STREAM_NOT_FOUND:
                 return None
@@ -195,6 +173,11 @@ class JetStream:
                 remedy="choose other --create-stream and --subjects, or create the stream by hand, with allow_atomic",
             ) from refused
 
+    def refused(self) -> str | None:
+        """What NATS has said of our permissions since this was asked last: what is forbidden is met with silence."""
+        forbidden, self.forbidden = self.forbidden, None
+        return forbidden
+
     async def look(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
         """The headers of these messages, read from the stream's leader; None for one that is gone."""
         found: dict[int, Seen | None] = {}
@@ -210,7 +193,7 @@ class JetStream:
             if refused.code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        return _seen(reply["message"])
+        return seen(reply["message"])
 
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""
@@ -295,54 +278,3 @@ class JetStream:
         for token in list(self._awaited):
             self._tell(token, Unknown(why="the connection was lost"))
         self._news()
-
-
-def _stream_info(answer: dict[str, Any]) -> StreamInfo:
-    config = answer["config"]
-    size = int(config.get("max_msg_size", -1))
-    return StreamInfo(
-        name=config["name"],
-        created=answer["created"],
-        first_sequence=max(1, int(answer["state"]["first_seq"])),
-        last_sequence=int(answer["state"]["last_seq"]),
-        subjects=tuple(config.get("subjects") or ()),
-        problem=_problem(config),
-        max_message_bytes=size if size >= 0 else None,
-    )
-
-
-def _problem(config: dict[str, Any]) -> tuple[str, str] | None:
-    """Why the relay cannot keep its promises with a stream of this configuration, and the remedy; or None."""
-    name = config["name"]
-    if config.get("mirror"):
-        return "it is a mirror, which takes no messages", "publish to the stream that it mirrors"
-    if config.get("persist_mode") == "async":
-        return "its persist_mode is async, which excludes atomic batches", f"re-create stream {name} without it"
-    if not config.get("allow_atomic"):
-        return "it lacks allow_atomic", f"nats stream edit {name} --allow-batch"
-    if config.get("no_ack"):
-        return "it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack"
-    return None
-
-
-def _seen(message: dict[str, Any]) -> Seen:
-    """What tells whose a stored message is. A hostile header is only a header that does not fit."""
-    headers: dict[str, str] = {}
-    raw, payload = (base64.b64decode(message.get(part) or "") for part in ("hdrs", "data"))
-    for line in raw.decode(errors="replace").split("\r\n")[1:]:
-        name, _, value = line.partition(":")
-        headers.setdefault(name, value.strip())
-
-    def number(name: str) -> int | None:
-        value = headers.get(name, "")
-        return int(value) if value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS else None
-
-    return Seen(
-        outbox_id=headers.get("Outbox-Id"),
-        message_id=headers.get("Nats-Msg-Id"),
-        position=number("Outbox-Replay-Position" if "Outbox-Replay" in headers else "Outbox-Transaction"),
-        number=number("Outbox-Transaction-Sequence"),
-        count=number("Outbox-Transaction-Count"),
-        replayed="Outbox-Replay" in headers,
-        digest=sha256(message["subject"].encode() + b"\n" + payload).digest(),
-    )

@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from outbox import recovery
+from outbox.answers import StreamInfo
 from outbox.backoff import Backoff
 from outbox.batch import Batch, Packing, trace_contexts
 from outbox.chain import CHAINED, SHARED, Chain
 from outbox.config import BatchMode, Settings
 from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
-from outbox.jetstream import JetStream, StreamInfo
+from outbox.jetstream import JetStream
 from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.rows import Lead, StreamRow
 from outbox.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
@@ -82,13 +83,13 @@ class Lane:
         )
 
     def learn(self, now: float, forbidden: str | None) -> bool:
-        """Take in the outcomes that have come, in order; `forbidden` is what NATS said of our permissions."""
+        """Take in the outcomes that have come, in order; `forbidden` is what NATS has just said of our permissions."""
         learned = False
         while self._outcomes:
             future, deadline = self._outcomes[0]
             if future.done():
                 outcome = future.result()
-            elif now >= deadline:
+            elif forbidden or now >= deadline:
                 outcome = Unknown(why=forbidden or "no answer within the time limit")
             else:
                 break
@@ -100,7 +101,7 @@ class Lane:
                 self.proven = True
                 self._retry = self._retry.reset()
             else:
-                self._failed(outcome, now)
+                self._failed(outcome, now, plain=bool(forbidden))
             if self.chain.in_doubt:
                 self._give_up()
         return learned
@@ -124,8 +125,11 @@ class Lane:
             future.cancel()
         self._outcomes.clear()
 
-    def _failed(self, outcome: Outcome, now: float) -> None:
-        """A batch was not acked: look at once if that helps, else after a back-off that grows until one is stored."""
+    def _failed(self, outcome: Outcome, now: float, *, plain: bool) -> None:
+        """A batch was not acked: look at once if that helps, else after a back-off that grows until one is stored.
+
+        `plain` says that the cause is: it is worth a word in the status at the first time.
+        """
         chain = self.chain
         said = meaning(outcome) if isinstance(outcome, Rejected) else None
         crossed = chain.shared and said is Meaning.CHAIN_BROKEN
@@ -135,7 +139,7 @@ class Lane:
             return
         self._retry = self._retry.failed()
         self._settling.due = now + self._retry.delay(random.random())
-        if self._retry.failures >= BLOCKED_AFTER and chain.blocked is None:
+        if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
             chain.blocked, chain.dirty = chain.in_doubt, True
 
     def lost(self, why: str) -> None:

@@ -142,7 +142,7 @@ class Leader:
         self._link.reach(now)
 
     def _learn(self, now: float) -> bool:
-        forbidden = self._jetstream.forbidden if self._jetstream else None
+        forbidden = self._jetstream.refused() if self._jetstream else None
         learned = False
         for lane in self._lanes.values():
             if lane.learn(now, forbidden):

@@ -14,11 +14,12 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from outbox import orders, queries, schema
+from outbox.answers import StreamInfo
 from outbox.comparison import Comparison
 from outbox.config import Settings
 from outbox.errors import Misconfigured
 from outbox.event import subject_problem
-from outbox.jetstream import JetStream, StreamInfo
+from outbox.jetstream import JetStream
 from outbox.session import command_session
 from outbox.verifying import known_rows, read
 

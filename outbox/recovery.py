@@ -10,8 +10,9 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from outbox.answers import StreamInfo
 from outbox.errors import Halt, Weather
-from outbox.jetstream import JetStream, StreamInfo
+from outbox.jetstream import JetStream
 from outbox.plan import Finding, Look, Planned, judge, wanted
 
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.

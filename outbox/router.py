@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.errand import Errand
-from outbox.errors import Halt, Misconfigured, Unusable
+from outbox.errors import Halt, Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream
 from outbox.lane import Lane
 from outbox.routing import Routes
@@ -130,6 +130,8 @@ class Router:
             if not proven:
                 raise Misconfigured(came.message, remedy=came.remedy)
             self.blocked = came.message
+        elif isinstance(came, Weather) and self.incoming:
+            self.blocked = f"transaction {self.incoming[0].position}: nobody tells where it goes: {came.message}"
         elif isinstance(came, dict) and self.incoming:
             nowhere = next((subject for subject, stream in came.items() if stream is None), None)
             if nowhere is not None:

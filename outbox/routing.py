@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from outbox.answers import StreamInfo
 from outbox.errors import Weather
-from outbox.jetstream import JetStream, StreamInfo
+from outbox.jetstream import JetStream
 from outbox.plan import Seen
 from outbox.transaction import Transaction
 

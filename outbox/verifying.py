@@ -12,10 +12,11 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from outbox import orders, queries
+from outbox.answers import StreamInfo
 from outbox.comparison import Comparison, Row
 from outbox.config import Settings
 from outbox.errors import Misconfigured
-from outbox.jetstream import JetStream, StreamInfo
+from outbox.jetstream import JetStream
 from outbox.session import command_session
 
 READ_AT_ONCE = 512

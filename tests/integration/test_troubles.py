@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from outbox import admin, doctor, letters, migrating
 from outbox.config import Settings
 from outbox.diagnosis import Check, Colour
 from outbox.embedded import Nats, Postgres
+from outbox.telemetry import Blocked
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, old_nats
 from tests.integration.conftest import SECRET
@@ -182,6 +184,29 @@ def test_forgotten_prepared_transaction(any_postgres: Postgres, nats: Nats, stre
         rows(url, command)
         until(lambda: value(url, "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL") == 2)
         assert found() == []
+
+
+def test_publishing_is_forbidden(database: str, workplace: Path) -> None:
+    """To the publisher it looks like silence: the cause is in the status long before an ack is overdue."""
+
+    def users(denied: str) -> str:
+        relay = f'{{ user: relay, password: x, permissions: {{ publish: {{ deny: "{denied}" }} }} }}'
+        return f"authorization {{ users: [ {relay}, {{ user: admin, password: x }} ] }}"
+
+    with Nats(workplace / "nats", config=users("denied.>")) as server:
+        admins = Broker(server.url.replace("//", "//admin:x@"))
+        admins.create_stream("DENIED", "denied.>")
+        settings = Settings(database_url=database, nats_url=server.url.replace("//", "//relay:x@"))
+        add(database, "denied.x")
+        with ThreadRelay(settings) as relay:
+            assert "permissions violation" in relay.wait_for(Blocked).why.lower()
+            named(settings, "DENIED: nats: permissions violation", "the lines under stream")
+            named(settings, "publishing to denied.x cannot be probed", "permissions of this user")
+            server.config = users("other.>")
+            server._command()
+            server.send_signal(signal.SIGHUP)
+            wait_until_sent(database)
+        assert [each.subject for each in admins.read("DENIED")] == ["denied.x"]
 
 
 def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:

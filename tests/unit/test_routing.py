@@ -7,8 +7,8 @@ from uuid import uuid4
 import pytest
 
 from outbox import routing
+from outbox.answers import StreamInfo
 from outbox.event import Event
-from outbox.jetstream import StreamInfo
 from outbox.routing import Routes, matches
 from outbox.transaction import Transaction
 

@@ -1,0 +1,84 @@
+"""What JetStream's answers say of a stream and of a stored message, as values. Pure; what comes in may be hostile."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Self
+
+from outbox.errors import Unusable
+from outbox.plan import Seen
+
+MAX_DIGITS = 18  # a number of more is nobody's position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamInfo:
+    """What the relay needs to know of a stream. `created` is its identity: a re-created stream has another one."""
+
+    name: str
+    created: str
+    first_sequence: int
+    last_sequence: int
+    subjects: tuple[str, ...]
+    problem: tuple[str, str] | None
+    max_message_bytes: int | None
+
+    def check(self) -> Self:
+        """The stream itself; raises `Unusable`, with the remedy, if the relay cannot keep its promises with it."""
+        if self.problem is not None:
+            raise Unusable(f"stream {self.name} cannot be used: {self.problem[0]}", remedy=self.problem[1])
+        return self
+
+
+def stream_info(answer: dict[str, Any]) -> StreamInfo:
+    """The answer to STREAM.INFO, as far as the relay needs it."""
+    config = answer["config"]
+    size = int(config.get("max_msg_size", -1))
+    return StreamInfo(
+        name=config["name"],
+        created=answer["created"],
+        first_sequence=max(1, int(answer["state"]["first_seq"])),
+        last_sequence=int(answer["state"]["last_seq"]),
+        subjects=tuple(config.get("subjects") or ()),
+        problem=_problem(config),
+        max_message_bytes=size if size >= 0 else None,
+    )
+
+
+def _problem(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Why the relay cannot keep its promises with a stream of this configuration, and the remedy; or None."""
+    name = config["name"]
+    if config.get("mirror"):
+        return "it is a mirror, which takes no messages", "publish to the stream that it mirrors"
+    if config.get("persist_mode") == "async":
+        return "its persist_mode is async, which excludes atomic batches", f"re-create stream {name} without it"
+    if not config.get("allow_atomic"):
+        return "it lacks allow_atomic", f"nats stream edit {name} --allow-batch"
+    if config.get("no_ack"):
+        return "it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack"
+    return None
+
+
+def seen(message: dict[str, Any]) -> Seen:
+    """What tells whose a stored message is. A hostile header is only a header that does not fit."""
+    headers: dict[str, str] = {}
+    raw, payload = (base64.b64decode(message.get(part) or "") for part in ("hdrs", "data"))
+    for line in raw.decode(errors="replace").split("\r\n")[1:]:
+        name, _, value = line.partition(":")
+        headers.setdefault(name, value.strip())
+
+    def number(name: str) -> int | None:
+        value = headers.get(name, "")
+        return int(value) if value.isascii() and value.isdigit() and len(value) <= MAX_DIGITS else None
+
+    return Seen(
+        outbox_id=headers.get("Outbox-Id"),
+        message_id=headers.get("Nats-Msg-Id"),
+        position=number("Outbox-Replay-Position" if "Outbox-Replay" in headers else "Outbox-Transaction"),
+        number=number("Outbox-Transaction-Sequence"),
+        count=number("Outbox-Transaction-Count"),
+        replayed="Outbox-Replay" in headers,
+        digest=sha256(message["subject"].encode() + b"\n" + payload).digest(),
+    )
