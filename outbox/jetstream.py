@@ -64,19 +64,27 @@ class JetStream:
         self = cls(news)
         self._nc = await dial(servers, error_cb=self._on_error, closed_cb=self._on_closed, **options)
         self._api = f"$JS.{domain}.API" if domain else "$JS.API"
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self.close)
+            self._check_version()
+            await self._look_for_jetstream()
+            self._prefix = self._nc.new_inbox()
+            try:
+                await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
+            except nats.errors.Error as error:
+                raise Weather(f"the connection to NATS was lost at once: {error}") from error
+            undo.pop_all()
+        self._sender = asyncio.create_task(self._send_in_order())
+        self._sender.add_done_callback(lambda _: self._news())
+        return self
+
+    def _check_version(self) -> None:
         if self.version < OLDEST_NATS:
             version = ".".join(map(str, self.version))
-            await self.close()
             raise Misconfigured(
                 f"nats-server {version} has no atomic batches: it would store every message by itself",
                 remedy="upgrade nats-server to 2.12.1 or later (2.12.14, 2.14.4 or 2.15 recommended)",
             )
-        await self._look_for_jetstream()
-        self._prefix = self._nc.new_inbox()
-        await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
-        self._sender = asyncio.create_task(self._send_in_order())
-        self._sender.add_done_callback(lambda _: self._news())
-        return self
 
     async def _look_for_jetstream(self) -> None:
         """Raise `Weather` if nobody listens where JetStream should; who is only silent may lack a leader just now."""
@@ -84,7 +92,6 @@ class JetStream:
             try:
                 await self._nc.request(f"{self._api}.STREAM.NAMES", timeout=API_SECONDS)
             except nats.errors.NoRespondersError as error:
-                await self.close()
                 remedy = "turn JetStream on in nats-server; or, behind a leaf node, see OUTBOX_NATS_DOMAIN"
                 raise Weather(f"no JetStream answers at {self._api}", remedy=remedy) from error
 

@@ -14,16 +14,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import psycopg
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from outbox import pausing, replaying
 from outbox.embedded import Nats, Postgres
+from outbox.errors import OutboxError
 from tests.armed import POINTS
 from tests.bed import Broker, ProcessRelay, rows, value, wait_until_sent
 from tests.conftest import own_nats, own_postgres, prepared
@@ -176,6 +179,22 @@ class Soak:
             rows(self.postgres.url(), "SELECT pg_reload_conf()")
             self.pause(0.5)
 
+    # --- operators at work
+
+    def pause_outbox(self) -> None:
+        with suppress(OutboxError):
+            pausing.pause(self.postgres.url(), "outbox", "the soak")
+        self.pause(self.chance.uniform(0.2, 2))
+        with suppress(OutboxError):  # a server that is down: the next time, or the end, resumes
+            pausing.resume(self.postgres.url(), "outbox")
+
+    def replay(self) -> None:
+        with suppress(OutboxError, psycopg.OperationalError):
+            last = int(value(self.postgres.url(), "SELECT coalesce(max(position), 0) FROM outbox.transactions"))
+            first = self.chance.randint(1, max(1, last))
+            wanted = replaying.Range(first=first, last=first + self.chance.randint(0, 20))
+            replaying.replay(self.postgres.url(), "outbox", wanted)
+
     def pause(self, seconds: float) -> None:
         self.done.wait(seconds)
 
@@ -194,7 +213,7 @@ class Soak:
         nats += [self.disable_atomic, self.fill_stream]
         postgres = [self.restart_postgres, self.kill_postgres, self.crash_postgres, self.terminate_backends]
         postgres += [self.cut_postgres, self.stall_postgres, self.read_only]
-        return [relays, nats, postgres]
+        return [relays, nats, postgres, [self.pause_outbox, self.replay]]
 
 
 @contextmanager
@@ -244,13 +263,21 @@ def main(
             raise failures[0]
         writers.stop()
         soak.to_nats.acks = "pass"
+        pausing.resume(soak.postgres.url(), "outbox")
         for index in range(2):
             soak.replace(index)
         wait_until_sent(soak.postgres.url(), patience=300)
         report = check(soak.postgres.url(), Broker(soak.nats.url).read(STREAM))
         dead = int(value(soak.postgres.url(), "SELECT count(*) FROM outbox.dead"))
         console.print(f"seed {seed}, {minutes:g} minutes")
-        _print(soak, report.transactions, report.messages, dead, {k: len(v) for k, v in report.anomalies.items()})
+        _print(
+            soak,
+            report.transactions,
+            report.replays,
+            report.messages,
+            dead,
+            {k: len(v) for k, v in report.anomalies.items()},
+        )
         for halt in soak.halted:
             console.print(halt, markup=False)
         if report.anomalies or dead or soak.halted:
@@ -264,7 +291,7 @@ def _guarded(soak: Soak, kinds: list[Callable[[], None]], failures: list[BaseExc
         failures.append(error)
 
 
-def _print(soak: Soak, transactions: int, messages: int, dead: int, anomalies: dict[str, int]) -> None:
+def _print(soak: Soak, transactions: int, replays: int, messages: int, dead: int, anomalies: dict[str, int]) -> None:
     faults = Table("fault", "times")
     for name, times in sorted(soak.faults.items()):
         faults.add_row(name.replace("_", " "), str(times))
@@ -272,6 +299,7 @@ def _print(soak: Soak, transactions: int, messages: int, dead: int, anomalies: d
     console.print(faults)
     found = Table("what", "number")
     found.add_row("transactions", str(transactions))
+    found.add_row("replays", str(replays))
     found.add_row("messages", str(messages))
     for kind in ("missing", "doubled", "split", "phantom", "disordered", "receipts"):
         found.add_row(kind, str(anomalies.get(kind, 0)))

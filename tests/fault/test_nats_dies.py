@@ -12,8 +12,9 @@ from outbox import admin
 from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt
+from outbox.jetstream import JetStream
 from outbox.rebasing import accept_stream
-from outbox.telemetry import Blocked, Marked
+from outbox.telemetry import Blocked, Marked, Unreachable
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats
 from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
@@ -116,3 +117,24 @@ def test_memory_stream_dies_with_its_server(
     with ThreadRelay(settings, drain=True) as after:
         assert after.ended() is None
     assert [each.message_id for each in broker.read("M")] == left
+
+
+def test_killed_while_the_relay_connects(database: str, server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: nats-server dies between the handshake and the relay's subscription. Promise: an outage like any other."""
+    look, kills = JetStream._look_for_jetstream, iter([True])
+
+    async def killed(jetstream: JetStream) -> None:
+        await look(jetstream)
+        if next(kills, False):
+            await asyncio.to_thread(server.restart, kill=True)
+            while not jetstream._nc.is_closed:
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(JetStream, "_look_for_jetstream", killed)
+    broker = Broker(server.url)
+    broker.create_stream("S", "s.>")
+    add(database, "s.x")
+    with ThreadRelay(Settings(database_url=database, nats_url=server.url)) as relay:
+        assert "lost at once" in relay.wait_for(Unreachable).why
+        wait_until_sent(database)
+    assert len(broker.read("S")) == 1
