@@ -8,6 +8,7 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), current_
        current_user::text, has_database_privilege(current_database(), 'CREATE'),
        (SELECT obj_description(c.oid, 'pg_class') FROM pg_class AS c
          WHERE c.relname = 'events' AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s)),
+       pg_has_role(current_user, 'pg_read_all_stats', 'USAGE'),
        has_schema_privilege((SELECT oid FROM pg_namespace WHERE nspname = %(schema)s), 'USAGE')
 """
 
@@ -33,24 +34,25 @@ SELECT c.relname, pg_table_size(c.oid), greatest(s.n_live_tup, 0), s.n_dead_tup,
  WHERE c.relnamespace = to_regnamespace(%(schema)s)::oid ORDER BY c.relname
 """
 
-# Who is between drawing a position and its commit, or holds a write lock on transactions for another reason.
+# Who is between drawing a position and its commit, or holds a write lock on transactions for another reason. Never what
+# they run: a statement may hold a password.
 WRITERS = """
-SELECT a.pid, a.application_name, extract(epoch FROM clock_timestamp() - a.xact_start)::float8, left(a.query, 80)
+SELECT a.pid, a.usename::text, a.application_name, extract(epoch FROM clock_timestamp() - a.xact_start)::float8
   FROM pg_stat_activity AS a JOIN pg_locks AS l ON l.pid = a.pid
  WHERE l.locktype = 'relation' AND l.relation = '{schema}.transactions'::regclass AND l.granted
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
    AND clock_timestamp() - a.xact_start > make_interval(secs => %(seconds)s)
- ORDER BY 3 DESC
+ ORDER BY 4 DESC
 """
 
 # Whose snapshot, wherever in the cluster, keeps dead rows from being removed.
 SNAPSHOTS = """
-SELECT pid, application_name, extract(epoch FROM clock_timestamp() - xact_start)::float8, left(query, 80)
+SELECT pid, usename::text, application_name, extract(epoch FROM clock_timestamp() - xact_start)::float8
   FROM pg_stat_activity
  WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) AND pid <> pg_backend_pid()
    AND clock_timestamp() - xact_start > make_interval(secs => %(seconds)s)
- ORDER BY 3 DESC LIMIT 5
+ ORDER BY 4 DESC LIMIT 5
 """
 
 PREPARED = """

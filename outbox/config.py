@@ -138,7 +138,7 @@ class Settings(BaseModel):
                 "are special characters of the password percent-encoded, or quoted?"
             ) from None
         port, host = str(given.get("port") or ""), str(given.get("host") or "")
-        if not re.fullmatch(r"[\d,]*", port) or "@" in host[1:]:
+        if not re.fullmatch(r"[\d,]*", port) or "@" in host[1:] or "@" in str(given.get("dbname") or ""):
             raise ValueError("has a wrong host or port; are special characters of the password percent-encoded?")
         return value
 
@@ -246,6 +246,8 @@ class Settings(BaseModel):
         value = getattr(self, name)
         if isinstance(value, SecretStr):
             return MASK
+        if name == "nats_url":
+            return ",".join(map(masked, self.nats_servers))
         return None if value is None else masked(str(value))
 
 

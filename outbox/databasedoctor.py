@@ -15,7 +15,7 @@ from outbox import checkups, migrating, queries, schema
 from outbox.config import Settings
 from outbox.diagnosis import Check, Checks
 from outbox.errors import Misconfigured, OutboxError
-from outbox.session import refuse_pooler
+from outbox.session import looked, refuse_pooler
 
 CHECKS = Checks("database")
 OLDEST, NEWEST = 140005, 180000
@@ -31,29 +31,32 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
     """All checks of the database; ends early where the rest would make no sense."""
     name = settings.schema
     (server,) = await _rows(connection, checkups.SERVER, name, schema=name)
+    *_, autovacuum, _, role, may_create, comment, sees_all, may_use = server
     for check in _server(server):
         yield check
     yield await _pooler(connection)
-    if server[9] is None:
+    if may_use is None:
         yield CHECKS.red("schema", f"there is no schema {name} in this database", "outbox migrate")
         return
-    if not server[9]:
-        yield _missing(name, server[6], ["USAGE ON SCHEMA"])
+    if not may_use:
+        yield _missing(name, role, ["USAGE ON SCHEMA"])
         return
     try:
-        schema.check_version(server[8], name)
+        schema.check_version(comment, name)
     except Misconfigured as error:
         yield CHECKS.red("schema", error.message, error.remedy)
         return
-    yield _drift(settings, may_create=server[7])
+    yield _drift(settings, may_create=may_create)
     missing = [each async for each in _not_granted(connection, name)]
-    yield _missing(name, server[6], missing) if missing else CHECKS.green("privileges", f"role {server[6]} may all")
+    yield _missing(name, role, missing) if missing else CHECKS.green("privileges", f"role {role} may all")
     if missing:
         return
-    yield await _row_security(connection, name, server[6])
+    yield await _row_security(connection, name, role)
     yield await _home(connection, name)
     yield await _limits(connection, settings)
-    for check in [*(await _tables(connection, name, server[4])), *(await _holders(connection, name))]:
+    yield await _strays(connection, name)
+    holders = await _holders(connection, name, role, sees_all=sees_all)
+    for check in [*(await _tables(connection, name, autovacuum)), *holders]:
         yield check
 
 
@@ -81,30 +84,31 @@ async def _pooler(connection: Connection) -> Check:
         await refuse_pooler(connection)
     except Misconfigured as error:
         return CHECKS.red("pooler", error.message, error.remedy)
-    except psycopg.OperationalError as error:
-        return CHECKS.yellow("pooler", f"could not be told: {error}", "allow this role a second connection")
+    except OutboxError as error:
+        return CHECKS.yellow("pooler", f"could not be told: {error.message}", "allow this role a second connection")
     return CHECKS.green("pooler", "none, or one in session mode")
 
 
 def _drift(settings: Settings, *, may_create: bool) -> Check:
     if not may_create:
         return CHECKS.yellow(
-            "schema",
+            "drift",
             f"version {schema.VERSION}; drift was not looked for, as this role may not CREATE in the database",
             "run as the owner: outbox migrate --check",
         )
     try:
         problems = migrating.problems(settings.database_url, settings.schema)
-    except OutboxError as error:
-        return CHECKS.yellow("schema", f"drift could not be looked for: {error.message}", error.remedy)
+    except (OutboxError, psycopg.Error) as error:
+        words = f"drift could not be looked for: {' '.join(str(error).split())}"
+        return CHECKS.yellow("drift", words, "run as the owner: outbox migrate --check")
     if problems:
         rest = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         return CHECKS.red(
-            "schema",
+            "drift",
             f"it has drifted: {problems[0]}{rest}",
             "outbox migrate --check names all; put them back as outbox migrate --sql has them",
         )
-    return CHECKS.green("schema", f"version {schema.VERSION}, without drift")
+    return CHECKS.green("drift", f"version {schema.VERSION}, without drift")
 
 
 async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
@@ -143,7 +147,10 @@ async def _row_security(connection: Connection, name: str, role: str) -> Check:
 
 
 async def _home(connection: Connection, name: str) -> Check:
-    ((cluster, database, _, now_cluster, now_database),) = await _rows(connection, checkups.HOME, name)
+    rows = await _rows(connection, checkups.HOME, name)
+    if not rows:
+        return _empty(name, "relay")
+    ((cluster, database, _, now_cluster, now_database),) = rows
     if cluster is None:
         return CHECKS.green("identity", "the first relay will make this database the outbox's home")
     if (cluster, database) != (now_cluster, now_database):
@@ -155,9 +162,19 @@ async def _home(connection: Connection, name: str) -> Check:
     return CHECKS.green("identity", "the database that the outbox was in")
 
 
+def _empty(name: str, table: str) -> Check:
+    words = f"the table {name}.{table} is empty: was only the schema restored?"
+    return CHECKS.red(
+        table, words, f"restore its row from a backup; for a new outbox: INSERT INTO {name}.{table} DEFAULT VALUES"
+    )
+
+
 async def _limits(connection: Connection, settings: Settings) -> Check:
     name = settings.schema
-    ((size, events),) = await _rows(connection, checkups.LIMITS, name)
+    rows = await _rows(connection, checkups.LIMITS, name)
+    if not rows:
+        return _empty(name, "limits")
+    ((size, events),) = rows
     ((cache,),) = await _rows(connection, checkups.CACHES, name)
     if cache != 1:
         return CHECKS.red(
@@ -174,6 +191,16 @@ async def _limits(connection: Connection, settings: Settings) -> Check:
     return CHECKS.green("limits", f"{events} events in a transaction, {size:,} bytes in an event")
 
 
+async def _strays(connection: Connection, name: str) -> Check:
+    strays = await _rows(connection, queries.STRAYS, name)
+    if strays:
+        words = f"{strays[0][1]} events of txid {strays[0][0]} belong to no transaction: they are never sent"
+        return CHECKS.red(
+            "strays", words, "an application overwrote the settings of the triggers: add them again, then delete these"
+        )
+    return CHECKS.green("strays", "every event lately added belongs to a transaction")
+
+
 async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Check]:
     found = []
     for table, size, live, dead, enabled, seconds in await _rows(connection, checkups.TABLES, name, schema=name):
@@ -185,27 +212,29 @@ async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Ch
             last = f"{_ago(seconds)} ago" if seconds is not None else "never"
             words = f"{table} has {dead:,} dead rows beside {live:,} live ones; vacuumed {last}"
             found.append(CHECKS.yellow("vacuum", words, f"VACUUM {name}.{table}; see long transactions"))
-        elif table in ROW_BYTES and size > max(BLOATED_BYTES, 4 * live * ROW_BYTES[table]):
+        elif live and table in ROW_BYTES and size > max(BLOATED_BYTES, 4 * live * ROW_BYTES[table]):
             words = f"{table} takes {size / 1e6:,.0f} MB for {live:,} rows"
             found.append(CHECKS.yellow("bloat", words, f"in a quiet hour: VACUUM FULL {name}.{table}, which blocks"))
     return found or [CHECKS.green("vacuum", "autovacuum keeps up, and no table is bloated")]
 
 
-async def _holders(connection: Connection, name: str) -> list[Check]:
+async def _holders(connection: Connection, name: str, role: str, *, sees_all: bool) -> list[Check]:
     found = []
     for gid, owner, age in await _rows(connection, checkups.PREPARED, name, seconds=PREPARED_SECONDS):
         words = f"prepared transaction {gid!r} of {owner} is {_ago(age)} old: what it added waits"
         literal = gid.replace("'", "''")
         remedy = f"ask who made it, then COMMIT PREPARED '{literal}' or ROLLBACK PREPARED '{literal}'"
         found.append((CHECKS.red if age > FORGOTTEN_SECONDS else CHECKS.yellow)("prepared transactions", words, remedy))
-    for pid, application, age, query in await _rows(connection, checkups.WRITERS, name, seconds=LONG_SECONDS):
-        words = f"pid {pid} ({application}) has added events and is open for {_ago(age)}: {_line(query)}"
-        found.append(
-            CHECKS.yellow("long transactions", words, f"end it in the application, or pg_terminate_backend({pid})")
-        )
-    for pid, application, age, query in await _rows(connection, checkups.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
-        words = f"pid {pid} ({application}) keeps dead rows from being removed for {_ago(age)}: {_line(query)}"
+    for pid, user, application, age in await _rows(connection, checkups.WRITERS, name, seconds=LONG_SECONDS):
+        words = f"pid {pid} ({user}, {application}) has added events and is open for {_ago(age)}"
+        remedy = f"end it in the application, or pg_terminate_backend({pid})"
+        found.append(CHECKS.yellow("long transactions", words, remedy))
+    for pid, user, application, age in await _rows(connection, checkups.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
+        words = f"pid {pid} ({user}, {application}) keeps dead rows from being removed for {_ago(age)}"
         found.append(CHECKS.yellow("long transactions", words, f"end it, or pg_terminate_backend({pid})"))
+    if not sees_all:
+        words = f"role {role} does not see the transactions of other roles"
+        found.append(CHECKS.yellow("long transactions", words, f"GRANT pg_read_all_stats TO {role}"))
     return found or [CHECKS.green("long transactions", "nobody holds anything up")]
 
 
@@ -216,9 +245,5 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
 async def _rows(connection: Connection, query: str, name: str, **given: Any) -> list[TupleRow]:
-    return await (await connection.execute(queries.compose(query, name), given)).fetchall()
+    return await looked(connection, queries.compose(query, name), given)

@@ -16,11 +16,13 @@ from outbox.errors import OutboxError
 from outbox.jetstream import JetStream
 from outbox.machine import counted
 from outbox.rows import StreamRow
-from outbox.session import observer_session
+from outbox.session import looked, observer_session
 from outbox.streamdoctor import Known
 
 CHECKS = Checks("outbox")
 OLD_SECONDS = 60.0
+SUBJECTS = 500  # are asked for, at most
+UNREADABLE = ("schema", "privileges", "relay", "limits")  # without these there is nothing to say of the outbox
 NOTHING = Known(outbox_ids=(), streams={}, subjects=(), max_event_bytes=0)
 
 
@@ -30,14 +32,17 @@ async def examine(settings: Settings) -> list[Check]:
     known = NOTHING
     try:
         async with observer_session(settings.database_url) as connection:
-            checks += [check async for check in databasedoctor.examine(connection, settings)]
-            if not any(each.name in ("schema", "privileges") and each.colour is Colour.RED for each in checks):
+            async for check in databasedoctor.examine(connection, settings):
+                checks.append(check)  # noqa: PERF401 - what was found before an error counts
+            if any(each.name in UNREADABLE and each.colour is Colour.RED for each in checks):
+                checks.append(CHECKS.yellow("outbox", "not looked at, nor its streams", "mend what is red above first"))
+            else:
                 known = await _known(connection, settings.schema)
+                checks += _outbox(admin.status(settings.database_url, settings.schema))
     except OutboxError as error:
         remedy = error.remedy or "start Postgres, or correct OUTBOX_DATABASE_URL: outbox config shows what is used"
-        checks.append(Checks("database").red("connection", error.message, remedy))
-    if known is not NOTHING:
-        checks += _outbox(admin.status(settings.database_url, settings.schema))
+        name = "tables" if checks else "connection"
+        checks.append(Checks("database").red(name, error.message, remedy))
     try:
         jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
     except OutboxError as error:
@@ -51,7 +56,7 @@ async def examine(settings: Settings) -> list[Check]:
 
 async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Known:
     async def rows(query: str) -> list[TupleRow]:
-        return await (await connection.execute(queries.compose(query, name))).fetchall()
+        return await looked(connection, queries.compose(query, name))
 
     ((ids,),) = await rows(checkups.OUTBOX_IDS)
     ((size, _),) = await rows(checkups.LIMITS)
@@ -62,7 +67,7 @@ async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Kn
             name: StreamRow(name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked)
             for name, created, mode, last, _, blocked in await rows(queries.STREAMS)
         },
-        subjects=[row[0] for row in await rows(checkups.RECENT_SUBJECTS)] + [[row[0]] for row in pending],
+        subjects=[row[0] for row in await rows(checkups.RECENT_SUBJECTS)] + [[row[0]] for row in pending[:SUBJECTS]],
         max_event_bytes=size,
     )
 

@@ -42,4 +42,5 @@ class Health:
         if self._state not in ("standby", "leader"):
             return self._lost.get("postgres") or f"the relay is {self._state}"
         needed = ("postgres", "nats") if self._state == "leader" else ("postgres",)
-        return next((f"{server}: {self._lost[server]}" for server in needed if server in self._lost), None)
+        lost = ((server, self._lost.get(server)) for server in needed)
+        return next((f"{server}: {why}" for server, why in lost if why is not None), None)

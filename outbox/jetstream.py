@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -50,7 +51,8 @@ class JetStream:
         self._awaited: dict[str, asyncio.Future[Outcome]] = {}
         self._outgoing: asyncio.Queue[tuple[str, Batch, str]] = asyncio.Queue()
         self._sender: asyncio.Task[None] | None = None
-        self.forbidden: str | None = None
+        self._forbidden: dict[str, str] = {}
+        self._forbidden_calls: dict[str, str] = {}
 
     @classmethod
     async def connect(
@@ -136,7 +138,7 @@ class JetStream:
         except nats.errors.NoRespondersError:
             return Unknown(why="no responders: the subject is in no stream, or the stream has no leader")
         except (TimeoutError, nats.errors.Error) as error:
-            return Unknown(why=self.forbidden or str(error) or "no answer within the time limit")
+            return Unknown(why=self._forbidden.pop(subject, "") or str(error) or "no answer within the time limit")
         return read_reply(reply.data)
 
     async def stream_of(self, subject: str) -> str | None:
@@ -180,10 +182,9 @@ class JetStream:
                 remedy="choose other --create-stream and --subjects, or create the stream by hand, with allow_atomic",
             ) from refused
 
-    def refused(self) -> str | None:
-        """What NATS has said of our permissions since this was asked last: what is forbidden is met with silence."""
-        forbidden, self.forbidden = self.forbidden, None
-        return forbidden
+    def forbidden(self) -> tuple[str, str] | None:
+        """A subject to which we may not publish, and NATS' words, once: to the publisher it looks like silence."""
+        return self._forbidden.popitem() if self._forbidden else None
 
     async def look(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
         """The headers of these messages, read from the stream's leader; None for one that is gone."""
@@ -208,9 +209,9 @@ class JetStream:
             reply = await self._nc.request(f"{self._api}.{call}", payload, timeout=seconds)
             answer: dict[str, Any] = json.loads(reply.data)
         except (TimeoutError, nats.errors.Error, ValueError) as error:
-            raise Weather(
-                f"JetStream does not answer ({self._api}.{call}): {str(error) or type(error).__name__}"
-            ) from error
+            asked = f"{self._api}.{call}"
+            why = self._forbidden_calls.pop(asked, "") or str(error) or type(error).__name__
+            raise Weather(f"JetStream does not answer ({asked}): {why}") from error
         if refusal := answer.get("error"):
             raise Refused(int(refusal.get("err_code", 0)), str(refusal.get("description", "")))
         return answer
@@ -277,8 +278,9 @@ class JetStream:
 
     async def _on_error(self, error: Exception) -> None:
         # A permission violation is only an asynchronous error: to the publisher it looks like silence.
-        if "permissions violation" in str(error).lower():
-            self.forbidden = str(error)
+        if found := re.search(r'permissions violation for publish to "([^"]+)"', str(error), re.IGNORECASE):
+            where = self._forbidden_calls if found[1].startswith(self._api) else self._forbidden
+            where[found[1]] = str(error)
             self._news()
 
     async def _on_closed(self) -> None:

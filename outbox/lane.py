@@ -20,6 +20,7 @@ from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream
 from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
+from outbox.routing import matches
 from outbox.rows import Lead, StreamRow
 from outbox.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.transaction import Limits
@@ -62,6 +63,7 @@ class Lane:
         self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
         self._settling: Errand[recovery.Settlement] = Errand(news)
         self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
+        self._subjects: tuple[str, ...] = ()
         self._retry = Backoff()
         self._told = row.blocked
 
@@ -82,19 +84,22 @@ class Lane:
             blocked=chain.blocked,
         )
 
-    def learn(self, now: float, forbidden: str | None) -> bool:
-        """Take in the outcomes that have come, in order; `forbidden` is what NATS has just said of our permissions."""
+    def learn(self, now: float, forbidden: tuple[str, str] | None) -> bool:
+        """Take in the outcomes that have come, in order; `forbidden` is a subject, and what NATS has said of it."""
+        if forbidden is not None and not any(matches(forbidden[0], each) for each in self._subjects):
+            forbidden = None  # it is another stream's, or the API's
         learned = False
         while self._outcomes:
             future, deadline = self._outcomes[0]
             if future.done():
                 outcome = future.result()
             elif forbidden or now >= deadline:
-                outcome = Unknown(why=forbidden or "no answer within the time limit")
+                outcome = Unknown(why=forbidden[1] if forbidden else "no answer within the time limit")
             else:
                 break
             learned = True
             self._outcomes.popleft()
+            future.cancel()  # if nobody answered: what is not on the wire yet is not sent
             self._ended(self.chain.in_flight[0], outcome, now - (deadline - self._settings.ack_timeout))
             self.chain.learn(outcome)
             if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
@@ -202,6 +207,7 @@ class Lane:
 
     def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
         """Take in what the stream and its server accept."""
+        self._subjects = info.subjects
         sizes = [info.max_message_bytes, jetstream.max_payload if jetstream else None]
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,

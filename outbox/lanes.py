@@ -37,6 +37,11 @@ class Lanes(dict[str, Lane]):
         if row.plan:
             lane.chain.restore(await store.entries(row.plan))
 
+    def extend(self, *, held_back: bool) -> None:
+        """Let what waits join the plans, unless nothing more is to be sent."""
+        for lane in () if held_back else self.values():
+            lane.chain.extend()
+
     @property
     def waiting(self) -> Iterator[Transaction]:
         """What was read and is not planned."""

@@ -98,7 +98,7 @@ class Leader:
             while not self._stop.is_set():
                 if await self.run_once() or self._news.is_set():
                     self._news.clear()
-                elif self._quiet and (self._caution.over or (self._drain and self._reader.dry)):
+                elif self._quiet and (self._caution.over or (self._drain and await self._drained())):
                     break
                 else:
                     await self._wait()
@@ -113,6 +113,9 @@ class Leader:
         finally:
             await self._close()
 
+    async def _drained(self) -> bool:
+        return self._reader.dry or bool(self._pulse.paused and not await self._store.pending())
+
     async def run_once(self) -> bool:
         """One round of the loop; True if something moved, so that another round may find more to do."""
         now = self._clock()
@@ -124,8 +127,7 @@ class Leader:
         await self._arrive()
         await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
         await self._route(now)
-        for lane in self._lanes.values() if not self._held_back else ():
-            lane.chain.extend()
+        self._lanes.extend(held_back=self._held_back)
         moved |= await self._commit()
         moved |= await self._send(now)
         moved |= await self._read(now)
@@ -142,7 +144,7 @@ class Leader:
         self._link.reach(now)
 
     def _learn(self, now: float) -> bool:
-        forbidden = self._jetstream.refused() if self._jetstream else None
+        forbidden = self._jetstream.forbidden() if self._jetstream else None
         learned = False
         for lane in self._lanes.values():
             if lane.learn(now, forbidden):
@@ -287,8 +289,7 @@ class Leader:
         if before is None and self._pulse.paused is not None:
             await self._reader.rouse()
         elif before is not None and self._pulse.paused is None:
-            self._reader.look_again()
-            self._news.set()
+            self._heard()
 
     async def _arrive(self) -> None:
         """After a promotion or a restore: once every stream was settled, this is where the outbox is at home."""

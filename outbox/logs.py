@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,7 +37,9 @@ def logger(form: LogFormat, *, verbose: bool) -> telemetry.Listener:
 
     def write(happening: telemetry.Happening) -> None:
         if verbose or not isinstance(happening, USUAL):
-            print(_json(happening) if form is LogFormat.JSON else _human(happening), file=sys.stderr, flush=True)
+            # A log that nobody takes is no reason to stop publishing.
+            with contextlib.suppress(OSError):
+                print(_json(happening) if form is LogFormat.JSON else _human(happening), file=sys.stderr, flush=True)
 
     return write
 

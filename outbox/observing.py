@@ -15,7 +15,7 @@ from psycopg.rows import TupleRow
 from outbox import orders, queries, schema
 from outbox.config import Settings
 from outbox.errors import OutboxError
-from outbox.session import observer_session
+from outbox.session import looked, observer_session
 
 SECONDS = 2.0  # between two looks
 SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog counting takes long; but so often
@@ -60,21 +60,21 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
             async with observer_session(settings.database_url) as connection:
                 while True:
                     seen = await _look(connection, settings.schema, settled)
-                    settled = seen.settled
+                    settled = max(settled or 0, seen.settled)
                     take(seen)
                     await asyncio.sleep(min(LONGEST, max(SECONDS, (clock() - began) / SHARE)))
                     began = clock()
-        except OutboxError:
+        except (OutboxError, psycopg.Error, ValueError):  # an empty table is told by the relay
             take(None)
             await asyncio.sleep(SECONDS)  # the relay meets the same, and says so
 
 
 async def _look(connection: psycopg.AsyncConnection[TupleRow], name: str, after: int | None) -> Observation:
     keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-    (row,) = await (await connection.execute(queries.compose(orders.OBSERVE, name), keys)).fetchall()
-    streams = await (await connection.execute(queries.compose(orders.OBSERVE_STREAMS, name))).fetchall()
+    (row,) = await looked(connection, queries.compose(orders.OBSERVE, name), keys)
+    streams = await looked(connection, queries.compose(orders.OBSERVE_STREAMS, name))
     since = {"after": row[8] if after is None else after, "to": row[8]}
-    lags = await (await connection.execute(queries.compose(orders.OBSERVE_LAGS, name), since)).fetchall()
+    lags = await looked(connection, queries.compose(orders.OBSERVE_LAGS, name), since)
     return Observation(
         leader_present=row[0],
         blocked=row[1],

@@ -19,7 +19,7 @@ from outbox.diagnosis import Colour
 from outbox.doctor import examine
 from outbox.errors import Weather
 from outbox.machine import counted, machine
-from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, loaded, settings
+from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, loaded, settings
 from outbox.rates import History
 from outbox.screen import out, say
 
@@ -148,14 +148,9 @@ def replay(
     found = replaying.replay(given.database_url, given.schema, wanted, dry_run=True)
     if not dry_run and found.transactions:
         what = f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}"
-        confirm(f"Send {what}, again as new messages?", yes=yes)
-        with screen.progress() as bar:
-            found = replaying.replay(
-                given.database_url,
-                given.schema,
-                wanted,
-                progress=lambda done: bar("replay", done.transactions, found.transactions),
-            )
+        rolled = f" {found.rollups} of them remove newer messages (Nats-Rollup)." if found.rollups else ""
+        confirm(f"Send {what}, again as new messages?{rolled}", yes=yes)
+        found = _replay(given, wanted, found.transactions)
     if as_json:
         print(machine(found))
         return
@@ -165,6 +160,25 @@ def replay(
         out.print(f"passed over: {found.pending} that are pending, {found.dead} dead letters")
     if found.purged >= first:
         out.print(f"up to position {found.purged} what was sent may be purged, and so is not replayed")
+
+
+def _replay(given: Settings, wanted: replaying.Range, total: int) -> replaying.Replayed:
+    """Replay with a bar; whatever ends it says how far it came."""
+    last: int | None = None
+
+    def tell(done: replaying.Replayed) -> None:
+        nonlocal last
+        last = done.last
+        bar("replay", done.transactions, total)
+
+    with screen.progress() as bar:
+        try:
+            return replaying.replay(given.database_url, given.schema, wanted, progress=tell)
+        except BaseException:
+            go_on = wanted.first if last is None else last + 1
+            words = "nothing was replayed" if last is None else f"replayed up to position {last}"
+            err.print(f"outbox: interrupted; {words}. Look (outbox show {go_on}), then go on with --from {go_on}")
+            raise
 
 
 def pause(

@@ -84,7 +84,8 @@ SELECT e.message_id, e.subject, e.headers, e.payload, e.created_at
 # What may be replayed, a page at a time, with the subjects of its events.
 REPLAYABLE = """
 SELECT t.position, t.txid::text, t.event_count, t.sent_at IS NOT NULL, t.dead_at IS NOT NULL,
-       ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = t.txid)
+       ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = t.txid),
+       EXISTS (SELECT FROM {schema}.events AS e WHERE e.txid = t.txid AND e.headers ? 'Nats-Rollup')
   FROM {schema}.transactions AS t
  WHERE t.position > %(after)s AND t.position <= %(to)s AND t.replay_of IS NULL ORDER BY t.position LIMIT %(page)s
 """

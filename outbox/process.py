@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib import metadata
 
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
@@ -24,6 +24,7 @@ from outbox.supervisor import Supervisor
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OBJECTS_BETWEEN_COLLECTIONS = 200_000
+SERVES = (telemetry.TookLead, telemetry.StandingBy)
 
 
 def run(settings: Settings, *, drain: bool, create: tuple[str, list[str]] | None, verbose: bool) -> None:
@@ -49,7 +50,7 @@ async def _run(settings: Settings, *, drain: bool, create: tuple[str, list[str]]
     async with contextlib.AsyncExitStack() as stack:
         supervisor = Supervisor()
         listeners = [logger(settings.log, verbose=verbose), supervisor.happened]
-        beside = [supervisor.watch()]
+        beside: list[Callable[[], Coroutine[None, None, None]]] = [supervisor.watch]
         if settings.traces:
             from outbox import tracing
 
@@ -58,12 +59,22 @@ async def _run(settings: Settings, *, drain: bool, create: tuple[str, list[str]]
             health, metrics = Health(), _metrics(settings.schema)
             listeners += [health.happened, metrics.happened]
             stack.enter_context(serving(settings.listen, metrics.registry, health))
-            beside.append(observe_for_ever(settings, metrics.observe))
+            serves = asyncio.Event()
+            listeners.append(lambda each: serves.set() if isinstance(each, SERVES) else None)
+            beside.append(lambda: _observe(serves, settings, metrics))
         relay = Relay(settings, tell=_all(listeners), create_stream=create)
         stack.enter_context(_signalled(relay))
-        for each in beside:
-            stack.push_async_callback(_end, asyncio.ensure_future(each))
+        for work in beside:
+            task = asyncio.ensure_future(work())
+            task.add_done_callback(lambda ended: None if ended.cancelled() or not ended.exception() else relay.stop())
+            stack.push_async_callback(_end, task)
         await relay.run(drain=drain)
+
+
+async def _observe(serves: asyncio.Event, settings: Settings, metrics: Metrics) -> None:
+    """Look at the database once the relay has: before that it may still find that it must not serve at all."""
+    await serves.wait()
+    await observe_for_ever(settings, metrics.observe)
 
 
 def _metrics(schema: str) -> Metrics:

@@ -36,7 +36,7 @@ class Replayed:
 
     Passed over: what is `pending` (it is sent anyway), what is `dead` (see `outbox dead retry`), and what has lost its
     events. `last` is the last position that was replayed: after an interruption go on behind it. Up to the position
-    `purged` transactions may be gone.
+    `purged` transactions may be gone. `rollups` have events with Nats-Rollup, which remove newer messages.
     """
 
     transactions: int = 0
@@ -45,6 +45,7 @@ class Replayed:
     dead: int = 0
     last: int | None = None
     purged: int = 0
+    rollups: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class _Sent:
     position: int
     txid: str
     count: int
+    rollup: bool
 
 
 def replay(
@@ -74,6 +76,7 @@ def replay(
             if dry_run or _again(connection, name, each):
                 done.transactions += 1
                 done.events += each.count
+                done.rollups += each.rollup
                 done.last = each.position
                 progress(done)
     return done
@@ -85,11 +88,11 @@ def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Range, 
     ((highest,),) = connection.execute(queries.compose(orders.HIGHEST, name)).fetchall()
     after, last = wanted.first - 1, min(wanted.last, int(highest))
     while rows := connection.execute(text, {"after": after, "to": last, "page": PAGE}).fetchall():
-        for position, txid, count, sent, dead, subjects in rows:
+        for position, txid, count, sent, dead, subjects, rollup in rows:
             if wanted.subject is not None and not any(matches(subject, wanted.subject) for subject in subjects):
                 continue
             if sent:
-                yield _Sent(position=position, txid=txid, count=count)
+                yield _Sent(position=position, txid=txid, count=count, rollup=rollup)
             done.dead += dead
             done.pending += not sent and not dead
         after = rows[-1][0]

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import psycopg
@@ -44,6 +44,7 @@ CONNECTION = {
 }
 
 NOWHERE = "/nonexistent"  # a folder of sockets
+PROBES = 5
 ANSWER_SECONDS = 20.0  # more than statement_timeout: the server's own word comes first
 
 
@@ -60,6 +61,7 @@ async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(connection.close)
         with answered(connection):
+            await refuse_pooler(connection)  # before anything is set: the server connection may be shared
             await connection.execute(f"SELECT {settings}".encode(), prepare=False)
         undo.pop_all()
     return connection
@@ -97,36 +99,50 @@ def command_session(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
 
 @contextlib.asynccontextmanager
 async def observer_session(url: str) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
-    """A connection that only looks, in autocommit mode; raises `Weather` or `Misconfigured`."""
+    """A connection for `looked`, in autocommit mode; raises `Weather` or `Misconfigured`.
+
+    It leaves nothing behind on its server connection, which behind a pooler is the application's next.
+    """
     with connecting():
         connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, application_name="outbox observer", **_kept(url)
+            url, autocommit=True, prepare_threshold=None, application_name="outbox observer", **_kept(url)
         )
     with translated():
         async with connection:
-            await connection.execute("SET default_transaction_read_only = on; SET statement_timeout = '30s'")
             yield connection
+
+
+async def looked(
+    connection: psycopg.AsyncConnection[TupleRow], text: bytes, given: Mapping[str, Any] | None = None
+) -> list[TupleRow]:
+    """The rows of a statement in a transaction of its own, which may only read and takes half a minute at most."""
+    async with connection.transaction():
+        await connection.execute("SET TRANSACTION READ ONLY")
+        await connection.execute("SET LOCAL statement_timeout = '30s'")
+        return await (await connection.execute(text, given)).fetchall()
 
 
 async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
     """Raise `Misconfigured` behind a pooler in transaction mode: it breaks session locks silently.
 
     Behind any pooler the process id of the protocol is not the server's. Then a second connection, within a
-    transaction, tells the modes apart: in transaction mode it gets the server connection that the first one had.
+    transaction, tells the modes apart: in transaction mode it gets the server connection that the first one had, unless
+    somebody else is quicker; so it is asked several times.
     """
-    pid = await _server_pid(connection)
-    if pid == connection.info.backend_pid:
+    if await _server_pid(connection) == connection.info.backend_pid:
         return
     again_there = psycopg.conninfo.make_conninfo(connection.info.dsn, password=connection.info.password or None)
-    with connecting():
-        other = await psycopg.AsyncConnection.connect(again_there)
-    async with other:
-        taken, again = await _server_pid(other), await _server_pid(connection)
-    if taken == pid or again != pid:
-        raise Misconfigured(
-            "the database is behind a pooler in transaction mode, which breaks session locks silently",
-            remedy="give the relay a direct connection, or one pooled in session mode (OUTBOX_DATABASE_URL)",
-        )
+    for _ in range(PROBES):
+        pid = await _server_pid(connection)
+        with connecting():
+            other = await psycopg.AsyncConnection.connect(again_there)
+        async with other:
+            taken, again = await _server_pid(other), await _server_pid(connection)
+        if taken == pid or again != pid:
+            raise Misconfigured(
+                "the database is behind a pooler in transaction mode, which breaks session locks silently",
+                remedy="give the relay a direct connection, or one pooled in session mode (OUTBOX_DATABASE_URL)",
+            )
 
 
 async def _server_pid(connection: psycopg.AsyncConnection[TupleRow]) -> int:

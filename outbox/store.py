@@ -19,7 +19,7 @@ from outbox.errors import Deposed, Halt, Misconfigured, Weather
 from outbox.plan import Planned
 from outbox.positions import Holder, Range
 from outbox.rows import Decisions, Home, Lead, Page, StreamRow, Wishes, array, multirange, places, ranges, read_page
-from outbox.session import answered, open_session, refuse_pooler
+from outbox.session import answered, open_session
 from outbox.transaction import Transaction
 
 OLDEST_POSTGRES = 140005
@@ -68,9 +68,11 @@ class Store:
 
     async def preflight(self, max_batch_messages: int) -> Home:
         """Where the database is, when all that the relay builds on is true; else `Misconfigured`."""
-        with answered(self._connection):
-            await refuse_pooler(self._connection)
-            row = (await self._all("PREFLIGHT"))[0]
+        rows = await self._all("PREFLIGHT")
+        row = rows[0]
+        if row[4] is None:
+            remedy = f"INSERT INTO {self._schema}.limits DEFAULT VALUES"
+            raise Misconfigured(f"the table {self._schema}.limits is empty", remedy=remedy)
         number, cluster, max_prepared, standby, max_events, cache, comment, database, timeline = row
         if standby:
             raise Weather("the database is in recovery: this server is a standby")

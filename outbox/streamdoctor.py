@@ -6,18 +6,21 @@ batches are facts of nats-server 2.12 to 2.15.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from outbox.diagnosis import Check, Checks
-from outbox.errors import OutboxError
+from outbox.errors import Weather
 from outbox.jetstream import JetStream, Refused
-from outbox.outcome import Rejected, Unknown
+from outbox.outcome import Meaning, Rejected, Unknown, meaning
 from outbox.rows import StreamRow
 
 CHECKS = Checks("stream")
 STREAMS_AT_MOST = 1000
+STREAM_NOT_FOUND = 10059
+FULL = "(10077)"  # in the words of what blocks a stream: its limits do not take the next batch
 TAIL = 32  # messages at a stream's end that are looked at
 FULL_SHARE, NEARLY_SHARE = 0.98, 0.8
 HEADER_ROOM = 1000  # bytes that the relay's own headers take, at most
@@ -53,23 +56,49 @@ async def examine(jetstream: JetStream, known: Known) -> AsyncIterator[Check]:
     try:
         for check in _account(await jetstream.ask("INFO")):
             yield check
-        routes: dict[str, str | None] = {}
+    except Weather as weather:
+        words = f"the account cannot be asked for: {weather.message}"
+        yield CHECKS.yellow("account", words, "allow this user to publish to $JS.API.INFO, to see its limits")
+    routes: dict[str, str | None] = {}
+    try:
         for subject in sorted({subject for group in known.subjects for subject in group}):
             routes[subject] = await jetstream.stream_of(subject)
-        for check in _routing(routes, known.subjects):
+    except Weather as weather:
+        words = f"nobody tells where subjects go: {weather.message}"
+        yield CHECKS.red(
+            "subjects", words, "allow this user to publish to $JS.API.STREAM.NAMES; or see the server's log"
+        )
+    for check in _routing(routes, known.subjects):
+        yield check
+    others = await _all(jetstream)
+    for name in sorted({*known.streams, *(stream for stream in routes.values() if stream)}):
+        probed = next((each for each, stream in routes.items() if stream == name), None)
+        async for check in _examined(jetstream, name, probed, known):
             yield check
-        infos = {info["config"]["name"]: info async for info in _infos(jetstream)}
-        for name in sorted({*known.streams, *(stream for stream in routes.values() if stream)}):
-            if (info := infos.get(name)) is None:
-                yield _gone(name)
-                continue
-            for check in [*_stream(info, jetstream.max_payload, known), *_copies(name, infos.values())]:
-                yield check
-            if (probed := next((each for each, stream in routes.items() if stream == name), None)) is not None:
-                yield await _probed(jetstream, name, probed)
-            yield await _writers(jetstream, name, info, known)
-    except OutboxError as error:
-        yield CHECKS.red("JetStream", error.message, error.remedy or "look at the nats-server's log and this account")
+        for check in _copies(name, others):
+            yield check
+
+
+async def _examined(jetstream: JetStream, name: str, subject: str | None, known: Known) -> AsyncIterator[Check]:
+    """All checks of one stream."""
+    try:
+        info = await jetstream.ask(f"STREAM.INFO.{name}")
+    except Refused as refused:
+        if refused.code == STREAM_NOT_FOUND:
+            remedy = f"create it again, then: outbox rebase --stream {name}"
+            yield CHECKS.red(name, "it does not exist any more", remedy)
+            return
+        yield CHECKS.red(name, f"its leader refuses to answer: {refused.message}", f"nats stream info {name}")
+        return
+    except Weather as weather:
+        words = f"its leader does not answer: {weather.message}"
+        yield CHECKS.red(name, words, f"nats stream info {name}; or allow $JS.API.STREAM.INFO.{name} to this user")
+        return
+    for check in _stream(info, jetstream.max_payload, known):
+        yield check
+    if subject is not None:
+        yield await _probed(jetstream, name, subject)
+    yield await _writers(jetstream, name, info, known)
 
 
 def _server(version: tuple[int, int, int]) -> Check:
@@ -115,20 +144,17 @@ def _routing(routes: Mapping[str, str | None], groups: Sequence[Sequence[str]]) 
         yield CHECKS.green("subjects", f"each of {len(routes)} lately used is in one stream")
 
 
-async def _infos(jetstream: JetStream) -> AsyncIterator[dict[str, Any]]:
-    offset = 0
-    while offset < STREAMS_AT_MOST:
-        answer = await jetstream.ask("STREAM.LIST", {"offset": offset})
-        streams = answer.get("streams") or []
-        for each in streams:
-            yield each
-        offset += len(streams)
-        if not streams or offset >= int(answer.get("total", 0)):
-            return
-
-
-def _gone(name: str) -> Check:
-    return CHECKS.red(name, "it does not exist any more", f"create it again, then: outbox rebase --stream {name}")
+async def _all(jetstream: JetStream) -> list[dict[str, Any]]:
+    """The account's streams, as far as they can be listed: only to see who copies ours."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(Weather):
+        while len(found) < STREAMS_AT_MOST:
+            answer = await jetstream.ask("STREAM.LIST", {"offset": len(found)})
+            streams = answer.get("streams") or []
+            found += streams
+            if not streams or len(found) >= int(answer.get("total", 0)):
+                break
+    return found
 
 
 def _stream(info: dict[str, Any], max_payload: int, known: Known) -> Iterator[Check]:
@@ -199,7 +225,7 @@ def _sizes(config: dict[str, Any], max_payload: int, known: Known) -> Iterator[C
 
 def _fullness(config: dict[str, Any], state: dict[str, Any], known: Known) -> Iterator[Check]:
     name = config["name"]
-    blocked = name in known.streams and known.streams[name].blocked is not None
+    blocked = name in known.streams and FULL in (known.streams[name].blocked or "")
     for limit, used in (("max_bytes", "bytes"), ("max_msgs", "messages")):
         most, now = int(config.get(limit, -1)), int(state[used])
         if config.get("discard") == "new" and most > 0 and (blocked or now > NEARLY_SHARE * most):
@@ -263,6 +289,9 @@ async def _probed(jetstream: JetStream, name: str, subject: str) -> Check:
         case Rejected(code=code) if code == NOT_EXPECTED:
             remedy = "upgrade every nats-server of the cluster to 2.12.1 or later"
             return CHECKS.red(name, "the nats-server of its leader does not know atomic batches", remedy)
+        case Rejected() as rejected if meaning(rejected) is Meaning.WEATHER:
+            words = f"it cannot take messages just now: {rejected.description} ({rejected.code})"
+            return CHECKS.yellow(name, words, f"nats stream info {name}")
         case Unknown(why=why):
             remedy = "look at the permissions of this user, and at the stream's leader: nats stream info"
             return CHECKS.red(name, f"publishing to {subject} cannot be probed: {why}", remedy)
@@ -275,8 +304,9 @@ async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known:
     first = max(int(info["state"]["first_seq"]), last - TAIL + 1, 1)
     try:
         seen = await jetstream.look(name, range(first, last + 1))
-    except Refused as refused:
-        return CHECKS.yellow(name, f"its messages cannot be read: {refused}", "allow $JS.API.STREAM.MSG.GET")
+    except Weather as weather:
+        words = f"its messages cannot be read: {weather.message}"
+        return CHECKS.yellow(name, words, f"allow this user to publish to $JS.API.STREAM.MSG.GET.{name}")
     foreign = [place for place, each in seen.items() if each is not None and each.outbox_id not in known.outbox_ids]
     if foreign:
         return CHECKS.yellow(

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +16,10 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from outbox import replaying
 from outbox.cli import app
+from outbox.errors import Weather
+from outbox.replaying import Replayed
 from tests.bed import Broker, ProcessRelay, rows, until, value
 from tests.conftest import Stream
 from tests.documents import check_command, invocations
@@ -97,6 +100,25 @@ def test_pause_resume_show_replay_and_purge(environment: dict[str, str], databas
     assert outbox(environment, "purge", "--older-than", "0").stdout == "2 transactions are deleted\n"
     assert "purged" in outbox(environment, "show", "1").stderr
     assert outbox(environment, "purge", "--older-than", "-1").returncode == 2
+
+
+def test_interrupted_replay_says_where_to_go_on(
+    environment: dict[str, str], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, progress: Callable[[Replayed], None], **__: object) -> Replayed:
+        progress(Replayed(transactions=3, last=7))
+        raise Weather("the connection was lost")
+
+    for name, each in environment.items():
+        monkeypatch.setenv(name, each)
+    rows(database, "SELECT outbox.add('a.b', 'x')")
+    receipt = "sent_at = now(), stream = 'S', first_sequence = 1, last_sequence = 1"
+    rows(database, f"UPDATE outbox.transactions SET {receipt}")
+    real = replaying.replay
+    monkeypatch.setattr(replaying, "replay", lambda *a, **k: real(*a, **k) if "dry_run" in k else broken(*a, **k))
+    done = CliRunner().invoke(app, ["replay", "--from", "1", "--to", "9", "--yes"])
+    assert isinstance(done.exception, Weather)
+    assert "replayed up to position 7. Look (outbox show 8), then go on with --from 8" in " ".join(done.stderr.split())
 
 
 def test_watch_prints_a_line_a_look_and_ends_with_0(environment: dict[str, str], workplace: Path) -> None:

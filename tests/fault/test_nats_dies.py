@@ -127,7 +127,7 @@ def test_killed_while_the_relay_connects(database: str, server: Nats, monkeypatc
         await look(jetstream)
         if next(kills, False):
             await asyncio.to_thread(server.restart, kill=True)
-            while not jetstream._nc.is_closed:
+            while not jetstream._nc.is_closed:  # noqa: ASYNC110 - nats-py has no event for it
                 await asyncio.sleep(0.01)
 
     monkeypatch.setattr(JetStream, "_look_for_jetstream", killed)

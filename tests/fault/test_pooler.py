@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from outbox import doctor
 from outbox.config import Settings
+from outbox.diagnosis import Colour
 from outbox.embedded import Nats, Postgres, accepts_connections, free_port
 from outbox.errors import Misconfigured
-from tests.bed import Broker, ThreadRelay, rows, until
+from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value
 from tests.conftest import Stream
 
 CONFIG = """
@@ -66,3 +69,23 @@ def test_session_mode_works(postgres: Postgres, database: str, nats: Nats, strea
     with pooler(postgres, database, workplace, "session") as url:
         assert ThreadRelay(Settings(database_url=url, nats_url=nats.url), drain=True).ended() is None
     assert len(Broker(nats.url).read(stream.name)) == 1
+
+
+def test_the_doctor_and_the_metrics_leave_nothing_behind(
+    postgres: Postgres, database: str, environment: dict[str, str], workplace: Path
+) -> None:
+    """Fault: the connections of the pool are the application's too. Promise: refused whatever runs beside, and the
+    application goes on as before.
+    """
+    with pooler(postgres, database, workplace, "transaction") as url:
+        through = environment | {"OUTBOX_DATABASE_URL": url}
+        checks = asyncio.run(doctor.examine(Settings(database_url=url, nats_url=environment["OUTBOX_NATS_URL"])))
+        assert [each.name for each in checks if each.colour is Colour.RED] == ["pooler"]
+        for _ in range(3):
+            with ProcessRelay(workplace, through, "--drain", "--listen", "127.0.0.1:0") as relay:
+                until(lambda: not relay.running)
+                assert relay.stop() == 1
+                assert "pooler in transaction mode" in relay.log.read_text()
+        for _ in range(5):
+            rows(url, "SELECT outbox.add('a.b', 'x')")
+        assert value(url, "SHOW enable_seqscan") == "on"

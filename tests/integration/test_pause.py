@@ -53,6 +53,11 @@ def test_a_new_leader_is_paused_from_its_first_moment(settings: Settings, broker
     assert broker.last_sequence(stream.name) == 1
 
 
+def test_drain_of_a_paused_outbox_ends_when_nothing_is_pending(settings: Settings) -> None:
+    pausing.pause(settings.database_url, "outbox", "x")
+    assert ThreadRelay(settings, drain=True).ended() is None
+
+
 def test_writers_do_not_notify_a_relay_that_is_paused(settings: Settings, stream: Stream) -> None:
     """It slept when it was paused: left asleep, every commit would pay for a notification that nobody needs."""
     url = settings.database_url

@@ -10,11 +10,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox import admin, doctor, letters, migrating
+from outbox import admin, checkups, doctor, letters, migrating
 from outbox.config import Settings
 from outbox.diagnosis import Check, Colour
 from outbox.embedded import Nats, Postgres
-from outbox.telemetry import Blocked
+from outbox.errors import Misconfigured
+from outbox.telemetry import Blocked, InDoubt
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, old_nats
 from tests.integration.conftest import SECRET
@@ -209,6 +210,24 @@ def test_publishing_is_forbidden(database: str, workplace: Path) -> None:
         assert [each.subject for each in admins.read("DENIED")] == ["denied.x"]
 
 
+def test_what_is_forbidden_on_one_stream_leaves_the_others_alone(database: str, workplace: Path) -> None:
+    denied = '{ user: relay, password: x, permissions: { publish: { deny: "denied.>" } } }'
+    users = f"authorization {{ users: [ {denied}, {{ user: admin, password: x }} ] }}"
+    with Nats(workplace / "nats", config=users) as server:
+        admins = Broker(server.url.replace("//", "//admin:x@"))
+        admins.create_stream("DENIED", "denied.>")
+        admins.create_stream("FREE", "free.>")
+        settings = Settings(database_url=database, nats_url=server.url.replace("//", "//relay:x@"))
+        add(database, "denied.x")
+        with ThreadRelay(settings) as relay:
+            relay.wait_for(Blocked, lambda each: each.stream == "DENIED")
+            for _ in range(200):
+                add(database, "free.x")
+            until(lambda: admins.last_sequence("FREE") == 200)
+            assert not [each for each in relay.happenings if isinstance(each, InDoubt) and each.stream == "FREE"]
+            assert [each.blocked is not None for each in admin.status(database).streams] == [True, False]
+
+
 def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:
     url = settings.database_url
     edit(max_msg_size=500)
@@ -262,12 +281,53 @@ def test_row_security_restored_database_and_small_batches(settings: Settings) ->
     named(small, "a transaction may add 1000 events", "raise OUTBOX_MAX_BATCH_MESSAGES")
 
 
+def test_drift_and_a_missing_view_do_not_hide_the_rest(settings: Settings) -> None:
+    url = settings.database_url
+    rows(url, "CREATE INDEX more ON outbox.transactions (sealed_at)")
+    rows(url, "UPDATE outbox.relay SET paused_at = now(), paused_why = 'a test'")
+    named(settings, "unexpected: index", "outbox migrate --check")
+    named(settings, "a test", "outbox resume", Colour.YELLOW)
+    rows(url, "DROP VIEW outbox.pending CASCADE")
+    told = checks(settings)
+    assert [each.name for each in told if each.colour is Colour.RED] == ["drift", "tables"]
+    assert {"server", "pooler", "account"} <= {each.name for each in told}
+
+
+def test_tables_without_their_row(settings: Settings) -> None:
+    """Only the schema was restored: the doctor and the relay say so, without a traceback."""
+    rows(settings.database_url, "DELETE FROM outbox.limits")
+    named(settings, "the table outbox.limits is empty", "INSERT INTO outbox.limits DEFAULT VALUES")
+    error = ThreadRelay(settings).ended()
+    assert isinstance(error, Misconfigured)
+    assert "outbox.limits is empty" in error.message
+    rows(settings.database_url, "DELETE FROM outbox.relay")
+    named(settings, "the table outbox.relay is empty", "restore its row from a backup")
+
+
+def test_what_this_role_cannot_see_is_said_and_no_statement_is_shown(settings: Settings, stream: Stream) -> None:
+    url, name = settings.database_url, f"blind_{stream.prefix}"
+    rows(url, f"CREATE ROLE {name} LOGIN")
+    migrating.grant(url, "outbox", relay=name)
+    blind = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user=name)})
+    named(blind, "does not see the transactions of other roles", f"GRANT pg_read_all_stats TO {name}", Colour.YELLOW)
+    rows(url, f"GRANT pg_read_all_stats TO {name}")
+    assert not [each for each in checks(blind) if "does not see" in each.found]
+    assert "query" not in checkups.WRITERS + checkups.SNAPSHOTS
+
+
+def test_strays_are_found(settings: Settings) -> None:
+    rows(settings.database_url, "ALTER TABLE outbox.events DISABLE TRIGGER seal")
+    add(settings.database_url, "a.b")
+    rows(settings.database_url, "ALTER TABLE outbox.events ENABLE TRIGGER seal")
+    named(settings, "belong to no transaction", "add them again")
+
+
 def test_servers_that_are_not_there(settings: Settings) -> None:
     """Each is a line, and the other one is looked at all the same."""
     nowhere = {"database_url": "postgresql://postgres@127.0.0.1:1/x", "nats_url": "nats://127.0.0.1:1"}
     no_nats = checks(settings.model_copy(update={"nats_url": nowhere["nats_url"]}))
     assert [each.area for each in no_nats if each.colour is Colour.RED] == ["stream"]
-    assert any(each.name == "schema" for each in no_nats)
+    assert any(each.name == "drift" for each in no_nats)
     no_postgres = checks(settings.model_copy(update={"database_url": nowhere["database_url"]}))
     assert [each.area for each in no_postgres if each.colour is Colour.RED] == ["database"]
     assert any(each.name == "account" for each in no_postgres)

@@ -234,3 +234,14 @@ def test_wrong_settings_end_every_command_with_2(tmp_path: Path, monkeypatch: py
     assert "Traceback" not in text
     assert "OUTBOX_SHEMA" in text
     assert "valid TOML" in text
+
+
+@pytest.mark.parametrize("url", ["user:secret@nats:4222", "h0:4222,user:secret@h1", "secret@nats", "tls://u:secret@h"])
+def test_secret_in_a_nats_url_is_never_shown(url: str) -> None:
+    assert "secret" not in str(Settings(nats_url=url).shown("nats_url"))
+
+
+def test_password_that_ends_the_host_is_refused() -> None:
+    """libpq would take it for a port and a database."""
+    with pytest.raises(ValueError, match="percent-encoded"):
+        Settings(database_url="postgresql://user:123/ss@host/db")
