@@ -1,6 +1,7 @@
 """`outbox doctor`: a look at both ends and at the outbox itself, a line each, with the remedy for what is wrong.
 
-Reads only, stores nothing, and goes on where it can: a server that cannot be reached is a line, not the end.
+Changes nothing (the schema is compared with a copy that is rolled back), and goes on where it can: a server that
+cannot be reached is a line, not the end.
 """
 
 from __future__ import annotations

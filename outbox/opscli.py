@@ -18,7 +18,7 @@ from outbox.config import Settings
 from outbox.diagnosis import Colour
 from outbox.doctor import examine
 from outbox.errors import Weather
-from outbox.machine import counted, machine
+from outbox.machine import counted, machine, printable
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, loaded, settings
 from outbox.rates import History
 from outbox.screen import out, say
@@ -61,7 +61,11 @@ def _watch(given: Settings, *, as_json: bool) -> None:
                 try:
                     found = admin.status(given.database_url, given.schema)
                 except Weather as weather:
-                    live.update(Text(f"Postgres cannot be reached: {weather.message}"), refresh=not as_json)
+                    words = f"Postgres cannot be reached: {weather.message}"
+                    if as_json:
+                        err.print(words)
+                    else:
+                        live.update(Text(printable(words)), refresh=True)
                 else:
                     rates = history.take(found)
                     if as_json:
@@ -78,7 +82,7 @@ def doctor(
 ) -> None:
     """Look at Postgres, at NATS and at the outbox: what is wrong, and what settles it. Exits with 1 on red.
 
-    Reads only. Run it with the settings and the role of the relay, before the first start and whenever in doubt.
+    Changes nothing. Run it with the settings and the role of the relay, before the first start and whenever in doubt.
 
     Example: outbox doctor --database-url postgresql://relay@db/shop
     """

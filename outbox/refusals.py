@@ -84,10 +84,10 @@ NATS = {
 def by_postgres(words: str) -> Denied | None:
     """What libpq said when a connection was not made, if that is not the weather."""
     line = masked(" ".join(words.split()))
-    if re.search(POSTGRES_WEATHER, line):
-        return None
-    remedy = _first(POSTGRES, line)
-    return Denied(line, remedy=remedy) if remedy else None
+    # Of several hosts each has its words, and one that is only down may be the one that would take us.
+    each = line.split("connection to server at ")[1:] or [line]
+    remedies = ["" if re.search(POSTGRES_WEATHER, host) else _first(POSTGRES, host) for host in each]
+    return Denied(line, remedy=remedies[0]) if all(remedies) else None
 
 
 def by_nats(where: str, error: Exception) -> Denied | None:

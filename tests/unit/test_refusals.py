@@ -108,3 +108,9 @@ def test_nats_denies(error: Exception, remedy: str) -> None:
 )
 def test_nats_is_weather(error: Exception) -> None:
     assert refusals.by_nats("n:4222", error) is None
+
+
+def test_of_several_hosts_one_that_is_down_may_be_the_right_one() -> None:
+    down, denied = "Connection refused\n", 'FATAL:  no pg_hba.conf entry for host "10.0.0.9"\n'
+    assert refusals.by_postgres(AT + down + AT + denied) is None
+    assert refusals.by_postgres(AT + denied + AT + denied) is not None
