@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -28,6 +30,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: errors are shown with their remedy, never as a traceback."""
+    # nats-py's TLS makes the loop say so whenever a server hangs up; it means nothing.
+    logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
     try:
         app()
     except OutboxError as error:
@@ -115,6 +119,10 @@ def relay(
     """
     if bool(create_stream) != bool(subjects):
         raise typer.BadParameter("--create-stream and --subjects go together")
+    if create_stream and not re.fullmatch(r"[^\s.*>/\\]{1,255}", create_stream):
+        raise typer.BadParameter(
+            "the name of a stream has no white space and none of . * > / \\", param_hint="--create-stream"
+        )
     given = settings(
         database_url=database_url,
         nats_url=nats_url,

@@ -46,7 +46,8 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
     except Misconfigured as error:
         yield CHECKS.red("schema", error.message, error.remedy)
         return
-    yield _drift(settings, may_create=may_create)
+    lost = [row[0] for row in await _rows(connection, checkups.PARTS, name, schema=name)]
+    yield _lost(lost) if lost and not may_create else _drift(settings, may_create=may_create)
     missing = [each async for each in _not_granted(connection, name)]
     yield _missing(name, role, missing) if missing else CHECKS.green("privileges", f"role {role} may all")
     if missing:
@@ -87,6 +88,12 @@ async def _pooler(connection: Connection) -> Check:
     except OutboxError as error:
         return CHECKS.yellow("pooler", f"could not be told: {error.message}", "allow this role a second connection")
     return CHECKS.green("pooler", "none, or one in session mode")
+
+
+def _lost(parts: list[str]) -> Check:
+    words = f"it has drifted: missing or disabled: {', '.join(parts)}"
+    remedy = "as the owner: ALTER TABLE … ENABLE TRIGGER, or create it as outbox migrate --sql has it"
+    return CHECKS.red("drift", words, remedy)
 
 
 def _drift(settings: Settings, *, may_create: bool) -> Check:
@@ -131,7 +138,7 @@ async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
 
 def _missing(name: str, role: str, missing: list[str]) -> Check:
     rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    remedy = f"as the owner: outbox migrate --relay-role {role}"
+    remedy = f"run the doctor as the relay's role; if this is it, as the owner: outbox migrate --relay-role {role}"
     return CHECKS.red("privileges", f"role {role} lacks {missing[0]}{rest} in schema {name}", remedy)
 
 

@@ -13,7 +13,7 @@ from outbox import letters, screen, showing
 from outbox.config import Settings
 from outbox.errors import Misconfigured
 from outbox.letters import DeadLetter, Selection
-from outbox.machine import machine
+from outbox.machine import counted, machine
 from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
 from outbox.transaction import DeadReason
 
@@ -112,9 +112,9 @@ def retry(
     """
     given = settings(database_url=database_url, schema=schema_name)
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
-    confirm(f"Send {len(chosen)} dead letters after all, out of their place in the order?", yes=yes)
+    confirm(f"Send {counted(len(chosen), 'dead letter')} after all, out of place in the order?", yes=yes)
     done = letters.retry(given.database_url, given.schema, chosen)
-    screen.out.print(f"{len(done)} transactions are pending again")
+    screen.say(f"pending again: {counted(len(done), 'transaction')}")
 
 
 @app.command()
@@ -135,9 +135,9 @@ def discard(
     """
     given = settings(database_url=database_url, schema=schema_name)
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
-    confirm(f"Discard {len(chosen)} dead letters for good?", yes=yes)
+    confirm(f"Discard {counted(len(chosen), 'dead letter')} for good?", yes=yes)
     done = letters.discard(given.database_url, given.schema, chosen)
-    screen.out.print(f"{len(done)} dead letters are discarded")
+    screen.say(f"discarded: {counted(len(done), 'dead letter')}")
 
 
 def _chosen(given: Settings, selection: Selection, *, every: bool) -> list[int]:

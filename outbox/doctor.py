@@ -83,7 +83,7 @@ def _outbox(status: Status) -> list[Check]:
     if status.paused_at:
         words = f"paused since {status.paused_at:%F %T}: {status.paused_why}"
         checks.append(CHECKS.yellow("paused", words, "outbox resume"))
-    checks += [_blocked(name, why) for name, why in _blocks(status)]
+    checks += [_blocked(name, why, led=status.leader is not None) for name, why in _blocks(status)]
     if status.dead_transactions:
         newest = f"; the newest, {status.dead[0].position}: {status.dead[0].reason}" if status.dead else ""
         remedy = "outbox dead list; then outbox dead retry, or outbox dead discard"
@@ -104,10 +104,13 @@ def _blocks(status: Status) -> list[tuple[str, str]]:
     return ([("the outbox", status.blocked)] if status.blocked else []) + streams
 
 
-def _blocked(name: str, why: str) -> Check:
+def _blocked(name: str, why: str, *, led: bool) -> Check:
     words, _, remedy = why.partition("\n  remedy: ")
-    return CHECKS.red(
-        "blocked",
-        f"{name}: {words}",
-        remedy or "the lines under stream say what settles it; outbox status shows when it goes on",
-    )
+    if not led:  # what the last relay said may be mended by now: the next one will find out
+        return CHECKS.yellow(
+            "blocked",
+            f"{name}, when a relay led last: {words}",
+            f"{remedy or 'see above and below'}; then: outbox relay",
+        )
+    remedy = remedy or "the lines under stream say what settles it; outbox status shows when it goes on"
+    return CHECKS.red("blocked", f"{name}: {words}", remedy)

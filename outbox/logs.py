@@ -21,7 +21,7 @@ USUAL = (
     telemetry.Purged,
     telemetry.Slept,
 )
-ERRORS = (telemetry.Died, telemetry.Blocked)
+ERRORS = (telemetry.Died, telemetry.Blocked, telemetry.Strayed)
 WARNINGS = (
     telemetry.Careful,
     telemetry.LostLead,

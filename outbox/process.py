@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib import metadata
@@ -36,8 +35,6 @@ def run(settings: Settings, *, drain: bool, create: tuple[str, list[str]] | None
 
 
 def _in_a_loop(work: Coroutine[None, None, None]) -> None:
-    # nats-py's TLS makes the loop say so whenever a server hangs up; it means nothing.
-    logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
     try:
         import uvloop
     except ImportError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from outbox.positions import Range
 from outbox.rows import Lead
 from outbox.store import Store
-from outbox.telemetry import Blocked, Listener, Paused, Resumed
+from outbox.telemetry import Listener, Paused, Resumed, Strayed
 
 PING_SECONDS = 1.0
 STRAY_SECONDS = 60.0
@@ -32,7 +32,7 @@ class Pulse:
             self._strays_looked = now
             if strays := await self._store.strays():
                 txid, count = strays[0]
-                self._tell(Blocked(stream="", why=f"{count} events of txid {txid} belong to no transaction"))
+                self._tell(Strayed(txid=txid, events=count))
         if not self.heard and now - self._spoke < PING_SECONDS:
             return []
         self.heard, self._spoke = False, now

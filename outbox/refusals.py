@@ -15,7 +15,8 @@ from outbox.masking import masked
 # libpq gives no SQLSTATE for a connection that was not made, and no code for TLS. Read from top to bottom.
 POSTGRES = {
     r"password authentication failed|no password supplied|(?:SASL|SCRAM) authentication": (
-        "give the right user and password: in OUTBOX_DATABASE_URL, or in a passfile or a service file of libpq"
+        "give the right user and password: in OUTBOX_DATABASE_URL or its file, a passfile or a service file of libpq; "
+        "a relay that runs reads its settings anew when it is restarted"
     ),
     r"no pg_hba\.conf entry|pg_hba\.conf rejects": (
         "allow this user, database and host in the server's pg_hba.conf, with or without TLS as the message says"

@@ -117,6 +117,7 @@ class Relay:
                 return True
             if not told:
                 told = True
+                await self._try_nats()
                 self._tell(StandingBy(leader=await store.who_leads()))
             if drain and not await store.pending():
                 return False
@@ -132,6 +133,12 @@ class Relay:
                 await jetstream.ensure_stream(*self._create)
             undo.pop_all()
         return jetstream
+
+    async def _try_nats(self) -> None:
+        """A standby, too, finds out at its start whether NATS would take it; an outage is none of its business yet."""
+        if "nats" not in self._reached:
+            with contextlib.suppress(Weather):
+                await (await self._connect(lambda: None)).close()
 
     @contextlib.contextmanager
     def _reaching(self, server: str) -> Iterator[None]:

@@ -102,6 +102,8 @@ def grants(
     checked_name(schema)
     wanted = {"application": application, "relay": relay, "operator": operator}
     for kind, role in wanted.items():
+        if role == "":
+            raise Misconfigured(f"the {kind} role has no name", remedy=f"name an existing role: --{kind}-role ROLE")
         if role is not None:
             for privileges, what in GRANTS[kind]:
                 names = {"schema": sql.Identifier(schema), "role": sql.Identifier(role)}

@@ -102,10 +102,10 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
     if backlog:
         yield "backlog", backlog, ""
     if found.blocked:
-        yield "blocked", f"{found.blocked}, since {found.blocked_since:%F %T}", BAD
+        yield "blocked", f"{found.blocked}\nsince {found.blocked_since:%F %T}", BAD
     for each in found.streams:
         if each.blocked:
-            yield f"blocked {each.name}", f"{each.blocked}, since {each.blocked_since:%F %T}", BAD
+            yield f"blocked {each.name}", f"{each.blocked}\nsince {each.blocked_since:%F %T}", BAD
     yield "sent", _both(found.sent_transactions, found.sent_events), ""
     if rates is not None:
         yield "sent per second", _both(rates.sent_transactions, rates.sent_events), ""
@@ -157,12 +157,16 @@ def _shortened(payload: bytes) -> str:
     return f"{shown} … and {rest} bytes" if rest > 0 else shown
 
 
-def show_letters(letters: Iterable[DeadLetter]) -> None:
-    """Dead letters, one row each."""
+def show_letters(letters: Sequence[DeadLetter]) -> None:
+    """Dead letters, one row each; why in full is told by `outbox show`."""
+    if not letters:
+        say("no dead letters")
+        return
     table = _table("position", "events", "subjects", "reason", "dead since", "discarded")
+    table.columns[3].no_wrap = True  # the word is for --reason
     for each in letters:
         times = (f"{at:%F %T}" if at else "" for at in (each.dead_at, each.discarded_at))
-        words = (_text(", ".join(each.subjects)), _text(each.reason))
+        words = (_text(", ".join(each.subjects)), _text(each.reason.partition(":")[0]))
         table.add_row(str(each.position), str(each.event_count), *words, *times)
     out.print(table)
 
@@ -185,14 +189,15 @@ def show_checks(checks: Sequence[Check]) -> None:
     out.print(", ".join(f"{count} {colour}" for colour, count in counts.items()))
 
 
-def show_comparisons(comparisons: Iterable[Comparison]) -> None:
-    """What a verification found, a row for each stream and one for each anomaly."""
-    columns = ("stream", "transactions", "messages", "anomalies", "foreign", "replayed", "removed", "unknown")
-    table, anomalies = _table(*columns), []
+def show_comparisons(comparisons: Sequence[Comparison]) -> None:
+    """What a verification found, a column for each stream and a row for each anomaly."""
+    anomalies = [(each.stream, anomaly) for each in comparisons for anomaly in each.anomalies]
+    table = _table("what")
     for each in comparisons:
-        counts = (each.transactions, each.messages, len(each.anomalies), each.foreign, each.replayed, each.removed)
-        table.add_row(_text(each.stream), *map(str, counts), str(each.unknown))
-        anomalies += [(each.stream, anomaly) for anomaly in each.anomalies]
+        table.add_column(_text(each.stream), overflow="fold", justify="right")
+    for what in ("transactions", "messages", "foreign", "replayed", "removed", "unknown"):
+        table.add_row(what, *(f"{getattr(each, what):,}" for each in comparisons))
+    table.add_row("anomalies", *(f"{len(each.anomalies):,}" for each in comparisons))
     out.print(table)
     if anomalies:
         wrong = _table("stream", "kind", "position", "sequence", "what", title="anomalies")

@@ -176,6 +176,8 @@ def translated() -> Iterator[None]:
         raise Weather(_masked(error)) from error
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
         raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
+    except psycopg.errors.UndefinedObject as error:
+        raise Misconfigured(_masked(error), remedy="create the role first: CREATE ROLE … LOGIN") from error
     except psycopg.IntegrityError as error:
         raise Halt(
             _masked(error), remedy="find out who changes the outbox's tables by hand, then start again"
@@ -183,8 +185,8 @@ def translated() -> Iterator[None]:
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             _masked(error),
-            remedy="run this command as the role that it is for (rebase of a database: the owner; purge: the relay's); "
-            "or grant it as the owner: outbox migrate --relay-role ROLE (or --operator-role, --application-role)",
+            remedy="as the owner: outbox migrate --relay-role ROLE (or --operator-role, --application-role); "
+            "outbox migrate and outbox rebase of a database are the owner's own, outbox purge is the relay's",
         ) from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from outbox.chain import SHARED
 from outbox.diagnosis import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream import JetStream, Refused
@@ -129,7 +130,8 @@ def _routing(routes: Mapping[str, str | None], groups: Sequence[Sequence[str]]) 
             yield CHECKS.red(
                 "subjects",
                 f"subject {subject} is in no stream: a transaction with it waits, and all behind it",
-                f"add it to a stream's subjects (nats stream edit), or make one: nats stream add --subjects {subject}",
+                "add it to a stream's subjects (nats stream edit), or make one: "
+                f"nats stream add NAME --subjects {subject} --allow-batch --discard=new",
             )
     for group in groups:
         streams = sorted({stream for subject in group if (stream := routes.get(subject)) is not None})
@@ -307,11 +309,19 @@ async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known:
     except Weather as weather:
         words = f"its messages cannot be read: {weather.message}"
         return CHECKS.yellow(name, words, f"allow this user to publish to $JS.API.STREAM.MSG.GET.{name}")
-    foreign = [place for place, each in seen.items() if each is not None and each.outbox_id not in known.outbox_ids]
+    # What lies before the last settled sequence of a stream that is chained was accepted by an operator.
+    remembered = known.streams.get(name)
+    accepted = remembered.last_sequence if remembered is not None and remembered.mode != SHARED else 0
+    foreign = [
+        place
+        for place, each in seen.items()
+        if place > accepted and each is not None and each.outbox_id not in known.outbox_ids
+    ]
     if foreign:
         return CHECKS.yellow(
             name,
             f"it has another writer (message {foreign[-1]}): the relay sends one batch at a time, and slowly",
-            f"give the outbox a stream of its own; look: nats stream get {name} {foreign[-1]}",
+            f"give the outbox a stream of its own; or stop the other writer and the relays, then: "
+            f"outbox rebase --stream {name}",
         )
     return CHECKS.green(name, f"no other writer in its last {len(seen)} messages")

@@ -152,6 +152,14 @@ class Blocked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Strayed:
+    """Events that no row of transactions counts: they are never sent. Somebody overwrote the triggers' settings."""
+
+    txid: str
+    events: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unblocked:
     """What held transactions back does so no more; `stream` as in `Blocked`."""
 
@@ -198,6 +206,7 @@ Happening = (
     | Purged
     | Died
     | Blocked
+    | Strayed
     | Unblocked
     | Paused
     | Resumed
@@ -248,6 +257,8 @@ def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one
             return f"transaction {verdict.position} is a dead letter: {verdict}"
         case Blocked(stream=stream, why=why):
             return f"{stream or 'outbox'}: blocked: {why}"
+        case Strayed(txid=txid, events=events):
+            return f"{events} events of txid {txid} belong to no transaction and are never sent: outbox doctor"
         case Unblocked(stream=stream):
             return f"{stream or 'outbox'}: not blocked any more"
         case Paused(why=why):

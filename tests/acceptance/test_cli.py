@@ -60,6 +60,11 @@ def test_help_has_an_example_that_parses_and_fits_the_width(words: tuple[str, ..
 
 
 def test_usage(environment: dict[str, str]) -> None:
+    assert outbox(environment, "relay", "--create-stream", "bad name", "--subjects", "x").returncode == 2
+    unknown = outbox(environment, "migrate", "--application-role", "nobody_of_that_name")
+    assert unknown.returncode == 1
+    assert "CREATE ROLE" in unknown.stderr
+    assert outbox(environment, "migrate", "--relay-role", "").returncode == 1
     assert outbox(environment, "relay", "--no-such-flag").returncode == 2
     assert outbox(environment, "relay", "--create-stream", "X").returncode == 2
     assert outbox(environment, "replay", "--from", "5", "--to", "4").returncode == 2

@@ -12,7 +12,7 @@ from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
 from outbox.schema import grants
-from outbox.telemetry import Blocked, Marked
+from outbox.telemetry import Blocked, Marked, StandingBy, TookLead
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, old_nats
 
@@ -159,3 +159,17 @@ def test_transaction_with_a_wrong_count_halts(
     assert isinstance(error, Halt)
     assert "has 3 events, but only 2" in error.message
     assert broker.read(stream.name) == []
+
+
+def test_standby_that_nats_denies_ends_at_its_start(settings: Settings, workplace: Path) -> None:
+    """Not at the failover, when nobody else is there to lead."""
+    users = "authorization { users: [ { user: relay, password: right } ] }"
+    with Nats(workplace / "guarded", config=users) as server:
+        right = settings.model_copy(update={"nats_url": server.url.replace("//", "//relay:right@")})
+        wrong = settings.model_copy(update={"nats_url": server.url.replace("//", "//relay:wrong@")})
+        away = settings.model_copy(update={"nats_url": "nats://127.0.0.1:1"})
+        with ThreadRelay(right) as leader:
+            leader.wait_for(TookLead)
+            assert isinstance(ThreadRelay(wrong).ended(), Misconfigured)
+            with ThreadRelay(away) as standby:
+                standby.wait_for(StandingBy)
