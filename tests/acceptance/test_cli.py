@@ -157,10 +157,8 @@ def test_tables_fit_80_columns_whatever_is_in_the_rows(
     rows(database, "SELECT outbox.add('nowhere.at.all', 'x')")
     rows(database, "UPDATE outbox.streams SET blocked = repeat('why ', 60), blocked_since = now()")
     rows(database, "UPDATE outbox.relay SET paused_at = now(), paused_why = repeat('because', 30)")
-    seen = "".join(
-        outbox(environment, *words).stdout
-        for words in (["status"], ["doctor"], ["show", "1"], ["dead", "list"], ["dead", "show", "2"], ["verify"])
-    )
+    printing = ("status", "doctor", "config", "show 1", "dead list", "dead show 2", "verify")
+    seen = "".join(outbox(environment, *words.split()).stdout for words in printing)
     assert [line for line in seen.splitlines() if len(line) > 80] == []
     assert "\x1b" not in seen
     assert "\\x1b[31mred" in seen
