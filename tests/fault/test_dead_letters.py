@@ -139,13 +139,13 @@ def test_commands_of_the_whole_story(
     assert command(environment, "dead", "discard").returncode == 2
     assert command(environment, "dead", "discard", "99", "--yes").returncode == 2
     assert command(environment, "dead", "retry", "1").returncode == 1  # nobody answers the question
-    assert "1 dead letters are discarded" in command(environment, "dead", "discard", "1", "--yes").stdout
+    assert "discarded: 1 dead letter" in command(environment, "dead", "discard", "1", "--yes").stdout
     by_subject = ("--subject", f"{stream.prefix}.b", "--all", "--yes")
-    assert "1 dead letters are discarded" in command(environment, "dead", "discard", *by_subject).stdout
+    assert "discarded: 1 dead letter" in command(environment, "dead", "discard", *by_subject).stdout
     assert [p for (p,) in rows(database, "SELECT position FROM outbox.dead WHERE discarded_at IS NULL")] == [3]
     assert letters.retry(database, "outbox", [1]) == []  # discarded for good
     assert json.loads(command(environment, "dead", "list", "--reason", "unrouted", "--json").stdout) == []
-    assert "1 transactions are pending again" in command(environment, "dead", "retry", "--all", "--yes").stdout
+    assert "pending again: 1 transaction" in command(environment, "dead", "retry", "--all", "--yes").stdout
     assert broker.read(stream.name) == []
 
 

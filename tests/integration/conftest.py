@@ -59,7 +59,7 @@ def authority(home: Path) -> Authority:
 def passwords(postgres: Postgres) -> Iterator[Postgres]:
     """The usual server asks two roles who they are; the others are trusted."""
     for role in ("by_password", "by_nothing"):
-        if not rows(postgres.url(), "SELECT FROM pg_roles WHERE rolname = %s", role):
+        if not rows(postgres.url(), "SELECT 1 FROM pg_roles WHERE rolname = %s", role):
             rows(postgres.url(), f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")
     before = ask(postgres, BY_PASSWORD)
     yield postgres

@@ -101,6 +101,7 @@ def test_leader_and_standby_are_ready_and_count(
             standby.until("leader_present", 1)
             assert (leader.value("leader"), standby.value("leader")) == (1, 0)
             pausing.pause(database, "outbox", "a test")
+            leader.wait_for("Paused")
             add(database, f"{stream.prefix}.x", 2)
             for relay in (leader, standby):
                 relay.until("pending_events", 2)
