@@ -207,10 +207,11 @@ class Store:
 
         Every transaction that is visible before it is flushed when it returns (and on the synchronous standbys).
         """
-        receipts, verdicts, streams = decisions.receipts, decisions.verdicts, decisions.streams
-        lane = {row.name: number for number, row in enumerate(streams, start=1)}
-        wanted = [*(receipt.position for receipt in receipts), *(verdict.position for verdict in verdicts)]
-        sent = array(wanted[: len(receipts)])
+        receipts, verdicts, streams = sorted(decisions.receipts), decisions.verdicts, decisions.streams
+        lanes = {row.name: number for number, row in enumerate(streams, start=1)}
+        positions, names, _, lasts = zip(*receipts, strict=True) if receipts else ((), (), (), ())
+        wanted = [*positions, *(verdict.position for verdict in verdicts)]
+        sent = array(positions)
         rows = await self._all(
             "COMMIT",
             epoch=epoch,
@@ -221,8 +222,8 @@ class Store:
             blocked=decisions.blocked,
             settling=array(wanted) if verdicts else sent,
             positions=sent,
-            lanes=array([lane[receipt.stream] for receipt in receipts]),
-            lasts=array([receipt.last_sequence for receipt in receipts]),
+            lanes=array(map(lanes.__getitem__, names)),
+            lasts=array(lasts),
             dead=[verdict.position for verdict in verdicts],
             reasons=[str(verdict) for verdict in verdicts],
             names=[row.name for row in streams],

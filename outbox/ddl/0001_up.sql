@@ -45,9 +45,9 @@ CREATE TABLE {schema}.transactions (
   CONSTRAINT transactions_pkey PRIMARY KEY (position),
   CONSTRAINT transactions_have_events CHECK (event_count > 0),
   CONSTRAINT transactions_attempts_not_negative CHECK (attempts >= 0),
-  CONSTRAINT transactions_receipt_is_whole CHECK (num_nonnulls(sent_at, stream, first_sequence, last_sequence) IN (0, 4)),
+  CONSTRAINT transactions_receipt_is_whole CHECK (num_nulls(stream, first_sequence, last_sequence) = CASE WHEN sent_at IS NULL THEN 3 ELSE 0 END),
   CONSTRAINT transactions_receipt_fits_count CHECK (last_sequence - first_sequence + 1 = event_count),
-  CONSTRAINT transactions_dead_with_reason CHECK (num_nonnulls(dead_at, dead_reason) IN (0, 2)),
+  CONSTRAINT transactions_dead_with_reason CHECK ((dead_at IS NULL) = (dead_reason IS NULL)),
   CONSTRAINT transactions_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
   CONSTRAINT transactions_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL),
   CONSTRAINT transactions_replay_is_later CHECK (replay_of < position)
