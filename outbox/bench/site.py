@@ -31,6 +31,8 @@ from outbox.session import command_session
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
 FAR_TXID = 1 << 40  # transaction ids that no server has come to
 WAIT_SECONDS = 60.0
+# What anybody would set on a server of its own: the backlog stays in memory, and no checkpoint falls into a round.
+POSTGRES = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
 
 
 class Storage(StrEnum):
@@ -266,7 +268,7 @@ def site(database_url: str | None, nats_url: str | None, storage: Storage) -> It
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outbox-bench-")))
         pgbench = shutil.which("pgbench")
         if database_url is None:
-            postgres = stack.enter_context(Postgres(folder / "postgres"))
+            postgres = stack.enter_context(Postgres(folder / "postgres", settings=POSTGRES))
             database_url, pgbench = postgres.url(), str(postgres.installation / "bin" / "pgbench")
         if nats_url is None:
             servers = _servers(folder, 3 if storage is Storage.R3 else 1)
