@@ -8,14 +8,21 @@ by the server, and the messages stored one by one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, chain, islice, repeat
+from operator import attrgetter
 from typing import NamedTuple
 
 from outbox.plan import Planned
 from outbox.transaction import Receipt, Transaction
 
+END = b"\r\n"
 _BREAK = re.compile("[\r\n]")
+COUNT, SIZE, POSITION = attrgetter("count"), attrgetter("size"), attrgetter("position")
+MESSAGE_IDS, ROLLUPS = attrgetter("message_ids"), attrgetter("rollups")
+_receipt = partial(tuple.__new__, Receipt)  # of a tuple, without a call in Python
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +53,13 @@ class Batch:
     transactions: tuple[Transaction, ...]
     careful: bool = False
     count: int = field(init=False)
+    size: int = field(init=False)
+    positions: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", sum(transaction.count for transaction in self.transactions))
+        object.__setattr__(self, "count", sum(map(COUNT, self.transactions)))
+        object.__setattr__(self, "size", sum(map(SIZE, self.transactions)))
+        object.__setattr__(self, "positions", list(map(POSITION, self.transactions)))
 
     @property
     def last_sequence(self) -> int:
@@ -60,11 +71,11 @@ class Batch:
         return receipts(self.stream, self.base, self.transactions)
 
 
-def receipts(stream: str, base: int, transactions: Iterable[Planned | Transaction]) -> Iterator[Receipt]:
+def receipts(stream: str, base: int, transactions: Sequence[Planned | Transaction]) -> Iterator[Receipt]:
     """The receipts of transactions that are stored one behind the other, the first one behind the sequence `base`."""
-    for transaction in transactions:
-        first, base = base + 1, base + transaction.count
-        yield Receipt(transaction.position, stream, first, base)
+    ends = list(accumulate(map(COUNT, transactions), initial=base))
+    firsts = (end + 1 for end in ends)
+    return map(_receipt, zip(map(POSITION, transactions), repeat(stream), firsts, islice(ends, 1, None), strict=False))
 
 
 def take(queue: Iterable[Transaction], packing: Packing) -> list[Transaction]:
@@ -75,31 +86,40 @@ def take(queue: Iterable[Transaction], packing: Packing) -> list[Transaction]:
     """
     taken: list[Transaction] = []
     messages = size = 0
-    ids: set[str] = set()
     for transaction in queue:
         messages += transaction.count
         size += transaction.size
         if taken and (messages > packing.max_messages or size > packing.max_bytes or packing.one_transaction):
             break
-        if not ids.isdisjoint(transaction.message_ids):
-            break
-        if transaction.rollups and any(e.subject in transaction.rollups for each in taken for e in each.events):
-            break
         taken.append(transaction)
+    ids = set(chain.from_iterable(map(MESSAGE_IDS, taken)))
+    if len(ids) == sum(map(COUNT, taken)) and not any(map(ROLLUPS, taken)):
+        return taken  # as nearly all are; the others are looked at one by one
+    return taken[: _compatible(taken)]
+
+
+def _compatible(transactions: Sequence[Transaction]) -> int:
+    """How many of these, from the first on, the server takes in one batch."""
+    ids: set[str] = set()
+    subjects: set[str] = set()
+    for number, transaction in enumerate(transactions):
+        if number and not (ids.isdisjoint(transaction.message_ids) and subjects.isdisjoint(transaction.rollups)):
+            return number
         ids.update(transaction.message_ids)
-    return taken
+        subjects.update(transaction.subjects)
+    return len(transactions)
 
 
 def trace_contexts(batch: Batch) -> list[str]:
     """The W3C trace contexts that the batch's events carry, each once."""
-    found = (event.headers.get("traceparent") for each in batch.transactions for event in each.events)
+    found = (event.headers.get("traceparent") for each in batch.transactions if each.headers for event in each.events)
     return list(dict.fromkeys(context for context in found if context))
 
 
 class Frames(NamedTuple):
-    """A batch as nats-server reads it, one frame a message; `largest` is as the server counts against max_payload."""
+    """A batch as nats-server reads it, three pieces a message; the `largest` as it counts against max_payload."""
 
-    frames: list[bytes]
+    pieces: list[bytes]
     largest: int
 
 
@@ -109,37 +129,42 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
     The fence is on the first message: the stream must stand at `base` (ADR-50). Ours come before the application's
     headers: of two headers with one name the server reads the first. Protocol: HPUB, docs.nats.io.
     """
-    total, number, largest = batch.count, 0, 0
-    made: list[bytes] = []
+    total, number = batch.count, 0
+    pieces: list[bytes] = []
+    sizes: list[int] = []
     fence = f"Nats-Expected-Stream: {batch.stream}\r\nNats-Expected-Last-Sequence: {batch.base}\r\n"
-    for transaction in batch.transactions:
-        whole = f"{_place(transaction)}\r\nOutbox-Transaction-Count: {transaction.count}\r\n"
-        for place, event in enumerate(transaction.events, start=1):
+    part, parted = (f"Nats-Batch-Id: {batch.id}\r\nNats-Batch-Sequence: ", "\r\n") if total > 1 else ("", "")
+    asked = ""
+    for each in batch.transactions:
+        whole = (
+            f"\r\nOutbox-Id: {outbox_id}\r\n{_place(each)}\r\nOutbox-Transaction-Count: {each.count}\r\n"
+            "Outbox-Transaction-Sequence: "
+        )
+        first = number
+        for message_id, subject, payload in zip(each.message_ids, each.subjects, each.payloads):  # noqa: B905 - slow
             number += 1
-            last = number == total
-            if total > 1:
-                part = f"Nats-Batch-Id: {batch.id}\r\nNats-Batch-Sequence: {number}\r\n"
-                commit = "Nats-Batch-Commit: 1\r\n" if last else ""
-            else:
-                part = commit = ""
+            place = number - first
+            if number == total and total > 1:
+                parted = "\r\nNats-Batch-Commit: 1\r\n"
+            if number == total or batch.careful:
+                asked = f" {reply}"
             head = (
-                f"NATS/1.0\r\n{fence}{part}{commit}Nats-Msg-Id: {event.message_id}\r\nOutbox-Id: {outbox_id}\r\n"
-                f"{whole}Outbox-Transaction-Sequence: {place}\r\n{_lines(event.headers) if event.headers else ''}\r\n"
-            ).encode()
+                f"NATS/1.0\r\n{fence}{part}{number if total > 1 else ''}{parted}Nats-Msg-Id: {message_id}"
+                f"{whole}{place}\r\n{_lines(each.headers[place - 1]) if each.headers else ''}\r\n"
+            )
+            head_size = len(head) if head.isascii() else len(head.encode())
+            size = head_size + len(payload)
+            sizes.append(size)
+            pieces += (f"HPUB {subject}{asked} {head_size} {size}\r\n{head}".encode(), payload, END)
             fence = ""
-            size = len(head) + len(event.payload)
-            asked = f" {reply}" if last or batch.careful else ""
-            command = f"HPUB {event.subject}{asked} {len(head)} {size}\r\n".encode()
-            made.append(b"".join((command, head, event.payload, b"\r\n")))
-            largest = max(largest, size)
-    return Frames(made, largest)
+    return Frames(pieces, max(sizes))
 
 
 def _place(transaction: Transaction) -> str:
     """Which transaction this is. A replay must not look like one to who follows the positions."""
-    if transaction.replay_of:
-        return f"Outbox-Replay: {transaction.replay_of}\r\nOutbox-Replay-Position: {transaction.position}"
-    return f"Outbox-Transaction: {transaction.position}"
+    if not transaction.replay_of:
+        return f"Outbox-Transaction: {transaction.position}"
+    return f"Outbox-Replay: {transaction.replay_of}\r\nOutbox-Replay-Position: {transaction.position}"
 
 
 def _lines(headers: Mapping[str, str]) -> str:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import assert_never
 
-from outbox.batch import Batch, Packing, receipts, take
+from outbox.batch import COUNT, POSITION, SIZE, Batch, Packing, receipts, take
 from outbox.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
@@ -64,8 +64,18 @@ class Chain:
     @property
     def plan(self) -> list[Planned | Transaction]:
         """Everything that may be in flight, in order: the first of it follows the sequence `base`."""
-        flying = [transaction for batch in self.in_flight for transaction in batch.transactions]
-        return [*flying, *self.planned]
+        return [*chain.from_iterable(batch.transactions for batch in self.in_flight), *self.planned]
+
+    @property
+    def positions(self) -> list[int]:
+        """Those of the plan."""
+        return [*chain.from_iterable(batch.positions for batch in self.in_flight), *map(POSITION, self.planned)]
+
+    @property
+    def loaded(self) -> tuple[int, int]:
+        """Messages and bytes of all that is in memory: what waits, what is planned, what is in flight."""
+        held = [*self.waiting, *self.planned, *self.in_flight]
+        return sum(map(COUNT, held)), sum(map(SIZE, held))
 
     @property
     def unloaded(self) -> list[Planned]:
@@ -114,13 +124,13 @@ class Chain:
         return [
             each
             if isinstance(each, Planned)
-            else Planned(position=each.position, count=each.count, last_message_id=each.events[-1].message_id)
+            else Planned(position=each.position, count=each.count, last_message_id=each.message_ids[-1])
             for each in self.plan
         ]
 
     def extend(self) -> None:
         """Let waiting transactions join the plan, as far as the window has room. Nothing joins a chain in doubt."""
-        if self.in_doubt or ((self.shared or self._alone) and self.plan):
+        if not self.waiting or self.in_doubt or ((self.shared or self._alone) and self.plan):
             return
         room = AHEAD * self.window - len(self.in_flight) - self._planned_batches()
         while room > 0 and self.waiting:
@@ -165,7 +175,8 @@ class Chain:
         """How many batches the plan makes that are not in flight, about."""
         if self.packing.one_transaction:
             return len(self.planned)
-        return sum(each.count for each in self.planned) / self.packing.max_messages
+        messages: int = sum(map(COUNT, self.planned))
+        return messages / self.packing.max_messages
 
     def _packing(self) -> Packing:
         """In a shared stream a smaller batch, which is quicker, after one that a foreign message has crossed."""
@@ -257,6 +268,8 @@ class Chain:
 
     def _gone(self, settled: Iterable[Planned | Transaction]) -> None:
         """These are stored or dead: they are out of the plan."""
+        if not self._alone and not self.unanswered:
+            return
         positions = {each.position for each in settled}
         self._alone -= positions
         self.unanswered -= positions

@@ -243,25 +243,25 @@ class JetStream:
     async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
         if token not in self._awaited:
             return  # given up before it went out
-        made, largest = frames(batch, outbox_id, f"{self._prefix}.{token}")
+        pieces, largest = frames(batch, outbox_id, f"{self._prefix}.{token}")
         if largest > self.max_payload:
             # The server would close the connection for good, and tell nobody why.
             description = f"message of {largest} bytes is over max_payload, {self.max_payload}"
             self._tell(token, Rejected(code=MESSAGE_TOO_LARGE, description=description))
             return
         try:
-            await self._write(made)
+            await self._write(pieces)
         except (nats.errors.Error, OSError) as error:
             self._tell(token, Unknown(why=f"not sent in full: {str(error) or type(error).__name__}"))
 
-    async def _write(self, made: Sequence[bytes]) -> None:
-        """Give frames to nats-py in one piece; waits while it has much to send. The only use of its internals.
+    async def _write(self, pieces: Sequence[bytes]) -> None:
+        """Give frames to nats-py as one; waits while it has much to send. The only use of its internals.
 
         Its public `publish` builds a frame from parts, checks what was checked, and takes several times as long.
         """
         if self._nc.is_closed:
             raise nats.errors.ConnectionClosedError
-        await self._nc._send_command(b"".join(made))  # noqa: SLF001 - see above; guarded by a test
+        await self._nc._send_command(b"".join(pieces))  # noqa: SLF001 - see above; guarded by a test
         await self._nc._flush_pending()  # noqa: SLF001
 
     async def _on_reply(self, message: Msg) -> None:

@@ -80,7 +80,7 @@ class Lane:
             created=chain.created,
             mode=SHARED if chain.shared else CHAINED,
             last_sequence=chain.base,
-            plan=[transaction.position for transaction in chain.plan],
+            plan=chain.positions,
             blocked=chain.blocked,
         )
 

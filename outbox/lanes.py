@@ -53,6 +53,12 @@ class Lanes(dict[str, Lane]):
         return (transaction for lane in self.values() for transaction in lane.chain.plan)
 
     @property
+    def loaded(self) -> tuple[int, int]:
+        """Messages and bytes that are in memory."""
+        messages, sizes = zip((0, 0), *(lane.chain.loaded for lane in self.values()), strict=True)
+        return sum(messages), sum(sizes)
+
+    @property
     def idle(self) -> bool:
         """True if nothing waits, flies or needs to be written down."""
         return all(lane.chain.idle for lane in self.values())

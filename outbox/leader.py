@@ -11,8 +11,8 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
 
+from outbox.batch import COUNT, POSITION, SIZE
 from outbox.caution import Caution
 from outbox.config import OnDead, Settings
 from outbox.errors import Halt, Misconfigured
@@ -30,7 +30,6 @@ from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead,
 from outbox.transaction import Receipt, Transaction, Verdict
 
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
-COUNT, SIZE, POSITION = attrgetter("count"), attrgetter("size"), attrgetter("position")
 STOP_SECONDS = 4.0  # less than idle_session_timeout: the last mark needs the session
 
 
@@ -216,8 +215,9 @@ class Leader:
 
     def _room(self) -> tuple[int, int]:
         """How many messages and bytes may still be read ahead."""
-        ahead = list(itertools.chain(self._held(), self._lanes.planned))
-        messages, size = sum(map(COUNT, ahead)), sum(map(SIZE, ahead))
+        messages, size = self._lanes.loaded
+        messages += sum(map(COUNT, self._router.incoming))
+        size += sum(map(SIZE, self._router.incoming))
         return self._settings.read_ahead_messages - messages, self._settings.read_ahead_bytes - size
 
     def _settled(self) -> bool:
@@ -233,10 +233,9 @@ class Leader:
         verdicts = self._router.verdicts + [each for lane in dirty for each in lane.chain.verdicts]
         if not dirty and not verdicts and not self._taken and self._router.blocked == self._told:
             return False
-        receipts = [receipt for lane in dirty for receipt in lane.chain.receipts]
-        settled = [*(each.position for each in verdicts), *(each.position for each in receipts)]
-        planned = [transaction.position for lane in dirty for transaction in lane.chain.planned]
-        self._written = max([self._written, *planned, *settled])
+        receipts = list(itertools.chain.from_iterable(lane.chain.receipts for lane in dirty))
+        planned = itertools.chain.from_iterable(lane.chain.planned for lane in dirty)
+        self._written = max(self._written, *map(POSITION, itertools.chain(verdicts, receipts, planned)))
         await self._store.commit(
             self._lead.epoch,
             Decisions(
@@ -261,7 +260,8 @@ class Leader:
 
     def _marked(self, receipts: Sequence[Receipt]) -> None:
         if receipts:
-            events = sum(each.last_sequence - each.first_sequence + 1 for each in receipts)
+            _, _, firsts, lasts = zip(*receipts, strict=True)
+            events = sum(lasts) - sum(firsts) + len(receipts)
             self._caution.left -= events
             stream, last = receipts[-1].stream, receipts[-1].position
             self._tell(Marked(stream=stream, transactions=len(receipts), events=events, last_position=last))

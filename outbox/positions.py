@@ -44,7 +44,7 @@ def without(ranges: Iterable[Range], positions: Sequence[int]) -> list[Range]:
 def below(cursor: int, open_positions: Iterable[Range], held: Iterable[int]) -> list[Range]:
     """Positions up to the cursor that are neither settled nor planned: open ones, and what is held."""
     gaps = ((low, min(high, cursor)) for low, high in open_positions if low <= cursor)
-    return merged([*gaps, *((position, position) for position in held if position <= cursor)])
+    return merged([*gaps, *[(position, position) for position in held if position <= cursor]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,11 @@ class Positions:
         for cohort in self._cohorts:
             cohort.ranges = without(cohort.ranges, late)
         missed: list[Range] = []
-        for position in page[len(late) :]:
+        new = page[len(late) :]
+        if new and new[-1] - self.cursor == len(new):
+            self.cursor = new[-1]  # none is missing, as nearly always
+            new = []
+        for position in new:
             if position > self.cursor + 1:
                 missed.append((self.cursor + 1, position - 1))
             self.cursor = position

@@ -62,18 +62,14 @@ class Router:
         Raises `Misconfigured` if a stream cannot be used from the start (`proven` says that it is not the start).
         """
         await self._take_answers(now, proven=proven)
-        while self.incoming:
+        while self._pass_on(lanes):
             head = self.incoming[0]
-            if (lane := self._quick(head, lanes)) is not None:
-                lane.chain.waiting.append(head)
-                self._next_head()
-                continue
             if (offence := invalid(head)) is None:
                 streams = self._routes.streams(head)
                 if None in streams.values():
                     self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], now)
                     return
-                name = streams[head.events[0].subject] or ""
+                name = streams[head.subjects[0]] or ""
                 if name not in lanes:
                     await self._first_contact(name, add_lane, jetstream)
                 if self._asked_again == head.position:
@@ -96,16 +92,31 @@ class Router:
         """Stop what runs beside the loop; idempotent."""
         self._asking.cancel()
 
+    def _pass_on(self, lanes: Mapping[str, Lane]) -> bool:
+        """Give on all that is told at a glance; True if there is one behind it that needs a closer look."""
+        passed = 0
+        for head in self.incoming:
+            if (lane := self._quick(head, lanes)) is None:
+                break
+            lane.chain.waiting.append(head)
+            passed += 1
+        if passed:
+            self._next_head(passed)
+        return bool(self.incoming)
+
     def _quick(self, head: Transaction, lanes: Mapping[str, Lane]) -> Lane | None:
         """The lane of a transaction at a glance: no headers, known subjects of one stream, nothing out of size."""
-        lane = lanes.get(self._routes.only_stream(head) or "") if head.plain else None
+        if head.headers:
+            return None
+        lane = lanes.get(self._routes.only_stream(head) or "")
         return lane if lane is not None and fits(head, lane.limits) else None
 
     def _ask(self, jetstream: JetStream, subjects: list[str], now: float) -> None:
         self._asking.start(lambda: self._routes.ask(jetstream, subjects), now)
 
-    def _next_head(self) -> None:
-        self.incoming.popleft()
+    def _next_head(self, passed: int = 1) -> None:
+        for _ in range(passed):
+            self.incoming.popleft()
         self._asked_again = 0
         if self._asking.due or self.blocked is not None:
             self._asking.reset()

@@ -48,16 +48,14 @@ class Routes:
 
     def streams(self, transaction: Transaction) -> dict[str, str | None]:
         """The stream of each of its subjects; None where it is not known."""
-        return {
-            event.subject: self._streams.get(event.subject) or self._find(event.subject) for event in transaction.events
-        }
+        return {each: self._streams.get(each) or self._find(each) for each in transaction.subjects}
 
     def only_stream(self, transaction: Transaction) -> str | None:
         """The stream of all its subjects, which were asked for before; else None."""
-        name = self._streams.get(transaction.events[0].subject)
-        if transaction.count > 1 and any(self._streams.get(event.subject) != name for event in transaction.events):
-            return None
-        return name
+        if transaction.count == 1:
+            return self._streams.get(transaction.subjects[0])
+        names = set(map(self._streams.get, transaction.subjects))
+        return names.pop() if len(names) == 1 else None
 
     async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
         """Ask JetStream for the streams of these subjects; None where it says that there is none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from psycopg.types.range import Range as NumberRange
 from outbox.errors import Halt
 from outbox.event import NO_HEADERS, Event
 from outbox.positions import Range
-from outbox.transaction import Receipt, Transaction, Verdict
+from outbox.transaction import EVENT_OVERHEAD, NONE, Receipt, Transaction, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +90,30 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
     transactions: list[Transaction] = []
     positions: list[int] = []
     start, total = 0, len(rows)
+    places, counts, replayed, ids, subjects, headers, payloads = zip(*rows, strict=True) if rows else [()] * 7
+    plain = not any(headers)
+    sizes = [0, *accumulate(len(each) if each else 0 for each in payloads)]
     while start < total:
-        position, count, replays, message_id, *_ = rows[start]
+        position, count, replay_of = places[start], counts[start], replayed[start]
         end = start + count
-        if end > total or rows[end - 1][0] != position or (end < total and rows[end][0] == position):
+        if end > total or places[end - 1] != position or (end < total and places[end] == position):
             # Settled, or not whole: as many rows as there are.
             end = start + 1
-            while end < total and rows[end][0] == position:
+            while end < total and places[end] == position:
                 end += 1
         positions.append(position)
-        if replays is not None:
-            found = end - start if message_id is not None else 0
+        if replay_of is not None:
+            found = end - start if ids[start] is not None else 0
             if found != count:
                 raise _not_whole(position, count, found, name)
-            events = [Event(m, s, p, json.loads(h) if h else NO_HEADERS) for _, _, _, m, s, h, p in rows[start:end]]
-            transactions.append(Transaction.of(position, tuple(events), replays))
+            columns = ids[start:end], subjects[start:end], payloads[start:end]
+            if plain or not any(headers[start:end]):
+                size = EVENT_OVERHEAD * count + sizes[end] - sizes[start]
+                transactions.append(Transaction(position, *columns, (), count, size, replay_of, NONE))
+            else:
+                given = [json.loads(each) if each else NO_HEADERS for each in headers[start:end]]
+                events = list(map(Event, *columns, given))
+                transactions.append(Transaction.of(position, events, replay_of))
         start = end
     return Page(transactions=transactions, positions=positions)
 
@@ -127,8 +137,10 @@ def array(numbers: Iterable[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-def ranges(positions: Iterable[int]) -> str:
+def ranges(positions: list[int]) -> str:
     """Positions, in their order, as PostgreSQL reads an array of int8range: those that follow each other joined."""
+    if positions and positions[-1] - positions[0] == len(positions) - 1 and positions == sorted(positions):
+        return f'{{"[{positions[0]},{positions[-1] + 1})"}}'  # none is missing, as nearly always
     runs: list[list[int]] = []
     for position in positions:
         if runs and runs[-1][1] == position:

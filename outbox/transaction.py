@@ -5,9 +5,10 @@ Pure values. A transaction is here only when it is whole: the store checks the n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import repeat
 from typing import NamedTuple
 
 from outbox.event import NO_HEADERS, Event, event_problem
@@ -35,35 +36,39 @@ NONE: frozenset[str] = frozenset()
 
 @dataclass(slots=True)  # not frozen: making a frozen one takes twice as long
 class Transaction:
-    """A committed transaction with all its events, in the order in which they were added; make it with `of`.
+    """A committed transaction with all its events, in the order in which they were added.
 
-    What is asked of every one on its way is worked out once: how many events it has, their `size` in bytes, their
-    message ids, the subjects that it rolls up, and whether it is `plain`: none of them has headers. `replay_of` is the
-    position of the transaction that it sends again, or 0.
+    Events are kept in columns, as they are read and sent: thousands of small objects would take longer than the rest.
+    `headers` is empty if no event has any; what is in there may still be anything: see `invalid`. `size` is bytes in
+    memory and on the wire, about; `rollups` are the subjects that it rolls up; `replay_of` is the position of the
+    transaction that it sends again, or 0.
     """
 
     position: int
-    events: tuple[Event, ...]
+    message_ids: Sequence[str]
+    subjects: Sequence[str]
+    payloads: Sequence[bytes]
+    headers: Sequence[Mapping[str, str]]
     count: int
     size: int
-    message_ids: Sequence[str]
-    rollups: frozenset[str]
-    plain: bool
     replay_of: int
+    rollups: frozenset[str]
 
     @classmethod
-    def of(cls, position: int, events: tuple[Event, ...], replay_of: int = 0) -> Transaction:
-        """The transaction at this position with these events, whose headers may still be anything: see `invalid`."""
-        size, rollups, plain = EVENT_OVERHEAD * len(events), NONE, True
-        for event in events:
-            size += len(event.payload)
-            if event.headers is not NO_HEADERS:
-                plain = False
-                size += len(str(event.headers))
-                if isinstance(event.headers, dict) and event.is_rollup:
-                    rollups |= {event.subject}
-        ids = [event.message_id for event in events]
-        return cls(position, events, len(events), size, ids, rollups, plain, replay_of)
+    def of(cls, position: int, events: Sequence[Event], replay_of: int = 0) -> Transaction:
+        """The transaction at this position with these events."""
+        ids, subjects, payloads, headers = zip(*events, strict=True)
+        size = EVENT_OVERHEAD * len(events) + sum(map(len, payloads))
+        if not any(each is not NO_HEADERS for each in headers):
+            return cls(position, ids, subjects, payloads, (), len(events), size, replay_of, NONE)
+        size += sum(len(str(each)) for each in headers)
+        rollups = frozenset(event.subject for event in events if isinstance(event.headers, dict) and event.is_rollup)
+        return cls(position, ids, subjects, payloads, headers, len(events), size, replay_of, rollups)
+
+    @property
+    def events(self) -> Iterator[Event]:
+        """Its events one by one."""
+        return map(Event, self.message_ids, self.subjects, self.payloads, self.headers or repeat(NO_HEADERS))
 
 
 class Receipt(NamedTuple):

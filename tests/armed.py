@@ -39,12 +39,12 @@ def mid_batch(act: Act) -> None:
     """Some messages of a batch are at the server, its last one is not."""
     write = JetStream._write
 
-    async def armed(self: JetStream, made: Sequence[bytes]) -> None:
-        if len(made) > 1:
-            await write(self, made[:-1])
+    async def armed(self: JetStream, pieces: Sequence[bytes]) -> None:
+        if len(pieces) > 3:
+            await write(self, pieces[:-3])
             await self._nc.flush()
             act()
-        await write(self, made[-1:])
+        await write(self, pieces[-3:])
 
     JetStream._write = armed  # type: ignore[method-assign]
 

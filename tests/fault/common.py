@@ -106,12 +106,12 @@ class Breaks:
     async def _mid_batch(self, send: Callable[[], Any], jetstream: JetStream, half: int) -> None:
         write = jetstream._write
 
-        async def halved(made: Sequence[bytes]) -> None:
-            await write(made[:half])
+        async def halved(pieces: Sequence[bytes]) -> None:
+            await write(pieces[: 3 * half])
             with contextlib.suppress(nats.errors.Error):
                 await jetstream._nc.flush()
             self._act()
-            await write(made[half:])
+            await write(pieces[3 * half :])
 
         jetstream._write = halved  # type: ignore[method-assign]
         try:

@@ -92,9 +92,7 @@ class Play:
             shared=model.shared,
         )
         loaded = [transaction(p, model.sizes[p - 1]) for p in model.plan]
-        chain.restore(
-            [Planned(position=t.position, count=t.count, last_message_id=t.events[-1].message_id) for t in loaded]
-        )
+        chain.restore([Planned(position=t.position, count=t.count, last_message_id=t.message_ids[-1]) for t in loaded])
         self.leaders.append(Leader(model.epoch, chain))
 
     def commit(self, leader: Leader) -> bool:
@@ -271,9 +269,14 @@ def read(frame: bytes) -> tuple[str, dict[str, str], bytes]:
     return command.decode(), headers, rest[int(head) : int(total)]
 
 
+def on_the_wire(batch: Batch) -> list[bytes]:
+    pieces = frames(batch, OUTBOX, "inbox").pieces
+    return [b"".join(pieces[start : start + 3]) for start in range(0, len(pieces), 3)]
+
+
 def test_messages_of_a_batch_carry_the_fence_once_and_the_boundary_always() -> None:
     batch = Batch(id="b", stream="S", base=7, transactions=(transaction(1, 2), transaction(2, 1)))
-    read_back = [read(frame) for frame in frames(batch, OUTBOX, "inbox").frames]
+    read_back = [read(frame) for frame in on_the_wire(batch)]
     headers = [each for _, each, _ in read_back]
     assert [h.get("Nats-Expected-Last-Sequence") for h in headers] == ["7", None, None]
     assert [h.get("Nats-Expected-Stream") for h in headers] == ["S", None, None]
@@ -285,10 +288,10 @@ def test_messages_of_a_batch_carry_the_fence_once_and_the_boundary_always() -> N
         (h["Outbox-Transaction"], h["Outbox-Transaction-Sequence"], h["Outbox-Transaction-Count"]) for h in headers
     ] == [("1", "1", "2"), ("1", "2", "2"), ("2", "1", "1")]
     assert ["inbox" in command for command, _, _ in read_back] == [False, False, True]
-    careful = frames(replace(batch, careful=True), OUTBOX, "inbox").frames
+    careful = on_the_wire(replace(batch, careful=True))
     assert all(read(frame)[0].split()[2] == "inbox" for frame in careful)
     alone = replace(batch, transactions=(transaction(3, 1),))
-    (frame,) = frames(alone, OUTBOX, "inbox").frames
+    (frame,) = on_the_wire(alone)
     _, only, _ = read(frame)
     assert not [name for name in only if name.startswith("Nats-Batch")]
     assert only["Nats-Expected-Last-Sequence"] == "7"
@@ -307,7 +310,8 @@ def test_frames_say_what_the_event_says_and_no_header_gets_out_of_its_line(
 ) -> None:
     event = Event(message_id="m", subject=subject, payload=payload, headers=given_headers)
     batch = Batch(id="b", stream="S", base=7, transactions=(Transaction.of(1, (event,)),))
-    (frame,), largest = frames(batch, OUTBOX, "inbox")
+    pieces, largest = frames(batch, OUTBOX, "inbox")
+    frame = b"".join(pieces)
     command, headers, stored = read(frame)
     assert command.split(" ")[1] == subject
     assert stored == payload
