@@ -235,7 +235,7 @@ class Leader:
             return False
         receipts = list(itertools.chain.from_iterable(lane.chain.receipts for lane in dirty))
         planned = itertools.chain.from_iterable(lane.chain.planned for lane in dirty)
-        self._written = max(self._written, *map(POSITION, itertools.chain(verdicts, receipts, planned)))
+        self._written = max([self._written, *map(POSITION, itertools.chain(verdicts, receipts, planned))])
         await self._store.commit(
             self._lead.epoch,
             Decisions(
