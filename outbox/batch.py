@@ -54,12 +54,10 @@ class Batch:
     careful: bool = False
     count: int = field(init=False)
     size: int = field(init=False)
-    positions: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "count", sum(map(COUNT, self.transactions)))
         object.__setattr__(self, "size", sum(map(SIZE, self.transactions)))
-        object.__setattr__(self, "positions", list(map(POSITION, self.transactions)))
 
     @property
     def last_sequence(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import assert_never
 
-from outbox.batch import COUNT, POSITION, SIZE, Batch, Packing, receipts, take
+from outbox.batch import COUNT, SIZE, Batch, Packing, receipts, take
 from outbox.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
@@ -65,11 +65,6 @@ class Chain:
     def plan(self) -> list[Planned | Transaction]:
         """Everything that may be in flight, in order: the first of it follows the sequence `base`."""
         return [*chain.from_iterable(batch.transactions for batch in self.in_flight), *self.planned]
-
-    @property
-    def positions(self) -> list[int]:
-        """Those of the plan."""
-        return [*chain.from_iterable(batch.positions for batch in self.in_flight), *map(POSITION, self.planned)]
 
     @property
     def loaded(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from outbox import recovery
 from outbox.answers import StreamInfo
 from outbox.backoff import Backoff
-from outbox.batch import Batch, Packing, trace_contexts
+from outbox.batch import POSITION, Batch, Packing, trace_contexts
 from outbox.chain import CHAINED, SHARED, Chain
 from outbox.config import BatchMode, Settings
 from outbox.errand import Errand
@@ -80,7 +80,7 @@ class Lane:
             created=chain.created,
             mode=SHARED if chain.shared else CHAINED,
             last_sequence=chain.base,
-            plan=chain.positions,
+            plan=list(map(POSITION, chain.plan)),
             blocked=chain.blocked,
         )
 

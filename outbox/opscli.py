@@ -6,6 +6,7 @@ Parse, call one function, print, exit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Annotated
 
@@ -175,14 +176,16 @@ def _replay(given: Settings, wanted: replaying.Range, total: int) -> replaying.R
         last = done.last
         bar("replay", done.transactions, total)
 
-    with screen.progress() as bar:
-        try:
-            return replaying.replay(given.database_url, given.schema, wanted, progress=tell)
-        except BaseException:
-            go_on = wanted.first if last is None else last + 1
-            words = "nothing was replayed" if last is None else f"replayed up to position {last}"
-            err.print(f"outbox: interrupted; {words}. Look (outbox show {go_on}), then go on with --from {go_on}")
-            raise
+    def interrupted() -> None:
+        go_on = wanted.first if last is None else last + 1
+        words = "nothing was replayed" if last is None else f"replayed up to position {last}"
+        err.print(f"outbox: interrupted; {words}. Look (outbox show {go_on}), then go on with --from {go_on}")
+
+    with contextlib.ExitStack() as undone, screen.progress() as bar:
+        undone.callback(interrupted)
+        done = replaying.replay(given.database_url, given.schema, wanted, progress=tell)
+        undone.pop_all()
+        return done
 
 
 def pause(

@@ -139,8 +139,9 @@ def array(numbers: Iterable[int]) -> str:
 
 def ranges(positions: list[int]) -> str:
     """Positions, in their order, as PostgreSQL reads an array of int8range: those that follow each other joined."""
+    # A plan is written with every commit, and is one run nearly always: that is told without walking it.
     if positions and positions[-1] - positions[0] == len(positions) - 1 and positions == sorted(positions):
-        return f'{{"[{positions[0]},{positions[-1] + 1})"}}'  # none is missing, as nearly always
+        return f'{{"[{positions[0]},{positions[-1] + 1})"}}'
     runs: list[list[int]] = []
     for position in positions:
         if runs and runs[-1][1] == position:

@@ -86,7 +86,7 @@ def labels_of(expression: Any, exported: Mapping[str, frozenset[str]]) -> frozen
             return there - {"le"} if function.name == "histogram_quantile" else there
         case promql.NumberLiteral() | promql.StringLiteral():
             return frozenset()
-    raise NotImplementedError(type(expression))
+    raise TypeError(f"no rule for {expression!r}")
 
 
 # --- samples
@@ -166,7 +166,7 @@ def value_of(expression: Any, samples: Samples, now: float) -> Any:
             return combined(str(op), value_of(left, samples, now), value_of(right, samples, now), modifier)
         case promql.Call(func=function, args=arguments):
             return called(function.name, arguments, samples, now)
-    raise NotImplementedError(type(expression))
+    raise TypeError(f"no rule for {expression!r}")
 
 
 def only(labels: Labels, kept: Iterable[str]) -> Labels:
