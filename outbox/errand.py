@@ -68,3 +68,12 @@ class Errand(Generic[T]):
         if self._task is not None:
             self._task.cancel()
             self._task = None
+
+    async def end(self) -> T | None:
+        """Stop it, and wait until it has stopped; what it came to all the same, or None. Idempotent."""
+        task, self._task = self._task, None
+        if task is None:
+            return None
+        task.cancel()
+        await asyncio.wait([task])
+        return None if task.cancelled() or task.exception() else task.result()

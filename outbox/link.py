@@ -6,11 +6,10 @@ The leader's loop asks whether it was lost, and goes on; connecting runs beside 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 
 from outbox.errand import Errand
-from outbox.errors import OutboxError, Weather
+from outbox.errors import Weather
 from outbox.jetstream import JetStream
 from outbox.telemetry import Connected, Listener, Unreachable
 
@@ -28,6 +27,7 @@ class Link:
         self.jetstream: JetStream | None = None
         self._connect, self._tell, self._news = connect, tell, news
         self._connecting: Errand[JetStream] = Errand(news)
+        self._closing: set[asyncio.Future[None]] = set()
 
     def lost(self) -> str | None:
         """Why the connection was lost, once; it is closed and forgotten."""
@@ -35,7 +35,8 @@ class Link:
             return None
         self._tell(Unreachable(server="nats", why=why, delay=0.0))
         closing = asyncio.ensure_future(self.jetstream.close())
-        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        closing.add_done_callback(self._closing.discard)
+        self._closing.add(closing)
         self.jetstream = None
         return why
 
@@ -59,9 +60,8 @@ class Link:
 
     async def close(self) -> None:
         """Close what is open and what is being opened; idempotent, blocks for at most two seconds."""
-        with contextlib.suppress(OutboxError):
-            if isinstance(came := self._connecting.taken(0.0), JetStream):
-                await came.close()
-        self._connecting.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        if (made := await self._connecting.end()) is not None:
+            await made.close()
         if self.jetstream is not None:
             await self.jetstream.close()
