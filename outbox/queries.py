@@ -181,7 +181,8 @@ WITH last AS (
 UPDATE {schema}.relay AS r SET epoch = epoch + 1, leader = %(leader)s, leader_since = now(), blocked = NULL,
        blocked_since = NULL, system_identifier = %(cluster)s, database_oid = %(database)s,
        timeline = coalesce(r.timeline, %(timeline)s), suspect = NULL, deaths = deaths + last.died::int,
-       last_death = CASE WHEN last.died THEN last.leader END, blamed = CASE WHEN last.died THEN last.suspect END
+       last_death = CASE WHEN last.died THEN last.leader ELSE last_death END,
+       blamed = CASE WHEN last.died THEN last.suspect ELSE blamed END
   FROM last
  WHERE coalesce(system_identifier, %(cluster)s) = %(cluster)s AND coalesce(database_oid, %(database)s) = %(database)s
 RETURNING outbox_id, epoch, cursor,

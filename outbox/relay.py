@@ -78,8 +78,6 @@ class Relay:
     async def _serve(self, store: Store, *, drain: bool) -> bool:
         """Stand by and lead on one session; True if drained or stopped, False if another term is due."""
         home = await store.preflight(self._settings.max_batch_messages)
-        if self._leader is not None:
-            await store.alive(self._name)
         if not await self._stand_by(store, drain=drain):
             return True
         if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
@@ -110,10 +108,16 @@ class Relay:
                 self._backoff = self._backoff.reset()
 
     async def _stand_by(self, store: Store, *, drain: bool) -> bool:
-        """Wait for the lock, polling: a waiting lock request would hold back vacuum. False if stopped meanwhile."""
+        """Wait for the lock, polling: a waiting lock request would hold back vacuum. False if stopped meanwhile.
+
+        Who has led before says at every look that it lives: the next leader may count it as dead at any time.
+        """
         told = False
         while not self._stop.is_set():
-            if not self._locked or await store.try_lock():
+            mine = not self._locked or await store.try_lock()
+            if self._leader is not None:
+                await store.alive(self._name)
+            if mine:
                 return True
             if not told:
                 told = True

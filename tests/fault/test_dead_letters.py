@@ -234,7 +234,7 @@ def test_lost_sessions_are_no_deaths(database: str, broker: Broker, stream: Stre
             assert relay.error is None
         broker.api(f"STREAM.UPDATE.{stream.name}", {**config, "max_msgs": -1})
         wait_until_sent(database)
-        until(lambda: value(database, "SELECT deaths FROM outbox.relay") <= 1)
+        until(lambda: value(database, "SELECT deaths FROM outbox.relay") == 0)
     assert value(database, "SELECT attempts FROM outbox.transactions WHERE position = %s", position) == 0
     assert value(database, "SELECT count(*) FROM outbox.dead") == 0
 

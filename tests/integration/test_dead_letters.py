@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from outbox import admin
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt
+from outbox.store import Store
 from outbox.telemetry import Blocked, Died, Marked
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
@@ -227,3 +229,25 @@ def test_batch_over_the_servers_limit_is_made_smaller(database: str, workplace: 
             assert relay.ended() is None
         assert len(broker.read("SMALL")) == 601
     assert dead(database) == [(201, "too-many-events")]
+
+
+@pytest.mark.parametrize("next_leaders", [["other"], ["other", "other"], ["other", ""]])
+def test_leader_that_was_taken_for_dead_takes_it_back(database: str, next_leaders: list[str]) -> None:
+    """Also after its successor has lost the session and leads again, or has laid the lead down in an orderly way."""
+    transaction(database, ("any.x", "a"))
+    counted = "SELECT deaths, attempts FROM outbox.relay, outbox.transactions"
+
+    async def lose_the_lead() -> None:
+        store = await Store.connect(database, "outbox", replicas=False)
+        async with store:
+            home = await store.preflight(1000)
+            await store.suspect((await store.lead("one", home)).epoch, 1)
+            for name in next_leaders:
+                lead = await store.lead(name or "other", home)
+                if not name:
+                    await store.resign(lead.epoch, None)
+            assert rows(database, counted) == [(0 if "" in next_leaders else 1, 1)]
+            await store.alive("one")
+            assert rows(database, counted) == [(0, 0)]
+
+    asyncio.run(lose_the_lead())
