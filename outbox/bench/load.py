@@ -98,6 +98,7 @@ def sustained(site: Site, *, events: int, payload: int, share: float, seconds: f
         written = made(writers)
         cpu = relay.cpu_seconds - cpu
         memory = relay.peak_megabytes
+        site.wait_until_sent()
     third = max(1, len(backlog) // 3)
     return {
         "written_events_per_second": written * events,
@@ -125,6 +126,7 @@ def latency(site: Site, *, events: int, payload: int, share: float, seconds: flo
         finally:
             if writers is not None:
                 made(writers)
+                site.wait_until_sent()
 
 
 async def _samples(site: Site, events: int, payload: int, count: int) -> Figures:

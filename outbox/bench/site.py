@@ -100,6 +100,14 @@ class Site:
                 raise OutboxError(f"stream {name} cannot be made: {answer}", remedy="look at the nats-server's log")
             time.sleep(0.2)
 
+    def wait_until_sent(self) -> None:
+        """Wait until nothing is pending, and so no plan speaks of what the next round throws away."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.value(f"SELECT EXISTS (SELECT FROM {SCHEMA}.pending)"):  # noqa: S608
+            if time.monotonic() > deadline:
+                raise OutboxError(f"the backlog is not sent after {WAIT_SECONDS:.0f} s", remedy="use fewer events")
+            time.sleep(0.05)
+
     def clear(self) -> None:
         """Leave nothing behind."""
         self.sql(f'DROP SCHEMA IF EXISTS "{SCHEMA}" CASCADE')
@@ -185,6 +193,7 @@ class RelayProcess:
 
     def __init__(self, site: Site, *flags: str) -> None:
         self._log = site.folder / "relay.log"
+        self._drains = "--drain" in flags
         environment = {
             **os.environ,
             "OUTBOX_DATABASE_URL": site.database_url,
@@ -255,10 +264,11 @@ class RelayProcess:
     def __enter__(self) -> RelayProcess:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(30)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ended = self._process.poll() is not None and not self._drains
+        self._process.terminate()
+        if (self._process.wait(30) or ended) and kind is None:
+            raise OutboxError(f"the relay ended by itself: {self._log.read_text()[-1000:]}")
 
 
 @contextlib.contextmanager
