@@ -17,7 +17,7 @@ from psycopg.types.range import Range as NumberRange
 from outbox.errors import Halt
 from outbox.event import NO_HEADERS, Event
 from outbox.positions import Range
-from outbox.transaction import EVENT_OVERHEAD, NONE, Receipt, Transaction, Verdict
+from outbox.transaction import EVENT_OVERHEAD, NO_ROLLUPS, Receipt, Transaction, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +109,21 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
             columns = ids[start:end], subjects[start:end], payloads[start:end]
             if plain or not any(headers[start:end]):
                 size = EVENT_OVERHEAD * count + sizes[end] - sizes[start]
-                transactions.append(Transaction(position, *columns, (), count, size, replay_of, NONE))
+                transactions.append(Transaction(position, *columns, (), count, size, replay_of, NO_ROLLUPS))
             else:
-                given = [json.loads(each) if each else NO_HEADERS for each in headers[start:end]]
+                given = [_decoded(each) if each else NO_HEADERS for each in headers[start:end]]
                 events = list(map(Event, *columns, given))
                 transactions.append(Transaction.of(position, events, replay_of))
         start = end
     return Page(transactions=transactions, positions=positions)
+
+
+def _decoded(headers: str) -> Any:
+    """Headers as an object of Python; None, which is invalid, for what jsonb can hold and Python will not read."""
+    try:
+        return json.loads(headers)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or a thousand brackets
+        return None
 
 
 def _not_whole(position: int, count: int, found: int, name: str) -> Halt:

@@ -31,7 +31,7 @@ class DeadReason(StrEnum):
 
 
 EVENT_OVERHEAD = 200  # bytes in memory and on the wire, about, besides subject, headers and payload
-NONE: frozenset[str] = frozenset()
+NO_ROLLUPS: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)  # not frozen: making a frozen one takes twice as long
@@ -59,8 +59,8 @@ class Transaction:
         """The transaction at this position with these events."""
         ids, subjects, payloads, headers = zip(*events, strict=True)
         size = EVENT_OVERHEAD * len(events) + sum(map(len, payloads))
-        if not any(each is not NO_HEADERS for each in headers):
-            return cls(position, ids, subjects, payloads, (), len(events), size, replay_of, NONE)
+        if all(each is NO_HEADERS for each in headers):
+            return cls(position, ids, subjects, payloads, (), len(events), size, replay_of, NO_ROLLUPS)
         size += sum(len(str(each)) for each in headers)
         rollups = frozenset(event.subject for event in events if isinstance(event.headers, dict) and event.is_rollup)
         return cls(position, ids, subjects, payloads, headers, len(events), size, replay_of, rollups)

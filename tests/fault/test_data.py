@@ -36,6 +36,8 @@ HEADERS = [
     ('{"a\\nb": "x"}', NO_TOKEN),
     ('{"\u017f": "x"}', NO_TOKEN),
     ('{"": "x"}', NO_TOKEN),
+    ('{"X": 1e5000}', NO_OBJECT),
+    ('{"X": ' + 3000 * "[" + 3000 * "]" + "}", NO_OBJECT),
     ("[]", NO_OBJECT),
     ('["Nats-Rollup"]', NO_OBJECT),
     ('"x"', NO_OBJECT),
