@@ -30,7 +30,7 @@ from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead,
 from outbox.transaction import Receipt, Transaction, Verdict
 
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
-STOP_SECONDS = 4.0  # less than idle_session_timeout: the last mark needs the session
+STOP_SECONDS = 3.0  # less than idle_session_timeout: the last mark needs the session
 
 
 class Leader:
@@ -251,7 +251,7 @@ class Leader:
         )
         self._router.verdicts, self._taken = [], []
         for lane in dirty:
-            self._marked(lane.chain.written()[0])
+            self._marked(lane.chain.written())
         if receipts:
             self._purger.marked()
             self._reader.due = 0.0  # room was made, or there is time to look for more

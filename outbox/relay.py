@@ -24,6 +24,7 @@ from outbox.store import Store
 from outbox.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 
 STANDBY_SECONDS = 0.2
+STANDBY_TRY_SECONDS = 2.0
 SOUND_TERM_SECONDS = 5.0  # a shorter term counts as a failure: the next one waits longer
 
 
@@ -46,6 +47,7 @@ class Relay:
         self._stop = asyncio.Event()
         self._backoff = Backoff()
         self._leader: Leader | None = None
+        self._has_led = False
         self._proven = False
         self._reached: set[str] = set()
         # Process ids come again, in a container at every start: the name must be this process's alone.
@@ -86,6 +88,7 @@ class Relay:
                 remedy=f"outbox dead retry {dead}, or outbox dead discard {dead}; or start the relay with "
                 "--on-dead continue",
             )
+        self._has_led = True  # also if the answer to this is lost
         lead = await store.lead(self._name, home)
         self._leader = Leader(
             store,
@@ -115,7 +118,7 @@ class Relay:
         told = False
         while not self._stop.is_set():
             mine = not self._locked or await store.try_lock()
-            if self._leader is not None:
+            if self._has_led:
                 await store.alive(self._name)
             if mine:
                 return True
@@ -139,10 +142,14 @@ class Relay:
         return jetstream
 
     async def _try_nats(self) -> None:
-        """A standby, too, finds out at its start whether NATS would take it; an outage is none of its business yet."""
+        """A standby, too, finds out at its start whether NATS would take it; an outage is none of its business yet.
+
+        It takes less time than PostgreSQL allows a session to be idle.
+        """
         if "nats" not in self._reached:
-            with contextlib.suppress(Weather):
-                await (await self._connect(lambda: None)).close()
+            with contextlib.suppress(Weather, TimeoutError):
+                async with asyncio.timeout(STANDBY_TRY_SECONDS):
+                    await (await self._connect(lambda: None)).close()
 
     @contextlib.contextmanager
     def _reaching(self, server: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from outbox.config import Settings
 from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
 from outbox.schema import grants
-from outbox.telemetry import Blocked, Marked, StandingBy, TookLead
+from outbox.telemetry import Blocked, Marked, StandingBy, TookLead, Unreachable
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, old_nats
 
@@ -173,3 +174,16 @@ def test_standby_that_nats_denies_ends_at_its_start(settings: Settings, workplac
             assert isinstance(ThreadRelay(wrong).ended(), Misconfigured)
             with ThreadRelay(away) as standby:
                 standby.wait_for(StandingBy)
+
+
+def test_standby_keeps_its_session_while_nats_says_nothing(settings: Settings) -> None:
+    """It tries NATS once; PostgreSQL ends a session that is idle for as long as nats-py would wait."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        deaf = settings.model_copy(
+            update={"nats_url": ",".join(f"nats://127.0.0.1:{each.getsockname()[1]}" for each in (one, other))}
+        )
+        with ThreadRelay(deaf) as leader:
+            leader.wait_for(TookLead)
+            with ThreadRelay(deaf) as standby:
+                standby.wait_for(StandingBy)
+        assert not [each for each in standby.happenings if isinstance(each, Unreachable)]
