@@ -44,6 +44,12 @@ class Wary(Client):
         super().__init__()
         self._where, self._secure, self._certified = where, secure, certified
 
+    def abort(self) -> None:
+        """Close the socket at once; idempotent. nats-py waits until the server has read all, which may be never."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if initial_connection:
             if self._secure and not (info.get("tls_required") or info.get("tls_available")):
@@ -61,7 +67,7 @@ async def dial(
     closed_cb: Callable[[], Awaitable[None]],
     certified: bool = False,
     **options: Any,
-) -> Client:
+) -> Wary:
     """A client that is connected to one of the servers, and never connects again; `options` are nats-py's.
 
     `certified` says that the TLS context among them has a client certificate. Raises `Denied` if every server denies
@@ -84,7 +90,7 @@ async def _dial(
     closed_cb: Callable[[], Awaitable[None]],
     certified: bool,
     **options: Any,
-) -> Client:
+) -> Wary:
     url = urlsplit(server)
     host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
     where = f"{host}:{url.port or DEFAULT_PORT}"
@@ -124,10 +130,11 @@ async def _dial(
     return client
 
 
-async def close(client: Client, seconds: float = 2) -> None:
-    """Close a client; idempotent, blocks for at most so long."""
-    with contextlib.suppress(asyncio.TimeoutError):
+async def close(client: Wary, seconds: float = 2) -> None:
+    """Close a client; idempotent, blocks for at most so long. What the server does not take by then is not sent."""
+    with contextlib.suppress(TimeoutError, OSError):
         await asyncio.wait_for(client.close(), seconds)
+    client.abort()
 
 
 async def _objection(url: SplitResult, context: ssl.SSLContext, *, first: bool) -> ssl.SSLError | None:

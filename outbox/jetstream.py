@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from outbox.answers import StreamInfo, seen, stream_info
 from outbox.batch import Batch, frames
-from outbox.dialing import close, dial
+from outbox.dialing import Wary, close, dial
 from outbox.errors import Misconfigured, Weather
 from outbox.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
 from outbox.plan import Seen
@@ -44,7 +43,7 @@ class JetStream:
 
     def __init__(self, news: Callable[[], None]) -> None:
         self._news = news
-        self._nc: Client
+        self._nc: Wary
         self._api = "$JS.API"
         self._prefix = ""
         self._tokens = 0
@@ -255,7 +254,7 @@ class JetStream:
             self._tell(token, Unknown(why=f"not sent in full: {str(error) or type(error).__name__}"))
 
     async def _write(self, pieces: Sequence[bytes]) -> None:
-        """Give frames to nats-py as one; waits while it has much to send. The only use of its internals.
+        """Give frames to nats-py as one; waits while it has much to send. Uses its internals.
 
         Its public `publish` builds a frame from parts, checks what was checked, and takes several times as long.
         """

@@ -60,8 +60,8 @@ class Link:
 
     async def close(self) -> None:
         """Close what is open and what is being opened; idempotent, blocks for at most two seconds."""
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        await asyncio.gather(self._abandon(), *self._closing, *(each.close() for each in (self.jetstream,) if each))
+
+    async def _abandon(self) -> None:
         if (made := await self._connecting.end()) is not None:
             await made.close()
-        if self.jetstream is not None:
-            await self.jetstream.close()

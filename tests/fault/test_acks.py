@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from outbox.batch import Batch
 from outbox.config import Settings
 from outbox.embedded import Nats
+from outbox.event import Event
+from outbox.jetstream import JetStream
 from outbox.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
+from outbox.transaction import Transaction
 from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
-from tests.conftest import Stream
+from tests.conftest import Stream, own_nats
 from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of
 from tests.proxy import NatsProxy
 from tests.workload import Writers
@@ -220,3 +228,26 @@ def test_batch_of_a_former_leader_arrives_late(
         assert [each.subject for each in stored[2:-2:250]] == [f"LATE.{number}" for number in range(4)]
         assert_receipts_tile(database, "LATE", 1004)
         assert len({each.message_id for each in stored}) == len(stored) == 1004
+
+
+def test_connection_to_a_frozen_server_is_closed_with_what_it_could_not_send(workplace: Path) -> None:
+    """Fault: nats-server is frozen with megabytes before it. Promise: none of them reach it after the connection."""
+
+    async def give_up(server: Nats) -> None:
+        jetstream = await JetStream.connect([server.url], lambda: None)
+        connection: Any = jetstream._nc._transport
+        transport = connection._io_writer.transport
+        events = [Event(str(number), "a", bytes(900_000), {}) for number in range(20)]
+        server.send_signal(signal.SIGSTOP)
+        jetstream.send(Batch(id="b", stream="S", base=0, transactions=(Transaction.of(1, events),)), "outbox")
+        await asyncio.sleep(0.5)
+        assert transport.get_write_buffer_size() > 0
+        await jetstream.close()
+        assert transport.is_closing()
+        assert transport.get_write_buffer_size() == 0
+
+    with own_nats(workplace / "frozen") as server:
+        try:
+            asyncio.run(asyncio.wait_for(give_up(server), 15))
+        finally:
+            server.send_signal(signal.SIGCONT)
