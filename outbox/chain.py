@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import assert_never
 
 from outbox.batch import COUNT, SIZE, Batch, Packing, receipts, take
@@ -54,12 +54,15 @@ class Chain:
     receipts: list[Receipt] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     dirty: bool = False
+    messages: int = 0  # of all that waits, is planned or is in flight
+    size: int = 0  # and their bytes
     _unwritten: int = 0  # how many transactions at the end of the plan are not in the committed one, at that place
     unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, even late
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
     _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones
     _suspected: Verdict | None = None
+    _unloaded: int = 0  # how many planned transactions have no events yet
 
     @property
     def plan(self) -> list[Planned | Transaction]:
@@ -67,15 +70,14 @@ class Chain:
         return [*chain.from_iterable(batch.transactions for batch in self.in_flight), *self.planned]
 
     @property
-    def loaded(self) -> tuple[int, int]:
-        """Messages and bytes of all that is in memory: what waits, what is planned, what is in flight."""
-        held = [*self.waiting, *self.planned, *self.in_flight]
-        return sum(map(COUNT, held)), sum(map(SIZE, held))
-
-    @property
     def unloaded(self) -> list[Planned]:
-        """What a former leader planned and this one has yet to load, now that it is known not to be stored."""
-        return [] if self.in_doubt else [each for each in self.planned if isinstance(each, Planned)]
+        """What a former leader planned and this one is to load next, now that it is known not to be stored."""
+        if self.in_doubt or not self._unloaded:
+            return []
+        planned = [each for each in self.planned if isinstance(each, Planned)]
+        sizes = accumulate(map(SIZE, planned))
+        most = self.packing.max_bytes
+        return [each for each, size in zip(planned, sizes, strict=True) if each is planned[0] or size <= most]
 
     @property
     def ready(self) -> Iterator[Transaction]:
@@ -87,16 +89,26 @@ class Chain:
                 return
             yield each
 
+    def join(self, transaction: Transaction) -> None:
+        """One more that waits."""
+        self.waiting.append(transaction)
+        self.messages += transaction.count
+        self.size += transaction.size
+
     def restore(self, plan: Sequence[Planned]) -> None:
         """Take over what a former leader planned, and may have sent. Its commit may not be durable: commit it again."""
         self.planned.extend(plan)
+        self._unloaded = len(plan)
+        self._count(plan)
         self.unanswered = {each.position for each in plan}
         self._replan()
 
     def load(self, transactions: Iterable[Transaction]) -> None:
         """Take in planned transactions with their events."""
         loaded = {transaction.position: transaction for transaction in transactions}
-        self.planned = deque(loaded.get(each.position, each) for each in self.planned)
+        before, self.planned = self.planned, deque(loaded.get(each.position, each) for each in self.planned)
+        self._unloaded = sum(isinstance(each, Planned) for each in self.planned)
+        self.size += sum(map(SIZE, self.planned)) - sum(map(SIZE, before))
 
     def condemn(self, verdict: Verdict) -> None:
         """Take the head out of the plan, which is settled up to it: it can never be sent."""
@@ -230,7 +242,11 @@ class Chain:
         self.doubt(why)
 
     def doubt(self, why: str) -> None:
-        """Forget the window: what was in flight is planned again, in the same order, until the stream was read back."""
+        """Forget the window: what was in flight is planned again, in the same order, until the stream was read back.
+
+        Only the first batch may have had an answer.
+        """
+        self.unanswered |= {each.position for batch in islice(self.in_flight, 1, None) for each in batch.transactions}
         self.planned = deque(self.plan)
         self.in_flight.clear()
         self.in_doubt = why
@@ -251,9 +267,9 @@ class Chain:
         self.base = last
         self.in_doubt = None
 
-    def written(self) -> tuple[Sequence[Receipt], Sequence[Verdict]]:
-        """Plan, receipts and verdicts are committed; returns the latter two."""
-        written = self.receipts, self.verdicts
+    def written(self) -> Sequence[Receipt]:
+        """Plan, receipts and verdicts are committed; returns the receipts."""
+        written = self.receipts
         self.receipts, self.verdicts, self.dirty, self._unwritten = [], [], False, 0
         return written
 
@@ -261,8 +277,15 @@ class Chain:
         """What is planned may have other places than in the committed plan: nothing goes out before a commit."""
         self._unwritten, self.dirty = len(self.planned), True
 
-    def _gone(self, settled: Iterable[Planned | Transaction]) -> None:
+    def _count(self, these: Sequence[Planned | Transaction], sign: int = 1) -> None:
+        self.messages += sign * sum(map(COUNT, these))
+        self.size += sign * sum(map(SIZE, these))
+
+    def _gone(self, settled: Sequence[Planned | Transaction]) -> None:
         """These are stored or dead: they are out of the plan."""
+        self._count(settled, -1)
+        if self._unloaded:
+            self._unloaded -= sum(isinstance(each, Planned) for each in settled)
         if not self._alone and not self.unanswered:
             return
         positions = {each.position for each in settled}

@@ -172,7 +172,7 @@ class Lane:
         elif came is not None:
             self._take_in(jetstream, came)
             return True
-        if jetstream is not None and not chain.verdicts:
+        if jetstream is not None and not chain.verdicts and not self._settling.running and now >= self._settling.due:
             known = recovery.Known(
                 stream=chain.stream,
                 created=chain.created,

@@ -54,9 +54,9 @@ class Lanes(dict[str, Lane]):
 
     @property
     def loaded(self) -> tuple[int, int]:
-        """Messages and bytes that are in memory."""
-        messages, sizes = zip((0, 0), *(lane.chain.loaded for lane in self.values()), strict=True)
-        return sum(messages), sum(sizes)
+        """Messages and bytes of all that waits, is planned or is in flight."""
+        chains = [lane.chain for lane in self.values()]
+        return sum(chain.messages for chain in chains), sum(chain.size for chain in chains)
 
     @property
     def idle(self) -> bool:

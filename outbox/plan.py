@@ -17,7 +17,7 @@ from itertools import takewhile
 class Planned:
     """A transaction's entry in the plan, with the message id of its last event. Its events are not loaded.
 
-    `attempts` is how many relays have died of it, as far as is known.
+    `attempts` is how many relays have died of it, as far as is known; `size` is bytes in memory once it is loaded.
     """
 
     position: int

@@ -60,10 +60,11 @@ SELECT t.position, t.attempts
  ORDER BY t.position LIMIT 1
 """
 
-# What a plan is judged by: positions, counts, and the message id of each transaction's last event. No payloads.
+# What a plan is judged by: positions, counts, the message id of each transaction's last event; and bytes of payload.
 ENTRIES = """
 SELECT p.position, t.event_count, t.attempts,
-       (SELECT message_id FROM {schema}.events WHERE txid = t.txid ORDER BY txid DESC, id DESC LIMIT 1)
+       (SELECT message_id FROM {schema}.events WHERE txid = t.txid ORDER BY txid DESC, id DESC LIMIT 1),
+       (SELECT coalesce(sum(octet_length(payload)), 0) FROM {schema}.events WHERE txid = t.txid)
   FROM unnest(%(positions)s::bigint[]) AS p (position)
  CROSS JOIN LATERAL (
    SELECT * FROM {schema}.transactions

@@ -81,7 +81,7 @@ class Router:
                 self._routes.clear()
                 continue
             if offence is None:
-                lanes[name].chain.waiting.append(head)
+                lanes[name].chain.join(head)
             elif self._settings.on_dead is OnDead.HALT and not settled():
                 return  # all before it goes out first, then the relay halts behind it
             else:
@@ -98,7 +98,7 @@ class Router:
         for head in self.incoming:
             if (lane := self._quick(head, lanes)) is None:
                 break
-            lane.chain.waiting.append(head)
+            lane.chain.join(head)
             passed += 1
         if passed:
             self._next_head(passed)

@@ -20,7 +20,7 @@ from outbox.plan import Planned
 from outbox.positions import Holder, Range
 from outbox.rows import Decisions, Home, Lead, Page, StreamRow, Wishes, array, multirange, places, ranges, read_page
 from outbox.session import answered, open_session
-from outbox.transaction import Transaction
+from outbox.transaction import EVENT_OVERHEAD, Transaction
 
 OLDEST_POSTGRES = 140005
 PURGE_PAGE = 500
@@ -183,7 +183,10 @@ class Store:
         if missing := [position for position in positions if position not in found or not found[position][3]]:
             raise self._not_pending(missing[0])
         ordered = (found[position] for position in positions)
-        return [Planned(position=p, count=n, attempts=a, last_message_id=str(last)) for p, n, a, last in ordered]
+        return [
+            Planned(position=p, count=n, attempts=a, last_message_id=str(last), size=EVENT_OVERHEAD * n + size)
+            for p, n, a, last, size in ordered
+        ]
 
     async def planned(self, positions: Sequence[int]) -> list[Transaction]:
         """These transactions of a plan with all their events; raises `Halt` if one is not whole."""

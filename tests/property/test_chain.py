@@ -99,8 +99,7 @@ class Play:
         model, chain = self.model, leader.chain
         if leader.epoch != model.epoch:
             return False  # deposed: it will stand by; its frames are still on their way
-        receipts, _ = list(chain.receipts), None
-        for receipt in receipts:
+        for receipt in chain.receipts:
             assert receipt.position not in model.marked
             model.marked[receipt.position] = (receipt.first_sequence, receipt.last_sequence)
         model.base, model.plan, model.shared = chain.base, [t.position for t in chain.plan], chain.shared
@@ -125,12 +124,15 @@ class Play:
             following = max([self.model.read, *held]) + 1
             if following > len(self.model.sizes):
                 break
-            chain.waiting.append(transaction(following, self.model.sizes[following - 1]))
+            chain.join(transaction(following, self.model.sizes[following - 1]))
         self.send(leader)  # what is committed need not wait for the next commit
         chain.extend()
         if chain.dirty and not self.commit(leader):
             return
         self.send(leader)
+        inside = [*chain.waiting, *chain.plan]
+        assert (chain.messages, chain.size) == (sum(t.count for t in inside), sum(t.size for t in inside))
+        assert chain.in_doubt or not any(isinstance(each, Planned) for each in chain.planned) or chain.unloaded
 
     def send(self, leader: Leader) -> None:
         for batch in leader.chain.launch(str(n) for n in self.model.ids):
@@ -241,7 +243,8 @@ def test_packing_keeps_transactions_whole_and_in_order(sizes: list[int], most: i
 
 
 def test_nothing_is_sent_before_its_plan_is_committed_or_while_in_doubt() -> None:
-    chain = Chain(stream="S", created="x", packing=Packing(), base=0, waiting=deque([transaction(1, 2)]))
+    chain = Chain(stream="S", created="x", packing=Packing(), base=0)
+    chain.join(transaction(1, 2))
     chain.extend()
     assert chain.plan == []  # in doubt: nothing joins
     chain.settle(0, 0)
@@ -253,6 +256,34 @@ def test_nothing_is_sent_before_its_plan_is_committed_or_while_in_doubt() -> Non
     assert chain.launch(iter("a")) == []
     chain.settle(0, 0)
     assert [batch.count for batch in chain.launch(iter("a"))] == [2]
+
+
+def test_only_the_first_batch_in_flight_can_have_been_refused_in_so_many_words() -> None:
+    chain = Chain(stream="S", created="x", packing=Packing(max_messages=2, pipeline_behind=0), base=0)
+    chain.settle(0, 0)
+    for position in (1, 2, 3):
+        chain.join(transaction(position, 2))
+    chain.extend()
+    chain.written()
+    assert len(chain.launch(iter("ab"))) == 2  # the third waits for company
+    chain.learn(Rejected(code=10167, description="unsupported"))
+    assert chain.unanswered == {2}
+
+
+def test_restored_plan_counts_its_bytes_and_is_loaded_in_parts() -> None:
+    chain = Chain(stream="S", created="x", packing=Packing(max_bytes=100), base=0)
+    sizes = enumerate([150, 40, 60, 1], 1)
+    chain.restore([Planned(position=n, count=1, last_message_id=str(n), size=size) for n, size in sizes])
+    assert (chain.messages, chain.size) == (4, 251)
+    chain.settle(0, 0)
+    assert [each.position for each in chain.unloaded] == [1]
+    chain.load([transaction(1, 1)])
+    assert [each.position for each in chain.unloaded] == [2, 3]
+    chain.load([transaction(2, 1), transaction(3, 1)])
+    assert [each.position for each in chain.unloaded] == [4]
+    chain.load([transaction(4, 1)])
+    assert chain.unloaded == []
+    assert chain.size == sum(each.size for each in chain.planned)
 
 
 def read(frame: bytes) -> tuple[str, dict[str, str], bytes]:
