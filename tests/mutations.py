@@ -42,7 +42,7 @@ MUTATIONS = [
     # What may be in flight is written down before it is sent.
     Mutation(
         "lane.py",
-        "plan=[transaction.position for transaction in chain.plan],",
+        "plan=list(map(POSITION, chain.plan)),",
         "plan=[],",
         "test_stop_points.py::test_killed_at[before-first-message-1]",
     ),
@@ -93,7 +93,7 @@ MUTATIONS = [
     ),
     # A lost connection sends nothing any more; a reply is taken for its own batch.
     Mutation(
-        "jetstream.py",
+        "dialing.py",
         "allow_reconnect=False,",
         "allow_reconnect=True,",
         "test_acks.py::test_connection_is_cut_around_a_batch[mid-batch]",
