@@ -25,7 +25,7 @@ SESSION = {
     "synchronous_commit": "on",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
-    "enable_nestloop": "off",  # but for LATERAL, which has no other way: marks joined so would be quadratic in a batch
+    "enable_nestloop": "off",  # but for LATERAL, which has no other way: a join with a whole batch would be quadratic
     "jit": "off",
     "default_transaction_isolation": "read committed",
     "idle_session_timeout": "5s",
