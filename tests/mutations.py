@@ -203,7 +203,7 @@ def tried(mutation: Mutation, copy: Path) -> str:
     if sound.count(mutation.line) != 1:
         return f"the line is there {sound.count(mutation.line)} times"
     file.write_text(sound.replace(mutation.line, mutation.broken))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", f"tests/fault/{mutation.test}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "", f"tests/fault/{mutation.test}"]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     file.write_text(sound)
