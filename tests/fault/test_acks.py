@@ -240,8 +240,7 @@ def test_connection_to_a_frozen_server_is_closed_with_what_it_could_not_send(wor
         events = [Event(str(number), "a", bytes(900_000), {}) for number in range(20)]
         server.send_signal(signal.SIGSTOP)
         jetstream.send(Batch(id="b", stream="S", base=0, transactions=(Transaction.of(1, events),)), "outbox")
-        await asyncio.sleep(0.5)
-        assert transport.get_write_buffer_size() > 0
+        await asyncio.to_thread(until, lambda: transport.get_write_buffer_size() > 0)
         await jetstream.close()
         assert transport.is_closing()
         assert transport.get_write_buffer_size() == 0
