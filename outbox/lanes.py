@@ -53,7 +53,7 @@ class Lanes(dict[str, Lane]):
         return (transaction for lane in self.values() for transaction in lane.chain.plan)
 
     @property
-    def loaded(self) -> tuple[int, int]:
+    def read_ahead(self) -> tuple[int, int]:
         """Messages and bytes of all that waits, is planned or is in flight."""
         chains = [lane.chain for lane in self.values()]
         return sum(chain.messages for chain in chains), sum(chain.size for chain in chains)

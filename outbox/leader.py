@@ -215,7 +215,7 @@ class Leader:
 
     def _room(self) -> tuple[int, int]:
         """How many messages and bytes may still be read ahead."""
-        messages, size = self._lanes.loaded
+        messages, size = self._lanes.read_ahead
         messages += sum(map(COUNT, self._router.incoming))
         size += sum(map(SIZE, self._router.incoming))
         return self._settings.read_ahead_messages - messages, self._settings.read_ahead_bytes - size

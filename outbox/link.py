@@ -60,7 +60,10 @@ class Link:
 
     async def close(self) -> None:
         """Close what is open and what is being opened; idempotent, blocks for at most two seconds."""
-        await asyncio.gather(self._abandon(), *self._closing, *(each.close() for each in (self.jetstream,) if each))
+        closing = [self._abandon(), *self._closing]
+        if self.jetstream is not None:
+            closing.append(self.jetstream.close())
+        await asyncio.gather(*closing)
 
     async def _abandon(self) -> None:
         if (made := await self._connecting.end()) is not None:
