@@ -52,7 +52,7 @@ def command(
 ) -> None:
     """Measure the relay next to what the two servers allow, and show medians.
 
-    Works in a schema and in streams of its own (outbox_bench), which it removes. Embedded servers need
+    Works in schemas and streams of its own (outbox_bench...), which it removes. Embedded servers need
     outbox-relay[demo]. Nothing else should run on the machine.
 
     Example: outbox bench drain --events 1 --events 3 --json bench.json
