@@ -15,9 +15,9 @@ from outbox import deadcli, demo, migrating, opscli, process, rebasing, retentio
 from outbox.bench import command as bench
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
-from outbox.machine import machine, printable
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
 from outbox.screen import out
+from outbox.text import printable, to_json
 
 app = typer.Typer(
     name="outbox",
@@ -197,7 +197,7 @@ def verify(
     with screen.progress() as progress:
         found = asyncio.run(verifying.verify(given, first=first, last=last, stream=stream, progress=progress))
     if as_json:
-        print(machine([each.summary() for each in found]))
+        print(to_json([each.summary() for each in found]))
     else:
         screen.show_comparisons(found)
     if any(each.anomalies for each in found):

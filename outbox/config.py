@@ -22,8 +22,8 @@ from pydantic import ValidationInfo as Others
 
 from outbox import access, sources
 from outbox.errors import Misconfigured
-from outbox.masking import MASK, masked
 from outbox.schema import checked_name
+from outbox.text import MASK, masked
 
 FILE = Path("outbox.toml")
 LONGEST_HOURS = 1_000_000.0

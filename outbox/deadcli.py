@@ -13,8 +13,8 @@ from outbox import letters, screen, showing
 from outbox.config import Settings
 from outbox.errors import Misconfigured
 from outbox.letters import DeadLetter, Selection
-from outbox.machine import counted, machine
 from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
+from outbox.text import counted, to_json
 from outbox.transaction import DeadReason
 
 app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
@@ -68,7 +68,7 @@ def list_(
     selection = dataclasses.replace(_selection(None, reason, subject, since, until), discarded=discarded)
     found = _selected(given, selection)
     if as_json:
-        print(machine(found))
+        print(to_json(found))
     else:
         screen.show_letters(found)
 
@@ -89,7 +89,7 @@ def show(
     if found.dead_at is None:
         raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
     if as_json:
-        print(machine(found))
+        print(to_json(found))
     else:
         screen.show_transaction(found)
 

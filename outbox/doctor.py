@@ -15,10 +15,10 @@ from outbox.config import Settings
 from outbox.diagnosis import Check, Checks, Colour
 from outbox.errors import OutboxError
 from outbox.jetstream import JetStream
-from outbox.machine import counted
 from outbox.rows import StreamRow
 from outbox.session import looked, observer_session
 from outbox.streamdoctor import Known
+from outbox.text import counted
 
 CHECKS = Checks("outbox")
 OLD_SECONDS = 60.0

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from outbox import telemetry
 from outbox.config import LogFormat
-from outbox.machine import printable
+from outbox.text import printable
 
 USUAL = (
     telemetry.PageRead,

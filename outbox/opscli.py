@@ -19,10 +19,10 @@ from outbox.config import Settings
 from outbox.diagnosis import Colour
 from outbox.doctor import examine
 from outbox.errors import Weather
-from outbox.machine import counted, machine, printable
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, loaded, settings
 from outbox.rates import History
 from outbox.screen import out, say
+from outbox.text import counted, printable, to_json
 
 SECONDS = 1.0  # between two looks of a watch
 
@@ -49,7 +49,7 @@ def status(
     if watch:
         _watch(given, as_json=as_json)
     elif as_json:
-        print(machine(admin.status(given.database_url, given.schema)))
+        print(to_json(admin.status(given.database_url, given.schema)))
     else:
         screen.show_status(admin.status(given.database_url, given.schema))
 
@@ -70,7 +70,7 @@ def _watch(given: Settings, *, as_json: bool) -> None:
                 else:
                     rates = history.take(found)
                     if as_json:
-                        print(machine(found, indent=None), flush=True)
+                        print(to_json(found, indent=None), flush=True)
                     else:
                         live.update(screen.status_view(found, rates, history.line()), refresh=True)
                 time.sleep(SECONDS)
@@ -90,7 +90,7 @@ def doctor(
     given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
     checks = asyncio.run(examine(given))
     if as_json:
-        print(machine(checks))
+        print(to_json(checks))
     else:
         screen.show_checks(checks)
     if any(each.colour is Colour.RED for each in checks):
@@ -104,7 +104,7 @@ def config(as_json: AsJson = False) -> None:
     """
     found = loaded().listed()
     if as_json:
-        print(machine(found))
+        print(to_json(found))
     else:
         screen.show_settings(found)
 
@@ -123,7 +123,7 @@ def show(
     given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
     found = asyncio.run(showing.show(given, position))
     if as_json:
-        print(machine(found))
+        print(to_json(found))
     else:
         screen.show_transaction(found)
 
@@ -157,7 +157,7 @@ def replay(
         confirm(f"Send {what}, again as new messages?{rolled}", yes=yes)
         found = _replay(given, wanted, found.transactions)
     if as_json:
-        print(machine(found))
+        print(to_json(found))
         return
     done = "to be sent again" if dry_run else "pending again, as new transactions"
     say(f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}: {done}")

@@ -10,7 +10,7 @@ import re
 import ssl
 
 from outbox.errors import Denied
-from outbox.masking import masked
+from outbox.text import masked
 
 # libpq gives no SQLSTATE for a connection that was not made, and no code for TLS. Read from top to bottom.
 POSTGRES = {

@@ -15,9 +15,9 @@ from outbox.comparison import Comparison
 from outbox.config import Setting
 from outbox.diagnosis import Check, Colour
 from outbox.letters import DeadLetter
-from outbox.machine import counted, printable
 from outbox.rates import Rates
 from outbox.showing import Shown
+from outbox.text import counted, printable
 
 SHOWN_BYTES = 2000
 OLD_SECONDS = 60.0  # a transaction that waits longer is worth a look

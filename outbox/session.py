@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow
 
 from outbox import refusals
 from outbox.errors import Halt, Misconfigured, Weather
-from outbox.masking import masked
+from outbox.text import masked
 
 # The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
 # and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.

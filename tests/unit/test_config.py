@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from outbox.cli import app
 from outbox.config import BatchMode, Loaded, LogFormat, Settings, WrongSettings, load
-from outbox.masking import masked
 from outbox.session import CONNECTION, _kept
 from outbox.sources import find
+from outbox.text import masked
 
 NOWHERE = Path("nowhere.toml")
 SEED = "SUACSSL3UAHUDXKFSNVUZRF5UHPMWZ6BFDTJ7M6USDXIEDNPPQYYYCU3VY"
