@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Self
 
+from outbox.core.plan import Seen
 from outbox.errors import Unusable
-from outbox.plan import Seen
 
 MAX_DIGITS = 18  # a number of more is nobody's position
 

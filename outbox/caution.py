@@ -8,10 +8,10 @@ no outage, and no kill at a time when nothing was worked on.
 
 from __future__ import annotations
 
+from outbox.core.transaction import DeadReason, Verdict
 from outbox.jetstream import JetStream
 from outbox.rows import Lead
 from outbox.store import Store
-from outbox.transaction import DeadReason, Verdict
 
 ATTEMPTS = 3
 

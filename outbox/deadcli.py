@@ -11,11 +11,11 @@ import typer
 
 from outbox import letters, screen, showing
 from outbox.config import Settings
+from outbox.core.transaction import DeadReason
 from outbox.errors import Misconfigured
 from outbox.letters import DeadLetter, Selection
 from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
 from outbox.text import counted, to_json
-from outbox.transaction import DeadReason
 
 app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
 

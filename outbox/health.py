@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from outbox import telemetry
+from outbox.core import telemetry
 
 
 class Health:

@@ -19,11 +19,11 @@ import nats.errors
 from nats.aio.msg import Msg
 
 from outbox.answers import StreamInfo, seen, stream_info
-from outbox.batch import Batch, frames
+from outbox.core.batch import Batch, frames
+from outbox.core.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
+from outbox.core.plan import Seen
 from outbox.dialing import Wary, close, dial
 from outbox.errors import Misconfigured, Weather
-from outbox.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
-from outbox.plan import Seen
 
 OLDEST_NATS = (2, 12, 1)
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0

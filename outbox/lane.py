@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from outbox import recovery
 from outbox.answers import StreamInfo
 from outbox.backoff import Backoff
-from outbox.batch import POSITION, Batch, Packing, trace_contexts
-from outbox.chain import CHAINED, SHARED, Chain
 from outbox.config import BatchMode, Settings
+from outbox.core.batch import POSITION, Batch, Packing, trace_contexts
+from outbox.core.chain import CHAINED, SHARED, Chain
+from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
+from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
+from outbox.core.transaction import Limits
 from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream
-from outbox.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.routing import matches
 from outbox.rows import Lead, StreamRow
-from outbox.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
-from outbox.transaction import Limits
 
 NO_LIMIT = 1 << 62
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status

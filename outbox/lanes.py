@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 from outbox.caution import Caution
 from outbox.config import Settings
+from outbox.core.plan import Planned
+from outbox.core.telemetry import Listener
+from outbox.core.transaction import Transaction
 from outbox.lane import Lane
-from outbox.plan import Planned
 from outbox.rows import Lead, StreamRow
 from outbox.store import Store
-from outbox.telemetry import Listener
-from outbox.transaction import Transaction
 
 
 class Lanes(dict[str, Lane]):

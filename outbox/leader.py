@@ -12,22 +12,22 @@ import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-from outbox.batch import COUNT, POSITION, SIZE
 from outbox.caution import Caution
 from outbox.config import OnDead, Settings
+from outbox.core.batch import COUNT, POSITION, SIZE
+from outbox.core.positions import Range, below
+from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
+from outbox.core.transaction import Receipt, Transaction, Verdict
 from outbox.errors import Halt, Misconfigured
 from outbox.jetstream import JetStream
 from outbox.lanes import Lanes
 from outbox.link import Link
-from outbox.positions import Range, below
 from outbox.pulse import PING_SECONDS, Pulse
 from outbox.purger import Purger
 from outbox.reader import Reader
 from outbox.router import Router
 from outbox.rows import Decisions, Lead
 from outbox.store import Store
-from outbox.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
-from outbox.transaction import Receipt, Transaction, Verdict
 
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STOP_SECONDS = 3.0  # less than idle_session_timeout: the last mark needs the session

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
+from outbox.core.telemetry import Connected, Listener, Unreachable
 from outbox.errand import Errand
 from outbox.errors import Weather
 from outbox.jetstream import JetStream
-from outbox.telemetry import Connected, Listener, Unreachable
 
 
 class Link:

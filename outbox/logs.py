@@ -9,8 +9,8 @@ import os
 import sys
 from datetime import UTC, datetime
 
-from outbox import telemetry
 from outbox.config import LogFormat
+from outbox.core import telemetry
 from outbox.text import printable
 
 USUAL = (

@@ -11,8 +11,8 @@ from importlib import metadata
 
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
 
-from outbox import telemetry
 from outbox.config import Settings
+from outbox.core import telemetry
 from outbox.health import Health
 from outbox.logs import logger
 from outbox.metrics import Metrics

@@ -5,10 +5,10 @@ Belongs to the leader's loop. Slow checks that nobody waits for go along.
 
 from __future__ import annotations
 
-from outbox.positions import Range
+from outbox.core.positions import Range
+from outbox.core.telemetry import Listener, Paused, Resumed, Strayed
 from outbox.rows import Lead
 from outbox.store import Store
-from outbox.telemetry import Listener, Paused, Resumed, Strayed
 
 PING_SECONDS = 1.0
 STRAY_SECONDS = 60.0

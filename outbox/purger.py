@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from outbox.core.telemetry import Listener, Purged
 from outbox.store import Store
-from outbox.telemetry import Listener, Purged
 
 PURGE_SECONDS = 10.0
 PAUSE_SECONDS = 0.1  # between two pages, so that a purge is never the outage

@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import Callable
 
 from outbox.config import Settings
-from outbox.positions import Positions, Range
+from outbox.core.positions import Positions, Range
+from outbox.core.telemetry import Listener, PageRead, Slept
+from outbox.core.transaction import Transaction
 from outbox.rows import Lead, Page
 from outbox.store import Store
-from outbox.telemetry import Listener, PageRead, Slept
-from outbox.transaction import Transaction
 
 POLL_SECONDS = (0.005, 0.01, 0.02, 0.05)
 SLEEP_SECONDS = 1.0

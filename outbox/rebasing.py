@@ -15,8 +15,8 @@ from psycopg.rows import TupleRow
 
 from outbox import orders, queries, schema
 from outbox.answers import StreamInfo
-from outbox.comparison import Comparison
 from outbox.config import Settings
+from outbox.core.comparison import Comparison
 from outbox.errors import Misconfigured
 from outbox.event import subject_problem
 from outbox.jetstream import JetStream

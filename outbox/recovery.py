@@ -1,7 +1,7 @@
 """Reading a stream back: how much of the plan is in it, and whether it still is the stream that the outbox knows.
 
-The decision is `outbox.plan.judge`; this module looks, looks again while a commit is being applied, and halts where
-going on could lose or double events. Called at every change of leader and after every doubt.
+The decision is `outbox.core.plan.judge`; this module looks, looks again while a commit is being applied, and halts
+where going on could lose or double events. Called at every change of leader and after every doubt.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from outbox.answers import StreamInfo
+from outbox.core.plan import Finding, Look, Planned, judge, wanted
 from outbox.errors import Halt, Weather
 from outbox.jetstream import JetStream
-from outbox.plan import Finding, Look, Planned, judge, wanted
 
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
 LOOKS = 100

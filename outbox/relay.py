@@ -17,11 +17,11 @@ from dataclasses import replace
 
 from outbox.backoff import Backoff
 from outbox.config import Durability, OnDead, Settings
+from outbox.core.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
 from outbox.jetstream import JetStream
 from outbox.leader import Leader
 from outbox.store import Store
-from outbox.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 
 STANDBY_SECONDS = 0.2
 STANDBY_TRY_SECONDS = 2.0

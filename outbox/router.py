@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.core.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
 from outbox.errand import Errand
 from outbox.errors import Halt, Misconfigured, Unusable, Weather
 from outbox.jetstream import JetStream
@@ -17,7 +18,6 @@ from outbox.lane import Lane
 from outbox.routing import Routes
 from outbox.rows import Lead, StreamRow
 from outbox.store import Store
-from outbox.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
 
 REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE)  # judged by what JetStream said once
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from outbox.answers import StreamInfo
+from outbox.core.plan import Seen
+from outbox.core.transaction import Transaction
 from outbox.errors import Weather
 from outbox.jetstream import JetStream
-from outbox.plan import Seen
-from outbox.transaction import Transaction
 
 REMEMBERED_SUBJECTS = 10_000
 

@@ -14,10 +14,10 @@ from uuid import UUID
 
 from psycopg.types.range import Range as NumberRange
 
+from outbox.core.positions import Range
+from outbox.core.transaction import EVENT_OVERHEAD, NO_ROLLUPS, Receipt, Transaction, Verdict
 from outbox.errors import Halt
 from outbox.event import NO_HEADERS, Event
-from outbox.positions import Range
-from outbox.transaction import EVENT_OVERHEAD, NO_ROLLUPS, Receipt, Transaction, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

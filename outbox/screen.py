@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.admin import Status
-from outbox.comparison import Comparison
 from outbox.config import Setting
+from outbox.core.comparison import Comparison
 from outbox.diagnosis import Check, Colour
 from outbox.letters import DeadLetter
 from outbox.rates import Rates

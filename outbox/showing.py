@@ -12,9 +12,9 @@ from uuid import UUID
 
 from outbox import orders, queries
 from outbox.config import Settings
+from outbox.core.plan import Seen
 from outbox.errors import Misconfigured, OutboxError
 from outbox.jetstream import JetStream
-from outbox.plan import Seen
 from outbox.session import command_session
 
 

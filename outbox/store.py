@@ -15,12 +15,12 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from outbox import queries, schema
+from outbox.core.plan import Planned
+from outbox.core.positions import Holder, Range
+from outbox.core.transaction import EVENT_OVERHEAD, Transaction
 from outbox.errors import Deposed, Halt, Misconfigured, Weather
-from outbox.plan import Planned
-from outbox.positions import Holder, Range
 from outbox.rows import Decisions, Home, Lead, Page, StreamRow, Wishes, array, multirange, places, ranges, read_page
 from outbox.session import answered, open_session
-from outbox.transaction import EVENT_OVERHEAD, Transaction
 
 OLDEST_POSTGRES = 140005
 PURGE_PAGE = 500

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outbox.chain import SHARED
+from outbox.core.chain import SHARED
+from outbox.core.outcome import Meaning, Rejected, Unknown, meaning
 from outbox.diagnosis import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream import JetStream, Refused
-from outbox.outcome import Meaning, Rejected, Unknown, meaning
 from outbox.rows import StreamRow
 
 CHECKS = Checks("stream")

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Mapping
 
-from outbox import telemetry
+from outbox.core import telemetry
 
 
 class Supervisor:

@@ -18,7 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanKind, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from outbox import telemetry
+from outbox.core import telemetry
 from outbox.errors import Misconfigured
 from outbox.event import Event
 

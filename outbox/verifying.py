@@ -1,7 +1,7 @@
 """`outbox verify`, and what `outbox rebase` adopts: a stream read message by message beside the outbox's database.
 
 Reads only, on both sides: messages one by one from the stream's leader, no consumer (on a work queue a consumer would
-remove what it reads). What is wrong is decided in `outbox.comparison`.
+remove what it reads). What is wrong is decided in `outbox.core.comparison`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from psycopg.rows import TupleRow
 
 from outbox import orders, queries
 from outbox.answers import StreamInfo
-from outbox.comparison import Comparison, Row
 from outbox.config import Settings
+from outbox.core.comparison import Comparison, Row
 from outbox.errors import Misconfigured
 from outbox.jetstream import JetStream
 from outbox.session import command_session

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox import batch, jetstream, recovery, rows, store
-from outbox.chain import Chain
+from outbox import jetstream, recovery, rows, store
 from outbox.cli import main
+from outbox.core import batch
+from outbox.core.chain import Chain
+from outbox.core.outcome import Outcome, Stored
 from outbox.jetstream import JetStream
-from outbox.outcome import Outcome, Stored
 from outbox.rows import Decisions, Home, Lead
 from outbox.store import Store
 

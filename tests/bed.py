@@ -26,8 +26,8 @@ import nats
 import psycopg
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from outbox import telemetry
 from outbox.config import Settings
+from outbox.core import telemetry
 from outbox.relay import Relay
 
 T = TypeVar("T")

@@ -34,7 +34,7 @@ class Mutation:
 MUTATIONS = [
     # A batch of a former leader fits nowhere but where it was planned.
     Mutation(
-        "batch.py",
+        "core/batch.py",
         "\\r\\nNats-Expected-Last-Sequence: {batch.base}",
         "",
         "test_acks.py::test_batch_of_a_former_leader_arrives_late[after]",
@@ -48,33 +48,33 @@ MUTATIONS = [
     ),
     # After a doubt the plan is settled as it is: what is stored is not sent again, what is not is not forgotten.
     Mutation(
-        "chain.py",
+        "core/chain.py",
         "done = [self.planned.popleft() for _ in range(stored)]",
         "done = [self.planned.popleft() for _ in range(0)]",
         "test_acks.py::test_lost_acks",
     ),
     Mutation(
-        "chain.py",
+        "core/chain.py",
         "self.planned = deque(self.plan)",
         "pass",
         "test_nats_dies.py::test_killed_around_a_batch[before-ack]",
     ),
     # Messages that are gone count as ours only after an attempt without an answer, and then they do.
     Mutation(
-        "chain.py",
+        "core/chain.py",
         "self.unanswered |= {each.position for batch in self.in_flight for each in batch.transactions}",
         "pass",
         "test_streams_forget.py::test_stream_removes_a_batch_before_it_is_known_as_stored[ttl-same relay]",
     ),
     Mutation(
-        "plan.py",
+        "core/plan.py",
         "stored = confirmed + len(gone)",
         "stored = confirmed",
         "test_streams_forget.py::test_work_queue_is_worked_off_before_the_batch_is_known_as_stored[0-next relay]",
     ),
     # A stream that went back, was made again, or keeps a part of a batch is a halt.
     Mutation(
-        "plan.py",
+        "core/plan.py",
         "if last < base:",
         "if last < 0:",
         "test_streams_forget.py::test_stream_restored_from_an_older_snapshot[before the relay]",
@@ -125,7 +125,7 @@ MUTATIONS = [
     ),
     # No phantom: a plan is sent only when its commit has reached the standbys, in this term or in the next.
     Mutation(
-        "chain.py",
+        "core/chain.py",
         "self.unanswered = {each.position for each in plan}\n        self._replan()",
         "pass",
         "test_failover.py::test_failover_that_loses_transactions_loses_none_that_is_published[asynchronous]",

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from outbox.admin import Status
-from outbox.comparison import Summary
 from outbox.config import Setting
+from outbox.core.comparison import Summary
 from outbox.diagnosis import Check
 from outbox.letters import DeadLetter
 from outbox.replaying import Replayed

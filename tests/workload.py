@@ -20,8 +20,8 @@ import psycopg
 from psycopg import errors
 
 from outbox import Outbox, event
-from outbox.comparison import Comparison, Row
-from outbox.plan import Seen
+from outbox.core.comparison import Comparison, Row
+from outbox.core.plan import Seen
 from outbox.verifying import known_rows
 from tests.bed import Stored
 
@@ -57,7 +57,7 @@ class Report:
 
 
 def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
-    """Compare the whole stream with the ledger, message by message, and by `outbox.comparison` with the receipts."""
+    """Compare the whole stream with the ledger, by message, and by `outbox.core.comparison` with the receipts."""
     report = Report(messages=len(stored))
     with psycopg.connect(url) as connection:
         ledger = {str(m): (marker, n) for m, marker, n in connection.execute("SELECT * FROM ledger")}

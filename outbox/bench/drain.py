@@ -13,17 +13,17 @@ from uuid import uuid4
 
 import uvloop
 
-from outbox.batch import Batch, Packing, receipts, take
 from outbox.bench.figures import Figures
 from outbox.bench.site import SCHEMA, STREAM, RelayProcess, Site
 from outbox.config import Settings
+from outbox.core.batch import Batch, Packing, receipts, take
+from outbox.core.outcome import Stored
+from outbox.core.transaction import Transaction
 from outbox.errors import OutboxError
 from outbox.event import NO_HEADERS, Event
 from outbox.jetstream import JetStream
-from outbox.outcome import Stored
 from outbox.rows import Decisions, StreamRow
 from outbox.store import Store
-from outbox.transaction import Transaction
 
 LONGEST = 3600.0  # seconds of a drain
 FAR_POSITION = 1 << 50  # of transactions that no database has

@@ -23,8 +23,8 @@ import outbox
 from outbox import letters, migrating, retention, schema, tables
 from outbox.cli import app
 from outbox.config import Settings
+from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats
-from outbox.transaction import DeadReason
 from tests.bed import Broker, rows, until, value
 from tests.documents import (
     DOCS,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from outbox.config import Settings
+from outbox.core.telemetry import Unreachable
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
-from outbox.telemetry import Unreachable
 from tests.bed import ThreadRelay, rows, until, value
 from tests.conftest import own_nats
 from tests.documents import DOCS

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from outbox.batch import Batch
 from outbox.config import Settings
+from outbox.core.batch import Batch
+from outbox.core.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
+from outbox.core.transaction import Transaction
 from outbox.embedded import Nats
 from outbox.event import Event
 from outbox.jetstream import JetStream
-from outbox.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
-from outbox.transaction import Transaction
 from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
 from tests.conftest import Stream, own_nats
 from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of

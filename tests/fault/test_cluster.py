@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outbox.config import Settings
-from outbox.telemetry import Marked
+from outbox.core.telemetry import Marked
 from tests.bed import ThreadRelay, until, wait_until_sent
 from tests.cluster import Cluster, three_nodes
 from tests.fault.common import assert_ended_well, more_sent

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from outbox.config import Settings
+from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
-from outbox.telemetry import Blocked, Died, Marked
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, numbers
 from tests.workload import Writers, check

@@ -16,11 +16,11 @@ import pytest
 
 from outbox import letters
 from outbox.config import OnDead, Settings
+from outbox.core.telemetry import Careful, Died, Marked
+from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.letters import Selection
-from outbox.telemetry import Careful, Died, Marked
-from outbox.transaction import DeadReason
 from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 from tests.workload import Writers, check

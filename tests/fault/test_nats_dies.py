@@ -10,11 +10,11 @@ import pytest
 
 from outbox import admin
 from outbox.config import Settings
+from outbox.core.telemetry import Blocked, Marked, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.jetstream import JetStream
 from outbox.rebasing import accept_stream
-from outbox.telemetry import Blocked, Marked, Unreachable
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats
 from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids

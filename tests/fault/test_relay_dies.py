@@ -9,8 +9,8 @@ from pathlib import Path
 import psycopg
 
 from outbox.config import BatchMode, Settings
+from outbox.core.telemetry import BatchSent, TookLead
 from outbox.embedded import Nats
-from outbox.telemetry import BatchSent, TookLead
 from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, running, until, value, wait_until_sent
 from tests.conftest import Stream
 from tests.workload import Writers, check

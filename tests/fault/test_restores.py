@@ -14,9 +14,9 @@ import pytest
 
 from outbox import rebasing
 from outbox.config import Settings
+from outbox.core.telemetry import Marked
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
-from outbox.telemetry import Marked
 from outbox.verifying import verify
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_postgres, prepared

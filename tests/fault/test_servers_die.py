@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from outbox.config import Settings
+from outbox.core.telemetry import Marked
 from outbox.embedded import Nats
-from outbox.telemetry import Marked
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats, own_postgres, prepared
 from tests.workload import Writers, check

@@ -9,9 +9,9 @@ import psycopg
 
 from outbox import migrating
 from outbox.config import Durability, Settings
+from outbox.core.telemetry import Blocked, Marked, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
-from outbox.telemetry import Blocked, Marked, Unreachable
 from tests.bed import Broker, ThreadRelay, rows
 from tests.conftest import Stream, own_postgres
 

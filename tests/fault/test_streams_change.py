@@ -8,9 +8,9 @@ from pathlib import Path
 
 from outbox import admin, rebasing
 from outbox.config import Settings
+from outbox.core.telemetry import Blocked, Marked, Shared
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
-from outbox.telemetry import Blocked, Marked, Shared
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, own_nats
 from tests.workload import Writers, check

@@ -9,10 +9,10 @@ import pytest
 
 from outbox import admin
 from outbox.config import Settings
+from outbox.core.telemetry import BatchSent, Blocked, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.rebasing import accept_stream
-from outbox.telemetry import BatchSent, Blocked, Marked
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
 from tests.fault.common import add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids

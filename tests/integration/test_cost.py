@@ -15,9 +15,9 @@ import pytest
 from outbox import Outbox, queries
 from outbox.bench import load
 from outbox.config import Settings
+from outbox.core.telemetry import BatchSent, Slept
 from outbox.jetstream import JetStream
 from outbox.store import Store
-from outbox.telemetry import BatchSent, Slept
 from tests.bed import ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 

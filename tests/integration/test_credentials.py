@@ -16,10 +16,10 @@ import pytest
 
 from outbox import admin, migrating
 from outbox.config import Settings, load
+from outbox.core.telemetry import Connected, Marked, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Denied, Misconfigured
 from outbox.schema import grants
-from outbox.telemetry import Connected, Marked, Unreachable
 from tests.authority import Operator, new_key, public_of, seed_of
 from tests.bed import Broker, ProcessRelay, ThreadRelay, broker_of, rows, until, wait_until_sent
 from tests.conftest import Stream, clone, own_nats

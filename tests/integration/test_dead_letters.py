@@ -9,10 +9,10 @@ import pytest
 
 from outbox import admin
 from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.store import Store
-from outbox.telemetry import Blocked, Died, Marked
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 

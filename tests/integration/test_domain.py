@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from outbox.config import Settings
+from outbox.core.telemetry import Blocked, Unreachable
 from outbox.embedded import Nats, free_port
-from outbox.telemetry import Blocked, Unreachable
 from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
 from tests.conftest import own_nats
 

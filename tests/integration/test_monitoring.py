@@ -20,11 +20,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from outbox import pausing, server
+from outbox.core.telemetry import TookLead
+from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats, free_port
 from outbox.health import Health
 from outbox.metrics import Metrics
-from outbox.telemetry import TookLead
-from outbox.transaction import DeadReason
 from tests import promql
 from tests.bed import Broker, ProcessRelay, rows, until, wait_until_sent
 from tests.conftest import Stream, own_nats, own_postgres, prepared

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from outbox.config import Settings
+from outbox.core.positions import Positions
 from outbox.embedded import Nats
-from outbox.positions import Positions
 from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
 from tests.conftest import Stream
 from tests.workload import Report, Writers, check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outbox import admin, pausing, schema
 from outbox.config import Settings
-from outbox.telemetry import Marked, PageRead, Paused, Resumed, Slept
+from outbox.core.telemetry import Marked, PageRead, Paused, Resumed, Slept
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from outbox.config import Settings
+from outbox.core.telemetry import BatchSent, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from outbox.telemetry import BatchSent, Unreachable
 from tests.bed import ThreadRelay, rows, value
 from tests.conftest import Stream
 from tests.proxy import NatsProxy

@@ -7,7 +7,7 @@ import math
 
 from outbox import retention
 from outbox.config import Settings
-from outbox.telemetry import Marked, Purged
+from outbox.core.telemetry import Marked, Purged
 from outbox.verifying import verify
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream

@@ -10,10 +10,10 @@ import pytest
 
 from outbox import admin, migrating, rebasing
 from outbox.config import Settings
+from outbox.core.telemetry import Blocked, Marked, StandingBy, TookLead, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
 from outbox.schema import grants
-from outbox.telemetry import Blocked, Marked, StandingBy, TookLead, Unreachable
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, old_nats
 

@@ -10,8 +10,8 @@ import psycopg
 from psycopg import errors
 
 from outbox.config import Settings
+from outbox.core.telemetry import Marked, Slept
 from outbox.embedded import Nats, Postgres
-from outbox.telemetry import Marked, Slept
 from tests.bed import ThreadRelay, rows, value, wait_until_sent
 from tests.conftest import Stream
 

@@ -12,10 +12,10 @@ import pytest
 
 from outbox import admin, checkups, doctor, letters, migrating, rebasing
 from outbox.config import Settings
+from outbox.core.telemetry import Blocked, InDoubt
 from outbox.diagnosis import Check, Colour
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
-from outbox.telemetry import Blocked, InDoubt
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, old_nats
 from tests.integration.conftest import SECRET

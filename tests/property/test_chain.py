@@ -14,12 +14,12 @@ from uuid import UUID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outbox.batch import Batch, Packing, frames, take
-from outbox.chain import Chain
+from outbox.core.batch import Batch, Packing, frames, take
+from outbox.core.chain import Chain
+from outbox.core.outcome import Rejected, Stored, Unknown
+from outbox.core.plan import Planned, Seen, judge, wanted
+from outbox.core.transaction import Transaction
 from outbox.event import Event
-from outbox.outcome import Rejected, Stored, Unknown
-from outbox.plan import Planned, Seen, judge, wanted
-from outbox.transaction import Transaction
 
 OUTBOX = "outbox"
 

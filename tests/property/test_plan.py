@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from outbox.plan import Look, Planned, Seen, judge, wanted
+from outbox.core.plan import Look, Planned, Seen, judge, wanted
 
 PLAN = [Planned(position=p, count=c, last_message_id=f"m{p}") for p, c in ((1, 2), (2, 1), (3, 3))]  # ends 12, 13, 16
 ALL = {1, 2, 3}

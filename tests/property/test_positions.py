@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.positions import Holder, Positions, merged, without
+from outbox.core.positions import Holder, Positions, merged, without
 
 STEPS = st.lists(
     st.tuples(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from outbox.comparison import Comparison, Row
-from outbox.plan import Seen
+from outbox.core.comparison import Comparison, Row
+from outbox.core.plan import Seen
 
 
 def seen(position: int, number: int, count: int = 3) -> Seen:

@@ -7,10 +7,9 @@ from uuid import UUID
 
 import pytest
 
-from outbox.batch import Packing
-from outbox.chain import Chain
-from outbox.event import Event
-from outbox.outcome import (
+from outbox.core.batch import Packing
+from outbox.core.chain import Chain
+from outbox.core.outcome import (
     DUPLICATE_ID,
     MEANINGS,
     REASONS,
@@ -23,7 +22,8 @@ from outbox.outcome import (
     meaning,
     read_reply,
 )
-from outbox.transaction import Transaction
+from outbox.core.transaction import Transaction
+from outbox.event import Event
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 
 from outbox import routing
 from outbox.answers import StreamInfo
+from outbox.core.transaction import Transaction
 from outbox.event import Event
 from outbox.routing import Routes, matches
-from outbox.transaction import Transaction
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 
-from outbox.transaction import DeadReason
+from outbox.core.transaction import DeadReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

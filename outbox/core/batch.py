@@ -15,8 +15,8 @@ from itertools import accumulate, chain, islice, repeat
 from operator import attrgetter
 from typing import NamedTuple
 
-from outbox.plan import Planned
-from outbox.transaction import Receipt, Transaction
+from outbox.core.plan import Planned
+from outbox.core.transaction import Receipt, Transaction
 
 END = b"\r\n"
 _BREAK = re.compile("[\r\n]")

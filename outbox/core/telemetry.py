@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from outbox.transaction import Verdict
+from outbox.core.transaction import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice
 from typing import assert_never
 
-from outbox.batch import COUNT, SIZE, Batch, Packing, receipts, take
-from outbox.outcome import (
+from outbox.core.batch import COUNT, SIZE, Batch, Packing, receipts, take
+from outbox.core.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
     CUT,
@@ -29,8 +29,8 @@ from outbox.outcome import (
     Unknown,
     meaning,
 )
-from outbox.plan import Planned
-from outbox.transaction import Receipt, Transaction, Verdict
+from outbox.core.plan import Planned
+from outbox.core.transaction import Receipt, Transaction, Verdict
 
 CHAINED, SHARED = "chained", "shared"
 AHEAD = 1.5  # how far the plan reaches, in windows

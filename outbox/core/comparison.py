@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from outbox.plan import Seen
-from outbox.positions import Range, merged
+from outbox.core.plan import Seen
+from outbox.core.positions import Range, merged
 
 UNKNOWN = "the database has no such transaction"
 
