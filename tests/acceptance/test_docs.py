@@ -20,7 +20,8 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
 import outbox
-from outbox import letters, migrating, retention, schema, tables
+from outbox import letters, migrating, retention, schema
+from outbox.schema import register
 from outbox.cli import app
 from outbox.config import Settings
 from outbox.core.transaction import DeadReason
@@ -126,7 +127,7 @@ def test_revision_and_metadata(database: str) -> None:
     assert callable(upgrade)
     assert callable(downgrade)
     target = sa.MetaData()
-    tables.register(target)
+    register(target)
     engine = sa.create_engine(database.replace("postgresql://", "postgresql+psycopg://"), poolclass=sa.NullPool)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"include_schemas": True})

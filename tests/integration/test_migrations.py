@@ -103,10 +103,10 @@ def test_unusable_schema_names_are_refused(name: str) -> None:
 ENV = """
 import sqlalchemy as sa
 from alembic import context
-from outbox import tables
+from outbox.schema import register
 metadata = sa.MetaData()
 sa.Table("orders", metadata, sa.Column("id", sa.BigInteger, primary_key=True))
-tables.register(metadata, "{schema}")
+register(metadata, "{schema}")
 engine = sa.create_engine("{url}", poolclass=sa.NullPool)
 if context.is_offline_mode():
     context.configure(url="{url}", literal_binds=True)
@@ -204,10 +204,10 @@ def test_applications_history_prints_the_same_sql(empty: str, tmp_path: Path) ->
 def test_tables_fit_what_the_database_has(database: str) -> None:
     import sqlalchemy as sa
 
-    from outbox import tables
+    from outbox.schema import register
 
     metadata = sa.MetaData()
-    made: dict[str, Any] = tables.register(metadata)
+    made: dict[str, Any] = register(metadata)
     with psycopg.connect(database) as connection:
         for name, table in made.items():
             found = connection.execute(COLUMNS, [name])

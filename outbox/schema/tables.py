@@ -1,6 +1,6 @@
 """The outbox's tables for SQLAlchemy: so that an application's autogenerate neither drops nor re-creates them.
 
-Metadata only; the triggers, functions and checks come from `outbox.schema.upgrade` alone.
+Metadata only, for `outbox.schema.register`; the triggers, functions and checks come from `outbox.schema.upgrade` alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import base
 
-from outbox.schema import DEFAULT_SCHEMA, checked_name
+from outbox.schema import checked_name
 
 
 class XID8(sa.types.UserDefinedType[str]):
@@ -23,12 +23,8 @@ class XID8(sa.types.UserDefinedType[str]):
         return "xid8"
 
 
-def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, sa.Table]:
-    """Register the outbox's tables in `metadata`, so that an application's autogenerate knows and leaves them alone.
-
-    Also teaches SQLAlchemy's reflection the type xid8. The tables are for autogenerate and for queries; the triggers,
-    functions and checks come from `upgrade` alone, so never `create_all` them.
-    """
+def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
+    """Put the outbox's tables into `metadata`; see `outbox.schema.register`. Returns them by name."""
     checked_name(schema)
     base.ischema_names.setdefault("xid8", XID8)
     now, clock = sa.text("now()"), sa.text("clock_timestamp()")

@@ -1,7 +1,8 @@
-"""The database schema of an outbox: DDL by version as plain SQL, grants, and helpers for an application's migrations.
+"""The database schema of an outbox, and the migration tooling's door: upgrade, downgrade, register, grants.
 
-The door of the migration tooling. Everything here is text: nothing connects. The statements of version N
-are `ddl/000N_up.sql` and `ddl/000N_down.sql`; the schema's name is composed into them as an identifier.
+Knows the DDL by version, the locks' keys and the channel, as text: nothing connects, and SQLAlchemy is loaded only by
+who registers the tables. Must not know the relay. The statements of version N are `ddl/000N_up.sql` and
+`ddl/000N_down.sql`; the schema's name is composed into them as an identifier.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from importlib import resources
-from typing import Any, LiteralString, Protocol
+from typing import TYPE_CHECKING, Any, LiteralString, Protocol
 
 from psycopg import sql
 
 from outbox.errors import Misconfigured
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 VERSION = 1
 DEFAULT_SCHEMA = "outbox"
@@ -50,7 +54,7 @@ def channel(schema: str) -> str:
 def statements(version: int, direction: str, schema: str = DEFAULT_SCHEMA) -> Iterator[str]:
     """The SQL statements that go from version-1 to version (`direction` "up") or back ("down"), ready to execute."""
     checked_name(schema)
-    text = resources.files("outbox").joinpath("ddl", f"{version:04}_{direction}.sql").read_text()
+    text = resources.files("outbox.schema").joinpath("ddl", f"{version:04}_{direction}.sql").read_text()
     names = {
         "schema": sql.Identifier(schema),
         "literal": sql.Literal(schema),
@@ -84,6 +88,17 @@ def downgrade(op: Operations, *, to: int = 0, since: int = VERSION, schema: str 
     """Take the outbox back from version `since` to `to`; 0 removes it with all its events. Does not commit."""
     for version in range(since, to, -1):
         _execute(op, statements(version, "down", schema))
+
+
+def register(metadata: sa.MetaData, schema: str = DEFAULT_SCHEMA) -> dict[str, sa.Table]:
+    """Register the outbox's tables in `metadata`, so that an application's autogenerate knows and leaves them alone.
+
+    Returns the tables by name, for queries. Also teaches SQLAlchemy's reflection the type xid8. The triggers, functions
+    and checks come from `upgrade` alone, so never `create_all` these tables.
+    """
+    from outbox.schema import tables
+
+    return tables.described(metadata, schema)
 
 
 def _execute(op: Operations, texts: Iterator[str]) -> None:
