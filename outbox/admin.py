@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from outbox import orders, queries, schema
-from outbox.session import command_session
+from outbox import orders, schema
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

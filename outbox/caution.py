@@ -9,9 +9,9 @@ no outage, and no kill at a time when nothing was worked on.
 from __future__ import annotations
 
 from outbox.core.transaction import DeadReason, Verdict
-from outbox.jetstream import JetStream
-from outbox.rows import Lead
-from outbox.store import Store
+from outbox.jetstream.client import JetStream
+from outbox.postgres.rows import Lead
+from outbox.postgres.store import Store
 
 ATTEMPTS = 3
 

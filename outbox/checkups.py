@@ -1,4 +1,4 @@
-"""Every statement of `outbox doctor`, as constant text, composed by `outbox.queries.compose`. Floor 1: text only."""
+"""Every statement of `outbox doctor`, as constant text, composed by `outbox.postgres.queries.compose`. Text only."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ import psycopg.conninfo
 from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, field_validator
 from pydantic import ValidationInfo as Others
 
-from outbox import access, sources
+from outbox import sources
 from outbox.errors import Misconfigured
+from outbox.jetstream import credentials as access
 from outbox.schema import checked_name
 from outbox.text import MASK, masked
 

@@ -11,11 +11,12 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import checkups, migrating, queries, schema
+from outbox import checkups, migrating, schema
 from outbox.config import Settings
 from outbox.diagnosis import Check, Checks
 from outbox.errors import Misconfigured, OutboxError
-from outbox.session import looked, refuse_pooler
+from outbox.postgres import queries
+from outbox.postgres.session import looked, refuse_pooler
 
 CHECKS = Checks("database")
 OLDEST, NEWEST = 140005, 180000

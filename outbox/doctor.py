@@ -9,14 +9,15 @@ from __future__ import annotations
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import admin, checkups, databasedoctor, orders, queries, streamdoctor
+from outbox import admin, checkups, databasedoctor, orders, streamdoctor
 from outbox.admin import Status
 from outbox.config import Settings
 from outbox.diagnosis import Check, Checks, Colour
 from outbox.errors import OutboxError
-from outbox.jetstream import JetStream
-from outbox.rows import StreamRow
-from outbox.session import looked, observer_session
+from outbox.jetstream.client import JetStream
+from outbox.postgres import queries
+from outbox.postgres.rows import StreamRow
+from outbox.postgres.session import looked, observer_session
 from outbox.streamdoctor import Known
 from outbox.text import counted
 

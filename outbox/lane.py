@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from outbox import recovery
-from outbox.answers import StreamInfo
 from outbox.backoff import Backoff
 from outbox.config import BatchMode, Settings
 from outbox.core.batch import POSITION, Batch, Packing, trace_contexts
@@ -21,9 +20,10 @@ from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Liste
 from outbox.core.transaction import Limits
 from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
+from outbox.postgres.rows import Lead, StreamRow
 from outbox.routing import matches
-from outbox.rows import Lead, StreamRow
 
 NO_LIMIT = 1 << 62
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status

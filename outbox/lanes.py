@@ -10,8 +10,8 @@ from outbox.core.plan import Planned
 from outbox.core.telemetry import Listener
 from outbox.core.transaction import Transaction
 from outbox.lane import Lane
-from outbox.rows import Lead, StreamRow
-from outbox.store import Store
+from outbox.postgres.rows import Lead, StreamRow
+from outbox.postgres.store import Store
 
 
 class Lanes(dict[str, Lane]):

@@ -19,15 +19,15 @@ from outbox.core.positions import Range, below
 from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
 from outbox.core.transaction import Receipt, Transaction, Verdict
 from outbox.errors import Halt, Misconfigured
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 from outbox.lanes import Lanes
 from outbox.link import Link
+from outbox.postgres.rows import Decisions, Lead
+from outbox.postgres.store import Store
 from outbox.pulse import PING_SECONDS, Pulse
 from outbox.purger import Purger
 from outbox.reader import Reader
 from outbox.router import Router
-from outbox.rows import Decisions, Lead
-from outbox.store import Store
 
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STOP_SECONDS = 3.0  # less than idle_session_timeout: the last mark needs the session

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from outbox import orders, queries
+from outbox import orders
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 from outbox.routing import matches
-from outbox.session import command_session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

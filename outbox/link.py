@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from outbox.core.telemetry import Connected, Listener, Unreachable
 from outbox.errand import Errand
 from outbox.errors import Weather
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 
 
 class Link:

@@ -21,7 +21,7 @@ from psycopg import sql
 
 from outbox import orders, schema
 from outbox.errors import Misconfigured
-from outbox.session import command_session
+from outbox.postgres.session import command_session
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders, queries, schema
+from outbox import orders, schema
 from outbox.config import Settings
 from outbox.errors import OutboxError
-from outbox.session import looked, observer_session
+from outbox.postgres import queries
+from outbox.postgres.session import looked, observer_session
 
 SECONDS = 2.0  # between two looks
 SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog counting takes long; but so often

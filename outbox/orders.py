@@ -1,6 +1,6 @@
-"""Every statement of the operator's commands, as constant text, composed by `outbox.queries.compose`.
+"""Every statement of the operator's commands, as constant text, composed by `outbox.postgres.queries.compose`.
 
-Floor 1: text only. They run in sessions of their own, with the planner as it is.
+Text only. They run in sessions of their own, with the planner as it is.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from outbox import orders, queries, schema
-from outbox.session import command_session
+from outbox import orders, schema
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

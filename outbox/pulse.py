@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from outbox.core.positions import Range
 from outbox.core.telemetry import Listener, Paused, Resumed, Strayed
-from outbox.rows import Lead
-from outbox.store import Store
+from outbox.postgres.rows import Lead
+from outbox.postgres.store import Store
 
 PING_SECONDS = 1.0
 STRAY_SECONDS = 60.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from outbox.core.telemetry import Listener, Purged
-from outbox.store import Store
+from outbox.postgres.store import Store
 
 PURGE_SECONDS = 10.0
 PAUSE_SECONDS = 0.1  # between two pages, so that a purge is never the outage

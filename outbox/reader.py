@@ -12,8 +12,8 @@ from outbox.config import Settings
 from outbox.core.positions import Positions, Range
 from outbox.core.telemetry import Listener, PageRead, Slept
 from outbox.core.transaction import Transaction
-from outbox.rows import Lead, Page
-from outbox.store import Store
+from outbox.postgres.rows import Lead, Page
+from outbox.postgres.store import Store
 
 POLL_SECONDS = (0.005, 0.01, 0.02, 0.05)
 SLEEP_SECONDS = 1.0

@@ -13,14 +13,15 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders, queries, schema
-from outbox.answers import StreamInfo
+from outbox import orders, schema
 from outbox.config import Settings
 from outbox.core.comparison import Comparison
 from outbox.errors import Misconfigured
 from outbox.event import subject_problem
-from outbox.jetstream import JetStream
-from outbox.session import command_session
+from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 from outbox.verifying import known_rows, read
 
 LOCK_TRIES, LOCK_SECONDS = 50, 0.2  # a relay that a supervisor starts again and again holds the lock for moments

@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from outbox.answers import StreamInfo
 from outbox.core.plan import Finding, Look, Planned, judge, wanted
 from outbox.errors import Halt, Weather
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
 
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
 LOOKS = 100

@@ -19,9 +19,9 @@ from outbox.backoff import Backoff
 from outbox.config import Durability, OnDead, Settings
 from outbox.core.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 from outbox.leader import Leader
-from outbox.store import Store
+from outbox.postgres.store import Store
 
 STANDBY_SECONDS = 0.2
 STANDBY_TRY_SECONDS = 2.0

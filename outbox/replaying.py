@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders, queries
+from outbox import orders
 from outbox.errors import Misconfigured
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 from outbox.routing import matches
-from outbox.session import command_session
 
 PAGE = 1000
 

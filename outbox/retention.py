@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from outbox import queries
-from outbox.session import command_session
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 
 PAGE = 1000
 

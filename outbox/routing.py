@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from outbox.answers import StreamInfo
 from outbox.core.plan import Seen
 from outbox.core.transaction import Transaction
 from outbox.errors import Weather
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
 
 REMEMBERED_SUBJECTS = 10_000
 

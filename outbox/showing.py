@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from outbox import orders, queries
+from outbox import orders
 from outbox.config import Settings
 from outbox.core.plan import Seen
 from outbox.errors import Misconfigured, OutboxError
-from outbox.jetstream import JetStream
-from outbox.session import command_session
+from outbox.jetstream.client import JetStream
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from outbox.core.chain import SHARED
 from outbox.core.outcome import Meaning, Rejected, Unknown, meaning
 from outbox.diagnosis import Check, Checks
 from outbox.errors import Weather
-from outbox.jetstream import JetStream, Refused
-from outbox.rows import StreamRow
+from outbox.jetstream.client import JetStream, Refused
+from outbox.postgres.rows import StreamRow
 
 CHECKS = Checks("stream")
 STREAMS_AT_MOST = 1000

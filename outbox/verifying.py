@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders, queries
-from outbox.answers import StreamInfo
+from outbox import orders
 from outbox.config import Settings
 from outbox.core.comparison import Comparison, Row
 from outbox.errors import Misconfigured
-from outbox.jetstream import JetStream
-from outbox.session import command_session
+from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
+from outbox.postgres import queries
+from outbox.postgres.session import command_session
 
 READ_AT_ONCE = 512
 HIGHEST = (1 << 63) - 1

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox import jetstream, recovery, rows, store
+from outbox import recovery
 from outbox.cli import main
 from outbox.core import batch
 from outbox.core.chain import Chain
 from outbox.core.outcome import Outcome, Stored
-from outbox.jetstream import JetStream
-from outbox.rows import Decisions, Home, Lead
-from outbox.store import Store
+from outbox.jetstream import client as jetstream
+from outbox.jetstream.client import JetStream
+from outbox.postgres import rows, store
+from outbox.postgres.rows import Decisions, Home, Lead
+from outbox.postgres.store import Store
 
 Act = Callable[[], None]
 

@@ -93,32 +93,32 @@ MUTATIONS = [
     ),
     # A lost connection sends nothing any more; a reply is taken for its own batch.
     Mutation(
-        "dialing.py",
+        "jetstream/connect.py",
         "allow_reconnect=False,",
         "allow_reconnect=True,",
         "test_acks.py::test_connection_is_cut_around_a_batch[mid-batch]",
     ),
     Mutation(
-        "jetstream.py",
+        "jetstream/client.py",
         'token = message.subject.rpartition(".")[2]',
         'token = next(iter(self._awaited), "")',
         "test_acks.py::test_acks_in_the_opposite_order",
     ),
     # A frozen leader loses its session; a silent server is given up; a read-only one is weather.
     Mutation(
-        "session.py",
+        "postgres/session.py",
         '"idle_session_timeout": "5s",',
         '"idle_session_timeout": "0",',
         "test_stop_points.py::test_frozen_at[before-ack]",
     ),
     Mutation(
-        "session.py",
+        "postgres/session.py",
         "same.shutdown(socket.SHUT_RDWR)",
         "pass",
         "test_postgres_silent.py::test_relay_gives_up_on_a_server_that_never_answers[down]",
     ),
     Mutation(
-        "session.py",
+        "postgres/session.py",
         "except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:",
         "except psycopg.errors.DivisionByZero as error:",
         "test_postgres_fails.py::test_read_only_for_a_while",
@@ -131,7 +131,7 @@ MUTATIONS = [
         "test_failover.py::test_failover_that_loses_transactions_loses_none_that_is_published[asynchronous]",
     ),
     Mutation(
-        "store.py",
+        "postgres/store.py",
         "if self._warnings:",
         "if not self._warnings and False:",
         "test_failover.py::test_failover_that_loses_transactions_loses_none_that_is_published[synchronous]",
@@ -144,7 +144,7 @@ MUTATIONS = [
         "test_restores.py::test_failover_that_lost_commits_halts[messages removed]",
     ),
     Mutation(
-        "queries.py",
+        "postgres/queries.py",
         " AND coalesce(database_oid, %(database)s) = %(database)s",
         "",
         "test_restores.py::test_copy_within_the_cluster_halts",

@@ -21,9 +21,9 @@ from outbox.core.outcome import Stored
 from outbox.core.transaction import Transaction
 from outbox.errors import OutboxError
 from outbox.event import NO_HEADERS, Event
-from outbox.jetstream import JetStream
-from outbox.rows import Decisions, StreamRow
-from outbox.store import Store
+from outbox.jetstream.client import JetStream
+from outbox.postgres.rows import Decisions, StreamRow
+from outbox.postgres.store import Store
 
 LONGEST = 3600.0  # seconds of a drain
 FAR_POSITION = 1 << 50  # of transactions that no database has

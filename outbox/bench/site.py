@@ -26,7 +26,7 @@ from nats.errors import Error as NatsError
 from outbox import migrating
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Misconfigured, OutboxError
-from outbox.session import command_session
+from outbox.postgres.session import command_session
 
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
 FAR_TXID = 1 << 40  # transaction ids that no server has come to

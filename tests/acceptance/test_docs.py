@@ -21,11 +21,11 @@ from alembic.operations import Operations
 
 import outbox
 from outbox import letters, migrating, retention, schema
-from outbox.schema import register
 from outbox.cli import app
 from outbox.config import Settings
 from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats
+from outbox.schema import register
 from tests.bed import Broker, rows, until, value
 from tests.documents import (
     DOCS,

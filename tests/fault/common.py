@@ -10,7 +10,7 @@ from typing import Any
 import nats.errors
 import pytest
 
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 from tests.bed import Broker, rows, until, value
 from tests.workload import Writers, check
 

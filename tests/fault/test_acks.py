@@ -17,7 +17,7 @@ from outbox.core.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachab
 from outbox.core.transaction import Transaction
 from outbox.embedded import Nats
 from outbox.event import Event
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
 from tests.conftest import Stream, own_nats
 from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from outbox import store
 from outbox.config import Durability, Settings
 from outbox.core.telemetry import Marked, TookLead, Unreachable
 from outbox.embedded import Nats
+from outbox.postgres import store
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_postgres, prepared
 from tests.fault.test_postgres_fails import more_sent

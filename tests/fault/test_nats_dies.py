@@ -13,7 +13,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Marked, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 from outbox.rebasing import accept_stream
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats

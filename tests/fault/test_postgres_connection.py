@@ -11,8 +11,8 @@ import pytest
 from outbox.config import Settings
 from outbox.core.telemetry import Marked, StandingBy, TookLead
 from outbox.embedded import Nats, Postgres
-from outbox.rows import Decisions
-from outbox.store import Store
+from outbox.postgres.rows import Decisions
+from outbox.postgres.store import Store
 from tests.bed import PATIENCE, Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import Stream
 from tests.fault.test_postgres_fails import more_sent

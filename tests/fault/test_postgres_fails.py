@@ -7,10 +7,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox import session
 from outbox.config import Settings
 from outbox.core.telemetry import Connected, LostLead, Marked, TookLead, Unreachable
 from outbox.embedded import Nats
+from outbox.postgres import session
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_postgres, prepared
 from tests.workload import Writers, check

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from outbox import session
 from outbox.config import Settings
 from outbox.core.telemetry import Marked, Slept, Unreachable
 from outbox.embedded import Nats, Postgres
+from outbox.postgres import session
 from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
 from tests.conftest import Stream
 from tests.proxy import Proxy

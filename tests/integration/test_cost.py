@@ -12,12 +12,13 @@ import nats.aio.client
 import psycopg
 import pytest
 
-from outbox import Outbox, queries
+from outbox import Outbox
 from outbox.bench import load
 from outbox.config import Settings
 from outbox.core.telemetry import BatchSent, Slept
-from outbox.jetstream import JetStream
-from outbox.store import Store
+from outbox.jetstream.client import JetStream
+from outbox.postgres import queries
+from outbox.postgres.store import Store
 from tests.bed import ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 

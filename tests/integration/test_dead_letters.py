@@ -12,7 +12,7 @@ from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from outbox.store import Store
+from outbox.postgres.store import Store
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 

@@ -12,10 +12,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox import queries
 from outbox.embedded import Postgres
-from outbox.rows import array, ranges
-from outbox.session import SESSION
+from outbox.postgres import queries
+from outbox.postgres.rows import array, ranges
+from outbox.postgres.session import SESSION
 from tests.bed import rows
 from tests.conftest import clone
 

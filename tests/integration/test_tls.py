@@ -17,7 +17,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Unreachable
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Denied, Misconfigured, Weather
-from outbox.jetstream import JetStream
+from outbox.jetstream.client import JetStream
 from tests.authority import Authority, Pair
 from tests.bed import ThreadRelay, broker_of, rows, value, wait_until_sent
 from tests.conftest import Stream, own_nats

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from outbox.cli import app
 from outbox.config import BatchMode, Loaded, LogFormat, Settings, WrongSettings, load
-from outbox.session import CONNECTION, _kept
+from outbox.postgres.session import CONNECTION, _kept
 from outbox.sources import find
 from outbox.text import masked
 

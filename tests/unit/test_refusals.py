@@ -7,7 +7,8 @@ import ssl
 import nats.errors
 import pytest
 
-from outbox import refusals
+from outbox.jetstream import denials as nats_denials
+from outbox.postgres import denials as postgres_denials
 
 AT = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
 
@@ -33,7 +34,7 @@ AT = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
     ],
 )
 def test_postgres_denies(words: str, remedy: str) -> None:
-    denied = refusals.by_postgres(AT + words)
+    denied = postgres_denials.denial(AT + words)
     assert denied is not None
     assert remedy in denied.remedy
     assert "\n" not in denied.line
@@ -54,7 +55,7 @@ def test_postgres_denies(words: str, remedy: str) -> None:
     ],
 )
 def test_postgres_is_weather(words: str) -> None:
-    assert refusals.by_postgres(AT + words) is None
+    assert postgres_denials.denial(AT + words) is None
 
 
 def certificate(code: int) -> ssl.SSLCertVerificationError:
@@ -88,7 +89,7 @@ def handshake(reason: str) -> ssl.SSLError:
     ids=str,
 )
 def test_nats_denies(error: Exception, remedy: str) -> None:
-    denied = refusals.by_nats("n:4222", error)
+    denied = nats_denials.denial("n:4222", error)
     assert denied is not None
     assert remedy in denied.remedy
     assert "n:4222" in denied.message
@@ -107,10 +108,10 @@ def test_nats_denies(error: Exception, remedy: str) -> None:
     ids=str,
 )
 def test_nats_is_weather(error: Exception) -> None:
-    assert refusals.by_nats("n:4222", error) is None
+    assert nats_denials.denial("n:4222", error) is None
 
 
 def test_of_several_hosts_one_that_is_down_may_be_the_right_one() -> None:
     down, denied = "Connection refused\n", 'FATAL:  no pg_hba.conf entry for host "10.0.0.9"\n'
-    assert refusals.by_postgres(AT + down + AT + denied) is None
-    assert refusals.by_postgres(AT + denied + AT + denied) is not None
+    assert postgres_denials.denial(AT + down + AT + denied) is None
+    assert postgres_denials.denial(AT + denied + AT + denied) is not None

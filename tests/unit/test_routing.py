@@ -7,9 +7,9 @@ from uuid import uuid4
 import pytest
 
 from outbox import routing
-from outbox.answers import StreamInfo
 from outbox.core.transaction import Transaction
 from outbox.event import Event
+from outbox.jetstream.stream import StreamInfo
 from outbox.routing import Routes, matches
 
 

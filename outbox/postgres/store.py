@@ -14,13 +14,26 @@ from typing import Any, Self
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import queries, schema
+from outbox import schema
 from outbox.core.plan import Planned
 from outbox.core.positions import Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD, Transaction
 from outbox.errors import Deposed, Halt, Misconfigured, Weather
-from outbox.rows import Decisions, Home, Lead, Page, StreamRow, Wishes, array, multirange, places, ranges, read_page
-from outbox.session import answered, open_session
+from outbox.postgres import queries
+from outbox.postgres.rows import (
+    Decisions,
+    Home,
+    Lead,
+    Page,
+    StreamRow,
+    Wishes,
+    array,
+    multirange,
+    places,
+    ranges,
+    read_page,
+)
+from outbox.postgres.session import answered, open_session
 
 OLDEST_POSTGRES = 140005
 PURGE_PAGE = 500

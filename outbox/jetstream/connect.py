@@ -17,8 +17,8 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import nats.errors
 from nats.aio.client import Client
 
-from outbox import refusals
 from outbox.errors import Denied, Weather
+from outbox.jetstream.denials import denial
 
 DEFAULT_PORT, CONNECT_SECONDS = 4222, 3
 GIVEN_UP_SECONDS = 0.1  # nothing is to be flushed, and after a failed handshake nats-py waits for ever
@@ -164,7 +164,7 @@ def _credentials(user: str | None, password: str | None) -> dict[str, str]:
 
 
 def _sorted(where: str, error: Exception, *, first: bool) -> Weather:
-    if denied := refusals.by_nats(where, error):
+    if denied := denial(where, error):
         return denied
     silent = isinstance(error, TimeoutError) or "expecting INFO" in str(error)
     hint = f" ({TLS_FIRST[first]})" if silent else ""

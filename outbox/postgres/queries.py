@@ -1,6 +1,6 @@
 """Every statement that the relay runs, as constant text; identifiers are composed.
 
-Floor 1: text only. Each has a head comment: which rows, which index, why this form. The relay's session has
+Text only. Each has a head comment: which rows, which index, why this form. The relay's session has
 `enable_seqscan`, `enable_bitmapscan` and `enable_nestloop` off: an outbox is analysed while it is empty, and the
 planner must not act on it. Plan tests run these very texts on large tables.
 """

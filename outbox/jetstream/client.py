@@ -18,12 +18,12 @@ from typing import Any, Self
 import nats.errors
 from nats.aio.msg import Msg
 
-from outbox.answers import StreamInfo, seen, stream_info
 from outbox.core.batch import Batch, frames
 from outbox.core.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
 from outbox.core.plan import Seen
-from outbox.dialing import Wary, close, dial
 from outbox.errors import Misconfigured, Weather
+from outbox.jetstream.connect import Wary, close, dial
+from outbox.jetstream.stream import StreamInfo, seen, stream_info
 
 OLDEST_NATS = (2, 12, 1)
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0

@@ -15,8 +15,8 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import refusals
 from outbox.errors import Halt, Misconfigured, Weather
+from outbox.postgres.denials import denial
 from outbox.text import masked
 
 # The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
@@ -162,7 +162,7 @@ def connecting() -> Iterator[None]:
             remedy="see OUTBOX_DATABASE_URL, and libpq's variables (PG…)",
         ) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise refusals.by_postgres(str(error)) or Weather(_masked(error)) from error
+        raise denial(str(error)) or Weather(_masked(error)) from error
 
 
 @contextlib.contextmanager
