@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from outbox import deadcli, demo, migrating, opscli, process, rebasing, retention, schema, screen, verifying
+from outbox import deadcli, demo, migrating, opscli, rebasing, retention, schema, screen, verifying
 from outbox.bench import command as bench
 from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
 from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
+from outbox.relay import process
 from outbox.screen import out
 from outbox.text import printable, to_json
 

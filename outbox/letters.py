@@ -13,7 +13,7 @@ from datetime import datetime
 from outbox import orders
 from outbox.postgres import queries
 from outbox.postgres.session import command_session
-from outbox.routing import matches
+from outbox.relay.routes import matches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from outbox import orders
 from outbox.errors import Misconfigured
 from outbox.postgres import queries
 from outbox.postgres.session import command_session
-from outbox.routing import matches
+from outbox.relay.routes import matches
 
 PAGE = 1000
 

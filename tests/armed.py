@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox import recovery
 from outbox.cli import main
 from outbox.core import batch
 from outbox.core.chain import Chain
@@ -23,6 +22,7 @@ from outbox.jetstream.client import JetStream
 from outbox.postgres import rows, store
 from outbox.postgres.rows import Decisions, Home, Lead
 from outbox.postgres.store import Store
+from outbox.relay import recovery
 
 Act = Callable[[], None]
 

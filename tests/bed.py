@@ -28,7 +28,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from outbox.config import Settings
 from outbox.core import telemetry
-from outbox.relay import Relay
+from outbox.relay.relay import Relay
 
 T = TypeVar("T")
 PATIENCE = 25.0

@@ -41,7 +41,7 @@ MUTATIONS = [
     ),
     # What may be in flight is written down before it is sent.
     Mutation(
-        "lane.py",
+        "relay/lane.py",
         "plan=list(map(POSITION, chain.plan)),",
         "plan=[],",
         "test_stop_points.py::test_killed_at[before-first-message-1]",
@@ -80,13 +80,13 @@ MUTATIONS = [
         "test_streams_forget.py::test_stream_restored_from_an_older_snapshot[before the relay]",
     ),
     Mutation(
-        "recovery.py",
+        "relay/recovery.py",
         "if info.created != known.created:",
         "if not info.created:",
         "test_streams_forget.py::test_recreated_under_load",
     ),
     Mutation(
-        "recovery.py",
+        "relay/recovery.py",
         "    if finding.look in (Look.SETTLED, Look.FOREIGN):\n        foreign",
         "    if finding.look in (Look.SETTLED, Look.FOREIGN, Look.APPLYING):\n        foreign",
         "test_streams_refuse.py::test_storage_ends_inside_a_commit",
@@ -138,7 +138,7 @@ MUTATIONS = [
     ),
     # A database with another past halts the relay, and a rebase sends nothing twice.
     Mutation(
-        "recovery.py",
+        "relay/recovery.py",
         "if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN):",
         "if False:",
         "test_restores.py::test_failover_that_lost_commits_halts[messages removed]",
@@ -150,7 +150,7 @@ MUTATIONS = [
         "test_restores.py::test_copy_within_the_cluster_halts",
     ),
     Mutation(
-        "router.py",
+        "relay/routing.py",
         "if tail is not None and tail.outbox_id",
         "if tail is None and tail.outbox_id",
         "test_restores.py::test_stream_that_the_database_does_not_know_yet_holds_its_messages",
@@ -163,7 +163,7 @@ MUTATIONS = [
     ),
     # Rows are hostile until they are checked.
     Mutation(
-        "router.py",
+        "relay/routing.py",
         "if (offence := invalid(head)) is None:",
         "if (offence := None) is None:",
         "test_data.py::test_rows_written_around_the_triggers_are_set_aside",
@@ -176,19 +176,19 @@ MUTATIONS = [
     ),
     # A transaction that kills relays is found, and nobody is blamed for an outage; a retry is taken up.
     Mutation(
-        "caution.py",
+        "relay/caution.py",
         "if attempts < ATTEMPTS:",
         "if attempts >= 0:",
         "test_dead_letters.py::test_transaction_that_kills_the_relay_is_set_aside[poisoned-send]",
     ),
     Mutation(
-        "caution.py",
+        "relay/caution.py",
         "            await self.suspect(None)",
         "            pass",
         "test_dead_letters.py::test_kills_that_are_nobodys_fault_convict_nobody",
     ),
     Mutation(
-        "reader.py",
+        "relay/reader.py",
         "self._positions.reopen(ranges)",
         "pass",
         "test_dead_letters.py::test_retry_without_a_relay_is_taken_up_by_the_next_one",

@@ -6,11 +6,11 @@ from uuid import uuid4
 
 import pytest
 
-from outbox import routing
 from outbox.core.transaction import Transaction
 from outbox.event import Event
 from outbox.jetstream.stream import StreamInfo
-from outbox.routing import Routes, matches
+from outbox.relay import routes as routing
+from outbox.relay.routes import Routes, matches
 
 
 @pytest.mark.parametrize(

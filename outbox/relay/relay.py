@@ -15,13 +15,13 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from outbox.backoff import Backoff
 from outbox.config import Durability, OnDead, Settings
 from outbox.core.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
 from outbox.jetstream.client import JetStream
-from outbox.leader import Leader
 from outbox.postgres.store import Store
+from outbox.relay.backoff import Backoff
+from outbox.relay.leader import Leader
 
 STANDBY_SECONDS = 0.2
 STANDBY_TRY_SECONDS = 2.0

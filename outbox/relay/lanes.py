@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from outbox.caution import Caution
 from outbox.config import Settings
 from outbox.core.plan import Planned
 from outbox.core.telemetry import Listener
 from outbox.core.transaction import Transaction
-from outbox.lane import Lane
 from outbox.postgres.rows import Lead, StreamRow
 from outbox.postgres.store import Store
+from outbox.relay.caution import Caution
+from outbox.relay.lane import Lane
 
 
 class Lanes(dict[str, Lane]):

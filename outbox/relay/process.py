@@ -17,7 +17,7 @@ from outbox.health import Health
 from outbox.logs import logger
 from outbox.metrics import Metrics
 from outbox.observing import observe_for_ever
-from outbox.relay import Relay
+from outbox.relay.relay import Relay
 from outbox.server import serving
 from outbox.supervisor import Supervisor
 

@@ -10,8 +10,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from outbox.backoff import Backoff
 from outbox.errors import Weather
+from outbox.relay.backoff import Backoff
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
 from outbox.core.telemetry import Connected, Listener, Unreachable
-from outbox.errand import Errand
 from outbox.errors import Weather
 from outbox.jetstream.client import JetStream
+from outbox.relay.background import Errand
 
 
 class Link:

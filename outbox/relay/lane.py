@@ -10,20 +10,20 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from outbox import recovery
-from outbox.backoff import Backoff
 from outbox.config import BatchMode, Settings
 from outbox.core.batch import POSITION, Batch, Packing, trace_contexts
 from outbox.core.chain import CHAINED, SHARED, Chain
 from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.core.transaction import Limits
-from outbox.errand import Errand
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.stream import StreamInfo
 from outbox.postgres.rows import Lead, StreamRow
-from outbox.routing import matches
+from outbox.relay import recovery
+from outbox.relay.background import Errand
+from outbox.relay.backoff import Backoff
+from outbox.relay.routes import matches
 
 NO_LIMIT = 1 << 62
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status

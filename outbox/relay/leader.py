@@ -12,7 +12,6 @@ import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-from outbox.caution import Caution
 from outbox.config import OnDead, Settings
 from outbox.core.batch import COUNT, POSITION, SIZE
 from outbox.core.positions import Range, below
@@ -20,14 +19,15 @@ from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, Took
 from outbox.core.transaction import Receipt, Transaction, Verdict
 from outbox.errors import Halt, Misconfigured
 from outbox.jetstream.client import JetStream
-from outbox.lanes import Lanes
-from outbox.link import Link
 from outbox.postgres.rows import Decisions, Lead
 from outbox.postgres.store import Store
-from outbox.pulse import PING_SECONDS, Pulse
-from outbox.purger import Purger
-from outbox.reader import Reader
-from outbox.router import Router
+from outbox.relay.caution import Caution
+from outbox.relay.connection import Link
+from outbox.relay.lanes import Lanes
+from outbox.relay.pulse import PING_SECONDS, Pulse
+from outbox.relay.purger import Purger
+from outbox.relay.reader import Reader
+from outbox.relay.routing import Router
 
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STOP_SECONDS = 3.0  # less than idle_session_timeout: the last mark needs the session

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.core.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
-from outbox.errand import Errand
 from outbox.errors import Halt, Misconfigured, Unusable, Weather
 from outbox.jetstream.client import JetStream
-from outbox.lane import Lane
 from outbox.postgres.rows import Lead, StreamRow
 from outbox.postgres.store import Store
-from outbox.routing import Routes
+from outbox.relay.background import Errand
+from outbox.relay.lane import Lane
+from outbox.relay.routes import Routes
 
 REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE)  # judged by what JetStream said once
 
