@@ -1,6 +1,6 @@
 """Alembic environment of `outbox migrate`: the version table lives inside the outbox's own schema.
 
-Run by `outbox.migrating`, which hands over the schema's name and, unless it only prints SQL, the connection.
+Run by `outbox.operate.migrate`, which hands over the schema's name and, unless it only prints SQL, the connection.
 """
 
 from alembic import context

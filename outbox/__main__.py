@@ -1,6 +1,6 @@
 """`python -m outbox` is the command `outbox`."""
 
-from outbox.cli import main
+from outbox.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -22,7 +22,7 @@ from pydantic import ValidationInfo as Others
 
 from outbox import sources
 from outbox.errors import Misconfigured
-from outbox.jetstream import credentials as access
+from outbox.jetstream import credentials
 from outbox.schema import checked_name
 from outbox.text import MASK, masked
 
@@ -167,7 +167,7 @@ class Settings(BaseModel):
     @field_validator("nats_nkey_seed")
     @classmethod
     def _checked_nats_nkey_seed(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(access.SEED, value.get_secret_value()):
+        if value is not None and not re.fullmatch(credentials.SEED, value.get_secret_value()):
             raise ValueError("is not the seed of a user's nkey: SU and 56 more characters")
         return value
 
@@ -234,10 +234,10 @@ class Settings(BaseModel):
             "password": _plain(self.nats_password),
             "token": _plain(self.nats_token),
             "nkeys_seed_str": _plain(self.nats_nkey_seed),
-            "user_credentials": self.nats_credentials and access.credentials(self.nats_credentials),
+            "user_credentials": self.nats_credentials and credentials.credentials(self.nats_credentials),
         }
         if self.nats_tls_ca or self.nats_tls_cert or self.nats_tls_first:
-            options["tls"] = access.tls_context(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
+            options["tls"] = credentials.tls_context(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
             options["tls_handshake_first"] = self.nats_tls_first
             options["certified"] = self.nats_tls_cert is not None
         return {name: value for name, value in options.items() if value is not None}

@@ -26,22 +26,23 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 from subprocess import DEVNULL, Popen
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
-import nats.errors
 import psycopg
 import typer
-from nats.aio.msg import Msg
 from rich.console import Console
 from rich.progress import BarColumn, Progress
 from rich.table import Table
 
-from outbox import admin
 from outbox.embedded import Nats, Postgres
 from outbox.errors import OutboxError
-from outbox.migrating import migrate
+from outbox.operate import status
+from outbox.operate.migrate import migrate
 from outbox.writer import Outbox, event
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 STREAM, SUBJECTS = "SHOP", "shop.>"
 AGGREGATES = [f"{kind}.{number}" for kind in ("orders", "payments", "stock") for number in range(1, 8)]
@@ -176,6 +177,8 @@ def _change(connection: psycopg.Connection[Any], aggregate: str, random: Random)
 
 async def _read(url: str, messages: list[Message], finish: threading.Event) -> None:
     """The consumer: append what the stream holds, in order, until `finish` is set and its end is reached."""
+    import nats.errors
+
     connection = await nats.connect(url)
     jetstream = connection.jetstream()
     subscription = await jetstream.subscribe(SUBJECTS, stream=STREAM, ordered_consumer=True)
@@ -251,12 +254,12 @@ class Demo:
             self.kills += 1
             self._start_relay()
 
-    def _status(self) -> admin.Status:
+    def _status(self) -> status.Status:
         """What `outbox status` says; raises `OutboxError` if a relay has ended by itself."""
         for relay in self.relays.values():
             if relay.poll() is not None:
                 raise OutboxError(f"relay {relay.pid} ended:\n{(self.folder / 'relay.log').read_text()[-2000:]}")
-        return admin.status(self.url)
+        return status.status(self.url)
 
     def _write(self, numbers: range, seed: int) -> None:
         """One writer: make the transactions of these numbers, one after the other."""

@@ -57,6 +57,17 @@ def subject_problem(subject: str) -> str | None:  # noqa: PLR0911 - one return f
     return None
 
 
+def matches(subject: str, pattern: str) -> bool:
+    """True if a subject fits a filter such as `orders.*.placed` or `orders.>`."""
+    tokens, parts = subject.split("."), pattern.split(".")
+    for index, part in enumerate(parts):
+        if part == ">":
+            return len(tokens) > index
+        if index >= len(tokens) or part not in ("*", tokens[index]):
+            return False
+    return len(tokens) == len(parts)
+
+
 def header_problem(headers: Mapping[str, str]) -> str | None:  # noqa: PLR0911 - one return for each rule
     """What makes `headers` unpublishable, or None. The words are those of the database."""
     if not isinstance(headers, Mapping):

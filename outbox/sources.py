@@ -1,4 +1,4 @@
-"""Where settings come from: the environment (`OUTBOX_NAME`, or `OUTBOX_NAME_FILE`), else `outbox.toml`.
+"""Where settings come from: the environment (`OUTBOX_…`, or a file that `OUTBOX_…_FILE` names), else `outbox.toml`.
 
 Knows the settings' names and not what they mean. Every mistake is found at once; none of them quotes a value.
 """

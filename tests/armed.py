@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox.cli import main
+from outbox.cli.app import main
 from outbox.core import batch
 from outbox.core.chain import Chain
 from outbox.core.outcome import Outcome, Stored

@@ -19,9 +19,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox import migrating
 from outbox.config import Settings
 from outbox.embedded import Nats, Postgres
+from outbox.operate import migrate
 from tests.bed import Broker
 from tests.workload import LEDGER
 
@@ -67,7 +67,7 @@ def own_nats(directory: Path, *, config: str = "") -> Nats:
 
 def prepared(server: Postgres) -> Postgres:
     """The outbox and the ledger in the database `postgres` of a started server."""
-    migrating.migrate(server.url())
+    migrate.migrate(server.url())
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(LEDGER.encode())
     return server
@@ -76,11 +76,11 @@ def prepared(server: Postgres) -> Postgres:
 def _postgres(home: Path, version: str, **settings: str) -> Postgres:
     server = own_postgres(home / f"postgres-{version}-{next(numbers)}", version=version, **settings)
     server.start()
-    migrating.migrate(server.url())
+    migrate.migrate(server.url())
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(LEDGER.encode())
         connection.execute("CREATE DATABASE template TEMPLATE template0")
-    migrating.migrate(server.url("template"))
+    migrate.migrate(server.url("template"))
     with psycopg.connect(server.url("template"), autocommit=True) as connection:
         connection.execute(LEDGER.encode())
     return server

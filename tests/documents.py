@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import typer.main
 
-from outbox.cli import app
+from outbox.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from outbox.metrics import Metrics
+from outbox.monitor.metrics import Metrics
 
 
 def of_histograms(names: list[str]) -> dict[str, frozenset[str]]:

@@ -41,7 +41,7 @@ MUTATIONS = [
     ),
     # What may be in flight is written down before it is sent.
     Mutation(
-        "relay/lane.py",
+        "relay/lanes.py",
         "plan=list(map(POSITION, chain.plan)),",
         "plan=[],",
         "test_stop_points.py::test_killed_at[before-first-message-1]",
@@ -156,8 +156,8 @@ MUTATIONS = [
         "test_restores.py::test_stream_that_the_database_does_not_know_yet_holds_its_messages",
     ),
     Mutation(
-        "rebasing.py",
-        "connection.execute(queries.compose(orders.ADOPT, name), places)",
+        "operate/rebase.py",
+        "connection.execute(compose(queries.ADOPT, name), places)",
         "places.clear()",
         "test_restores.py::test_older_physical_copy_halts_and_rebase_sends_nothing_twice",
     ),

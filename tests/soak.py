@@ -24,9 +24,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from outbox import pausing, replaying
 from outbox.embedded import Nats, Postgres
 from outbox.errors import OutboxError
+from outbox.operate import pause, replay
 from tests.armed import POINTS
 from tests.bed import Broker, ProcessRelay, rows, value, wait_until_sent
 from tests.conftest import own_nats, own_postgres, prepared
@@ -183,17 +183,17 @@ class Soak:
 
     def pause_outbox(self) -> None:
         with suppress(OutboxError):
-            pausing.pause(self.postgres.url(), "outbox", "the soak")
+            pause.pause(self.postgres.url(), "outbox", "the soak")
         self.pause(self.chance.uniform(0.2, 2))
         with suppress(OutboxError):  # a server that is down: the next time, or the end, resumes
-            pausing.resume(self.postgres.url(), "outbox")
+            pause.resume(self.postgres.url(), "outbox")
 
     def replay(self) -> None:
         with suppress(OutboxError, psycopg.OperationalError):
             last = int(value(self.postgres.url(), "SELECT coalesce(max(position), 0) FROM outbox.transactions"))
             first = self.chance.randint(1, max(1, last))
-            wanted = replaying.Range(first=first, last=first + self.chance.randint(0, 20))
-            replaying.replay(self.postgres.url(), "outbox", wanted)
+            wanted = replay.Range(first=first, last=first + self.chance.randint(0, 20))
+            replay.replay(self.postgres.url(), "outbox", wanted)
 
     def pause(self, seconds: float) -> None:
         self.done.wait(seconds)
@@ -263,7 +263,7 @@ def main(
             raise failures[0]
         writers.stop()
         soak.to_nats.acks = "pass"
-        pausing.resume(soak.postgres.url(), "outbox")
+        pause.resume(soak.postgres.url(), "outbox")
         for index in range(2):
             soak.replace(index)
         wait_until_sent(soak.postgres.url(), patience=300)

@@ -22,7 +22,7 @@ from psycopg import errors
 from outbox import Outbox, event
 from outbox.core.comparison import Comparison, Row
 from outbox.core.plan import Seen
-from outbox.verifying import known_rows
+from outbox.operate.verify import known_rows
 from tests.bed import Stored
 
 AGGREGATES = 20

@@ -1,6 +1,6 @@
-"""Writes what the documents say by the code: the commands, the settings, the metrics, and the index of pages.
+"""Writes what the documents say by the code: commands, settings, metrics, the wings of the house, the index of pages.
 
-    python docs/site/reference.py            # write docs/reference/cli.md, settings.md, metrics.md, and docs/llms.txt
+    python docs/site/reference.py            # write docs/reference/*.md, docs/how-it-works.md, docs/llms.txt
     python docs/site/reference.py --check    # change nothing; exit with 1 if one of them would change
 
 In the references only what stands between the markers is written; the text around it is for people to edit.
@@ -9,6 +9,7 @@ Reads the declarations that typer and pydantic read, not what one version of the
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -26,9 +27,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from typer.models import ArgumentInfo, OptionInfo
 
-from outbox.cli import app
+from outbox.cli.app import app
 from outbox.config import Settings
-from outbox.metrics import Metrics
+from outbox.monitor.metrics import Metrics
 
 BEGIN, END = "<!-- generated: python docs/site/reference.py -->", "<!-- end -->"
 LARGEST_SHOWN = 2**31  # a default above it means that there is no limit
@@ -149,6 +150,24 @@ def metrics_page() -> str:
     return "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
+def house() -> str:
+    """A table of the package's folders and files, with what each says of itself."""
+    package = ROOT / "outbox"
+    wings = sorted(path.parent for path in package.glob("*/__init__.py"))
+    rows = []
+    for wing in wings:
+        rooms = ", ".join(f"`{room.stem}`" for room in sorted(wing.glob("*.py")) if room.stem != "__init__")
+        rows.append(f"| `{wing.name}/` | {_cell(_docstring(wing / '__init__.py'))} | {rooms} |")
+    for file in sorted(package.glob("*.py")):
+        first, _, _ = _docstring(file).partition("\n\n")
+        rows.append(f"| `{file.name}` | {_cell(first)} | |")
+    return "| place | what it knows | its rooms |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _docstring(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text())) or ""
+
+
 def index() -> str:
     """`llms.txt`: every page with its first sentence."""
     lines = ["# outbox", ""]
@@ -189,6 +208,7 @@ def main() -> None:
             (reference / "cli.md", command_page),
             (reference / "settings.md", settings_page),
             (reference / "metrics.md", metrics_page),
+            (ROOT / DOCS / "how-it-works.md", house),
         )
     }
     made[ROOT / DOCS / "llms.txt"] = index()

@@ -7,10 +7,6 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,24 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from outbox.bench import drain, flat, load, rest
-from outbox.bench.figures import Case, Figures, Say, table
-from outbox.bench.site import Site, Storage, site
+from outbox.bench.figures import Case, Figures, Kind, Storage, table
 
 console = Console(stderr=True)
-Measured = tuple[dict[str, Any], Callable[[], Figures]]
-
-
-class Kind(StrEnum):
-    """What can be measured."""
-
-    DRAIN = "drain"
-    SUSTAINED = "sustained"
-    LATENCY = "latency"
-    WRITER = "writer"
-    FLAT = "flat"
-    MEMORY = "memory"
-    IDLE = "idle"
 
 
 def command(
@@ -57,6 +38,9 @@ def command(
 
     Example: outbox bench drain --events 1 --events 3 --json bench.json
     """
+    from outbox.bench.cases import CASES, Wanted
+    from outbox.bench.site import site
+
     chosen = kinds or [kind for kind in Kind if kind is not Kind.FLAT]
     cases: list[Case] = []
     with site(database_url, nats_url, storage) as there, console.status("starting") as status:
@@ -78,69 +62,6 @@ def command(
             cases += done
     if output is not None:
         output.write_text(json.dumps(_report(versions, storage, rounds, cases), indent=1) + "\n")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """The sizes that were asked for."""
-
-    events: list[int]
-    payload: int
-    total: int
-    seconds: float
-    say: Say
-
-
-def _drain(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    for events in wanted.events:
-        given = {"events": events, "payload": wanted.payload}
-        yield given, partial(drain.with_ceilings, there, transactions=wanted.total // events, **given)
-
-
-def _sustained(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    given: dict[str, Any] = {"events": 3, "payload": wanted.payload, "share": 0.5, "seconds": wanted.seconds}
-    yield given, partial(load.sustained, there, say=wanted.say, **given)
-
-
-def _latency(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    for events, share in ((1, 0.0), (3, 0.0), (3, 0.25), (3, 0.5)):
-        given: dict[str, Any] = {"events": events, "payload": wanted.payload, "share": share, "seconds": wanted.seconds}
-        yield given, partial(load.latency, there, **given)
-
-
-def _writer(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    for clients in (1, 4, 16):
-        given = {"clients": clients, "events": 3, "payload": wanted.payload}
-        yield given, partial(load.writer, there, seconds=min(wanted.seconds, 10), **given)
-
-
-def _flat(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    batch, say = wanted.total // 3, wanted.say
-    yield {"pending": 1_000_000}, partial(flat.pending, there, transactions=batch, backlog=1_000_000, say=say)
-    yield {"sent": 10_000_000}, partial(flat.sent, there, transactions=batch, rows=10_000_000, say=say)
-    yield {"snapshot over": 300_000}, partial(flat.snapshot, there, transactions=100_000, times=3, say=say)
-    yield {"statistics": "four states"}, partial(flat.statistics, there, transactions=batch)
-
-
-def _memory(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    for transactions, payload in ((1_000_000, wanted.payload), (400, 900_000)):
-        given = {"transactions": transactions, "events": 1, "payload": payload}
-        yield given, partial(rest.memory, there, seconds=wanted.seconds, **given)
-
-
-def _idle(there: Site, wanted: Wanted) -> Iterator[Measured]:
-    yield {}, partial(rest.idle, there, seconds=wanted.seconds)
-
-
-CASES = {
-    Kind.DRAIN: _drain,
-    Kind.SUSTAINED: _sustained,
-    Kind.LATENCY: _latency,
-    Kind.WRITER: _writer,
-    Kind.FLAT: _flat,
-    Kind.MEMORY: _memory,
-    Kind.IDLE: _idle,
-}
 
 
 def _report(versions: dict[str, Any], storage: Storage, rounds: int, cases: list[Case]) -> dict[str, Any]:

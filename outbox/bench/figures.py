@@ -5,12 +5,33 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from rich.table import Table
 
 Figures = Mapping[str, float]
 Say = Callable[[str], None]
+
+
+class Kind(StrEnum):
+    """What can be measured."""
+
+    DRAIN = "drain"
+    SUSTAINED = "sustained"
+    LATENCY = "latency"
+    WRITER = "writer"
+    FLAT = "flat"
+    MEMORY = "memory"
+    IDLE = "idle"
+
+
+class Storage(StrEnum):
+    """Of the stream: on one server in a file or in memory, or in files of three servers."""
+
+    FILE = "file"
+    MEMORY = "memory"
+    R3 = "r3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

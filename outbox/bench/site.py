@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ import psycopg
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from outbox import migrating
+from outbox.bench.figures import Storage
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Misconfigured, OutboxError
+from outbox.operate import migrate
 from outbox.postgres.session import command_session
 
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
@@ -33,14 +33,6 @@ FAR_TXID = 1 << 40  # transaction ids that no server has come to
 WAIT_SECONDS = 60.0
 # What anybody would set on a server of its own: the backlog stays in memory, and no checkpoint falls into a round.
 POSTGRES = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
-
-
-class Storage(StrEnum):
-    """Of the stream: on one server in a file or in memory, or in files of three servers."""
-
-    FILE = "file"
-    MEMORY = "memory"
-    R3 = "r3"
 
 
 # A backlog at once: as the triggers would write it, but not one commit after the other.
@@ -80,7 +72,7 @@ class Site:
     def prepare(self) -> None:
         """A new schema, and new streams."""
         self.clear()
-        migrating.migrate(self.database_url, SCHEMA)
+        migrate.migrate(self.database_url, SCHEMA)
         for name in (STREAM, BARE):
             self.create_stream(name)
 

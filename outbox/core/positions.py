@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Range = tuple[int, int]  # both ends belong to it
+HIGHEST = (1 << 63) - 1  # no position is above it: a bigint
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:

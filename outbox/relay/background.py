@@ -1,4 +1,4 @@
-"""Something slow that runs beside the leader's loop: one at a time, and again after its back-off.
+"""Something slow that runs beside the leader's loop, one at a time, and again after a back-off.
 
 The loop starts it and takes in what it came to; it never waits for it. Knows asyncio and nothing of the outbox.
 """
@@ -8,12 +8,36 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from outbox.errors import Weather
-from outbox.relay.backoff import Backoff
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """Delays in seconds: `first`, then doubled up to `longest`; each is shortened by up to half, by chance."""
+
+    first: float = 0.05
+    longest: float = 2.0
+    failures: int = 0
+
+    def delay(self, chance: float) -> float:
+        """The wait after this failure, in seconds; `chance` is from 0 to 1."""
+        if self.failures == 0:
+            return 0.0
+        full = min(self.longest, self.first * 2.0 ** min(self.failures - 1, 30))
+        return full * (1 - chance / 2)
+
+    def failed(self) -> Backoff:
+        """After one more failure."""
+        return Backoff(first=self.first, longest=self.longest, failures=self.failures + 1)
+
+    def reset(self) -> Backoff:
+        """After a success."""
+        return Backoff(first=self.first, longest=self.longest)
 
 
 class Errand(Generic[T]):

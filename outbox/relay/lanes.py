@@ -1,17 +1,248 @@
-"""All streams of the outbox: what their lanes have in common, for the leader's loop."""
+"""The way out to each stream: its chain, the outcomes it waits for, the reading back; and all lanes together.
+
+Belongs to the leader's loop, which calls `learn`, `settle` and `send` in every round; only the errand that reads a
+stream back waits for NATS.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
-from outbox.config import Settings
+from outbox.config import BatchMode, Settings
+from outbox.core.batch import POSITION, Batch, Packing, trace_contexts
+from outbox.core.chain import CHAINED, SHARED, Chain
+from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.core.plan import Planned
-from outbox.core.telemetry import Listener
-from outbox.core.transaction import Transaction
+from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
+from outbox.core.transaction import Limits, Transaction
+from outbox.errors import Misconfigured, Unusable, Weather
+from outbox.event import matches
+from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
 from outbox.postgres.rows import Lead, StreamRow
 from outbox.postgres.store import Store
+from outbox.relay import recovery
+from outbox.relay.background import Backoff, Errand
 from outbox.relay.caution import Caution
-from outbox.relay.lane import Lane
+
+NO_LIMIT = 1 << 62
+BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status
+
+
+class Lane:
+    """The lane of one stream for one term of leadership."""
+
+    def __init__(
+        self,
+        row: StreamRow,
+        settings: Settings,
+        lead: Lead,
+        *,
+        moved: bool = False,
+        tell: Listener,
+        news: Callable[[], None],
+    ) -> None:
+        """`moved` says that the database was promoted or restored since its streams were settled last."""
+        packing = Packing(
+            max_messages=settings.max_batch_messages,
+            max_bytes=settings.max_batch_bytes,
+            one_transaction=lead.careful or settings.batch is BatchMode.TRANSACTION,
+        )
+        self.chain = Chain(
+            stream=row.name,
+            created=row.created,
+            packing=packing,
+            base=row.last_sequence,
+            window=1 if lead.careful else settings.window,
+            shared=row.mode == SHARED,
+            blocked=row.blocked,
+        )
+        self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
+        self.proven = False  # something was stored in this term: what fails from here on is weather, not set-up
+        self.moved = moved
+        self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
+        self._settling: Errand[recovery.Settlement] = Errand(news)
+        self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
+        self._subjects: tuple[str, ...] = ()
+        self._retry = Backoff()
+        self._told = row.blocked
+
+    @property
+    def flying(self) -> bool:
+        """True while outcomes are awaited."""
+        return bool(self._outcomes)
+
+    def row(self) -> StreamRow:
+        """What the database is to remember of the stream."""
+        chain = self.chain
+        return StreamRow(
+            name=chain.stream,
+            created=chain.created,
+            mode=SHARED if chain.shared else CHAINED,
+            last_sequence=chain.base,
+            plan=list(map(POSITION, chain.plan)),
+            blocked=chain.blocked,
+        )
+
+    def learn(self, now: float, forbidden: tuple[str, str] | None) -> bool:
+        """Take in the outcomes that have come, in order; `forbidden` is a subject, and what NATS has said of it."""
+        if forbidden is not None and not any(matches(forbidden[0], each) for each in self._subjects):
+            forbidden = None  # it is another stream's, or the API's
+        learned = False
+        while self._outcomes:
+            future, deadline = self._outcomes[0]
+            if future.done():
+                outcome = future.result()
+            elif forbidden or now >= deadline:
+                outcome = Unknown(why=forbidden[1] if forbidden else "no answer within the time limit")
+            else:
+                break
+            learned = True
+            self._outcomes.popleft()
+            future.cancel()  # if nobody answered: what is not on the wire yet is not sent
+            self._ended(self.chain.in_flight[0], outcome, now - (deadline - self._settings.ack_timeout))
+            self.chain.learn(outcome)
+            if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
+                self.proven = True
+                self._retry = self._retry.reset()
+            else:
+                self._failed(outcome, now, plain=bool(forbidden))
+            if self.chain.in_doubt:
+                self._give_up()
+        return learned
+
+    def _ended(self, batch: Batch, outcome: Outcome, seconds: float) -> None:
+        contexts = trace_contexts(batch) if self._settings.traces else ()
+        self._tell(
+            BatchEnded(
+                stream=batch.stream,
+                outcome=word(outcome),
+                transactions=len(batch.transactions),
+                messages=batch.count,
+                seconds=seconds,
+                contexts=contexts,
+            )
+        )
+
+    def _give_up(self) -> None:
+        """Nobody waits for what is in flight any more; what is not on the wire yet is not sent."""
+        for future, _ in self._outcomes:
+            future.cancel()
+        self._outcomes.clear()
+
+    def _failed(self, outcome: Outcome, now: float, *, plain: bool) -> None:
+        """A batch was not acked: look at once if that helps, else after a back-off that grows until one is stored.
+
+        `plain` says that the cause is: it is worth a word in the status at the first time.
+        """
+        chain = self.chain
+        said = meaning(outcome) if isinstance(outcome, Rejected) else None
+        crossed = chain.shared and said is Meaning.CHAIN_BROKEN
+        if not crossed:
+            self._tell(InDoubt(stream=chain.stream, why=chain.in_doubt or ""))
+        if crossed or said is Meaning.OFFENCE:
+            return
+        self._retry = self._retry.failed()
+        self._settling.due = now + self._retry.delay(random.random())
+        if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
+            chain.blocked, chain.dirty = chain.in_doubt, True
+
+    def lost(self, why: str) -> None:
+        """The connection is gone: what was in flight is in doubt."""
+        self._settling.cancel()
+        self._give_up()
+        if self.chain.in_doubt is None:
+            self._tell(InDoubt(stream=self.chain.stream, why=why))
+        self.chain.learn_nothing(why)
+
+    def settle(self, jetstream: JetStream | None, now: float) -> bool:
+        """Read the stream back if the chain is in doubt; True when that told where it stands.
+
+        Raises `Halt` if the stream contradicts the plan, `Misconfigured` if it cannot be used from the start.
+        """
+        chain = self.chain
+        if chain.in_doubt is None:
+            return False
+        came = self._settling.taken(now)
+        if isinstance(came, Unusable) and not self.proven:
+            raise Misconfigured(came.message, remedy=came.remedy)
+        if isinstance(came, Weather):
+            if chain.blocked != came.message:
+                chain.blocked, chain.dirty = came.message, True
+        elif came is not None:
+            self._take_in(jetstream, came)
+            return True
+        if jetstream is not None and not chain.verdicts and not self._settling.running and now >= self._settling.due:
+            known = recovery.Known(
+                stream=chain.stream,
+                created=chain.created,
+                shared=chain.shared,
+                unanswered=frozenset(chain.unanswered),
+                moved=self.moved,
+                base=chain.base,
+                plan=chain.entries(),
+            )
+            self._settling.start(lambda: recovery.settle(jetstream, known, self._outbox_id), now)
+        return False
+
+    def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement) -> None:
+        chain, was_shared = self.chain, self.chain.shared
+        self.moved = False
+        self._settling.reset()
+        chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
+        if chain.blocked is not None and not chain.planned:
+            chain.blocked, chain.dirty = None, True
+        self.limit(settlement.info, jetstream)
+        if chain.shared and not was_shared:
+            self._tell(Shared(stream=chain.stream, sequence=settlement.last))
+        if not was_shared or settlement.stored:
+            self._tell(
+                Settled(
+                    stream=chain.stream,
+                    last_sequence=settlement.last,
+                    stored=settlement.stored,
+                    remaining=len(chain.planned),
+                )
+            )
+
+    def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
+        """Take in what the stream and its server accept."""
+        self._subjects = info.subjects
+        sizes = [info.max_message_bytes, jetstream.max_payload if jetstream else None]
+        self.limits = Limits(
+            max_batch_messages=self.limits.max_batch_messages,
+            max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
+        )
+
+    def send(self, jetstream: JetStream, ids: Iterable[str], now: float) -> bool:
+        """Send what the committed plan allows; True if anything went out."""
+        batches = self.chain.launch(ids)
+        for batch in batches:
+            self._outcomes.append((jetstream.send(batch, self._outbox_id), now + self._settings.ack_timeout))
+            count = len(batch.transactions)
+            self._tell(BatchSent(stream=batch.stream, base=batch.base, transactions=count, messages=batch.count))
+        return bool(batches)
+
+    def report(self) -> None:
+        """Say it when something has begun, or ceased, to hold this stream back."""
+        if self.chain.blocked != self._told:
+            self._told = self.chain.blocked
+            told, stream = self._told, self.chain.stream
+            self._tell(Unblocked(stream=stream) if told is None else Blocked(stream=stream, why=told))
+
+    def dues(self) -> Iterator[float]:
+        """The loop's times at which this lane wants to be looked at."""
+        if self._outcomes:
+            yield self._outcomes[0][1]
+        if self.chain.in_doubt and not self._settling.running:
+            yield self._settling.due
+
+    def close(self) -> None:
+        """Stop what runs beside the loop; idempotent."""
+        self._settling.cancel()
 
 
 class Lanes(dict[str, Lane]):

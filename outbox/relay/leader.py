@@ -23,9 +23,8 @@ from outbox.postgres.rows import Decisions, Lead
 from outbox.postgres.store import Store
 from outbox.relay.caution import Caution
 from outbox.relay.connection import Link
+from outbox.relay.duties import PING_SECONDS, Pulse, Purger
 from outbox.relay.lanes import Lanes
-from outbox.relay.pulse import PING_SECONDS, Pulse
-from outbox.relay.purger import Purger
 from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
 

@@ -13,13 +13,12 @@ from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTO
 
 from outbox.config import Settings
 from outbox.core import telemetry
-from outbox.health import Health
-from outbox.logs import logger
-from outbox.metrics import Metrics
-from outbox.observing import observe_for_ever
+from outbox.monitor.http import Health, serving
+from outbox.monitor.logs import logger
+from outbox.monitor.metrics import Metrics
+from outbox.monitor.observer import observe_for_ever
+from outbox.monitor.systemd import Supervisor
 from outbox.relay.relay import Relay
-from outbox.server import serving
-from outbox.supervisor import Supervisor
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OBJECTS_BETWEEN_COLLECTIONS = 200_000

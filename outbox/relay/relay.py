@@ -20,7 +20,7 @@ from outbox.core.telemetry import Connected, LeadEnded, Listener, LostLead, Stan
 from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
 from outbox.jetstream.client import JetStream
 from outbox.postgres.store import Store
-from outbox.relay.backoff import Backoff
+from outbox.relay.background import Backoff
 from outbox.relay.leader import Leader
 
 STANDBY_SECONDS = 0.2

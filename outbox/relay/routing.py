@@ -1,25 +1,90 @@
-"""Where transactions go: from what was read to the lane of their stream, in order, or among the dead letters.
+"""Where transactions go: which stream takes which subject, and from what was read to a lane or to the dead letters.
 
-Belongs to the leader's loop. A transaction whose subject is in no stream holds all behind it: its stream is unknown,
-so anything behind it may be in conflict with it.
+What JetStream told of a subject is remembered until a connection or a chain fails. A remembered answer can be out of
+date: the fence on each batch names the stream that is expected, so a wrong one is refused, never misplaced. A
+transaction whose subject is in no stream holds all behind it: its stream is unknown, so anything behind it may be in
+conflict with it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.core.plan import Seen
 from outbox.core.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
 from outbox.errors import Halt, Misconfigured, Unusable, Weather
+from outbox.event import matches
 from outbox.jetstream.client import JetStream
+from outbox.jetstream.stream import StreamInfo
 from outbox.postgres.rows import Lead, StreamRow
 from outbox.postgres.store import Store
 from outbox.relay.background import Errand
-from outbox.relay.lane import Lane
-from outbox.relay.routes import Routes
+from outbox.relay.lanes import Lane
 
+REMEMBERED_SUBJECTS = 10_000
 REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE)  # judged by what JetStream said once
+
+
+class Routes:
+    """What is known of subjects and streams."""
+
+    def __init__(self) -> None:
+        self._infos: dict[str, StreamInfo] = {}
+        self._tails: dict[str, Seen | None] = {}
+        self._streams: dict[str, str] = {}
+
+    def clear(self) -> None:
+        """Forget everything: ask again."""
+        self._infos.clear()
+        self._tails.clear()
+        self._streams.clear()
+
+    def info(self, stream: str) -> tuple[StreamInfo, Seen | None]:
+        """What was learnt of a stream when it was asked for last, and its last message, if it has one."""
+        return self._infos[stream], self._tails.get(stream)
+
+    def streams(self, transaction: Transaction) -> dict[str, str | None]:
+        """The stream of each of its subjects; None where it is not known."""
+        return {each: self._streams.get(each) or self._find(each) for each in transaction.subjects}
+
+    def only_stream(self, transaction: Transaction) -> str | None:
+        """The stream of all its subjects, which were asked for before; else None."""
+        if transaction.count == 1:
+            return self._streams.get(transaction.subjects[0])
+        names = set(map(self._streams.get, transaction.subjects))
+        return names.pop() if len(names) == 1 else None
+
+    async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
+        """Ask JetStream for the streams of these subjects; None where it says that there is none."""
+        answers: dict[str, str | None] = {}
+        for subject in subjects:
+            answers[subject] = name = (
+                self._streams.get(subject) or self._find(subject) or await jetstream.stream_of(subject)
+            )
+            if name is not None and name not in self._infos:
+                info = await jetstream.stream(name)
+                if info is None:
+                    raise Weather(f"stream {name} has just gone")
+                end = info.last_sequence
+                self._tails[name] = (await jetstream.look(name, [end]))[end] if end else None
+                self._infos[name] = info.check()
+            if name is not None:
+                self._remember(subject, name)
+        return answers
+
+    def _find(self, subject: str) -> str | None:
+        for name, info in self._infos.items():
+            if any(matches(subject, pattern) for pattern in info.subjects):
+                self._remember(subject, name)
+                return name
+        return None
+
+    def _remember(self, subject: str, stream: str) -> None:
+        if len(self._streams) >= REMEMBERED_SUBJECTS:
+            del self._streams[next(iter(self._streams))]
+        self._streams[subject] = stream
 
 
 class Router:

@@ -16,10 +16,10 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from outbox import replaying
-from outbox.cli import app
+from outbox.cli.app import app
 from outbox.errors import Weather
-from outbox.replaying import Replayed
+from outbox.operate import replay
+from outbox.operate.replay import Replayed
 from tests.bed import Broker, ProcessRelay, rows, until, value
 from tests.conftest import Stream
 from tests.documents import check_command, invocations
@@ -119,8 +119,8 @@ def test_interrupted_replay_says_where_to_go_on(
     rows(database, "SELECT outbox.add('a.b', 'x')")
     receipt = "sent_at = now(), stream = 'S', first_sequence = 1, last_sequence = 1"
     rows(database, f"UPDATE outbox.transactions SET {receipt}")
-    real = replaying.replay
-    monkeypatch.setattr(replaying, "replay", lambda *a, **k: real(*a, **k) if "dry_run" in k else broken(*a, **k))
+    real = replay.replay
+    monkeypatch.setattr(replay, "replay", lambda *a, **k: real(*a, **k) if "dry_run" in k else broken(*a, **k))
     done = CliRunner().invoke(app, ["replay", "--from", "1", "--to", "9", "--yes"])
     assert isinstance(done.exception, Weather)
     assert "replayed up to position 7. Look (outbox show 8), then go on with --from 8" in " ".join(done.stderr.split())

@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from outbox.cli import app
+from outbox.cli.app import app
 from outbox.config import Settings, load
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ import kubernetes_validate  # type: ignore[import-untyped]  # it has no types
 import pytest
 import yaml
 
-from outbox import admin, options
+from outbox.cli import options
 from outbox.config import Settings
+from outbox.operate import status
 from tests.bed import rows
 from tests.documents import blocks, check_command, invocations, named, run
 
@@ -80,7 +81,7 @@ def test_roles_of_the_guide_are_enough(database: str, tmp_path: Path) -> None:
 
     rows(database.replace("postgres@", f"shop_{suffix}@"), named(guide, "sql")["an event"])
     for role in ("outbox_relay", "outbox_operator"):
-        assert admin.status(database.replace("postgres@", f"{role}_{suffix}@")).pending_transactions == 1
+        assert status.status(database.replace("postgres@", f"{role}_{suffix}@")).pending_transactions == 1
 
 
 # --- Kubernetes

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import typer.main
 
-from outbox.cli import app
+from outbox.cli.app import app
 from outbox.config import Settings
 from tests import schemas
 from tests.acceptance.test_cli import outbox

@@ -14,13 +14,13 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox import letters
 from outbox.config import OnDead, Settings
 from outbox.core.telemetry import Careful, Died, Marked
 from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from outbox.letters import Selection
+from outbox.operate import dead
+from outbox.operate.dead import Selection
 from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 from tests.workload import Writers, check
@@ -58,7 +58,7 @@ def test_retry_sends_it_late_and_whole_under_load(
         # What the relay learnt of the stream's limit is renewed when it reads the stream back.
         relay.stop()
     with ThreadRelay(settings):
-        assert letters.retry(database, "outbox", [position]) == [position]
+        assert dead.retry(database, "outbox", [position]) == [position]
         until(lambda: len(broker.read(f"{stream.name}L")) == 2)
         writers.stop()
         wait_until_sent(database)
@@ -84,8 +84,8 @@ def test_retry_without_a_relay_is_taken_up_by_the_next_one(
     )
     add(database, f"{stream.prefix}.x", "behind")
     assert ThreadRelay(settings, drain=True).ended() is None
-    assert [each.position for each in letters.dead_letters(database, "outbox", Selection())] == [1]
-    assert letters.retry(database, "outbox", [1, 2, 3]) == [1]
+    assert [each.position for each in dead.dead_letters(database, "outbox", Selection())] == [1]
+    assert dead.retry(database, "outbox", [1, 2, 3]) == [1]
     assert rows(database, "SELECT position FROM outbox.pending") == [(1,)]
     broker.api(f"STREAM.DELETE.{stream.name}B")
     broker.api(
@@ -104,9 +104,9 @@ def test_retry_of_what_is_still_wrong_dies_again(database: str, stream: Stream, 
         relay.wait_for(Died)
         for _ in range(2):
             after = len(relay.happenings)
-            letters.retry(database, "outbox", [1])
+            dead.retry(database, "outbox", [1])
             relay.wait_for(Died, after=after)
-    assert [each.reason.split(":")[0] for each in letters.dead_letters(database, "outbox", Selection())] == [
+    assert [each.reason.split(":")[0] for each in dead.dead_letters(database, "outbox", Selection())] == [
         DeadReason.DUPLICATE_MESSAGE_ID
     ]
 
@@ -143,7 +143,7 @@ def test_commands_of_the_whole_story(
     by_subject = ("--subject", f"{stream.prefix}.b", "--all", "--yes")
     assert "discarded: 1 dead letter" in command(environment, "dead", "discard", *by_subject).stdout
     assert [p for (p,) in rows(database, "SELECT position FROM outbox.dead WHERE discarded_at IS NULL")] == [3]
-    assert letters.retry(database, "outbox", [1]) == []  # discarded for good
+    assert dead.retry(database, "outbox", [1]) == []  # discarded for good
     assert json.loads(command(environment, "dead", "list", "--reason", "unrouted", "--json").stdout) == []
     assert "pending again: 1 transaction" in command(environment, "dead", "retry", "--all", "--yes").stdout
     assert broker.read(stream.name) == []

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from outbox import Outbox, pausing, replaying, retention
+from outbox import Outbox
 from outbox.config import BatchMode, Settings
 from outbox.embedded import Postgres
+from outbox.operate import pause, purge, replay
 from tests.bed import ThreadRelay, until, value, wait_until_sent
 from tests.cluster import Cluster, three_nodes
 from tests.conftest import clone
@@ -146,21 +147,21 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def purge_old(self) -> None:
-        retention.purge(self.url, "outbox", 0)
+        purge.purge(self.url, "outbox", 0)
 
     # --- operators
 
     @rule(low=strategies.integers(1, 20), count=strategies.integers(1, 5))
     def replay(self, low: int, count: int) -> None:
-        replaying.replay(self.url, "outbox", replaying.Range(first=low, last=low + count))
+        replay.replay(self.url, "outbox", replay.Range(first=low, last=low + count))
 
     @rule()
     def pause(self) -> None:
-        pausing.pause(self.url, "outbox", "by the model")
+        pause.pause(self.url, "outbox", "by the model")
 
     @rule()
     def resume(self) -> None:
-        pausing.resume(self.url, "outbox")
+        pause.resume(self.url, "outbox")
 
     @rule(seconds=strategies.sampled_from([0.02, 0.1, 0.4]))
     def wait(self, seconds: float) -> None:
@@ -183,7 +184,7 @@ class World(RuleBasedStateMachine):
             self.relays = self.relays[-1:]
             if not self.relays:
                 self.start(single=False, rival=False)
-            pausing.resume(self.url, "outbox")
+            pause.resume(self.url, "outbox")
             wait_until_sent(self.url, patience=40)
             stored = self.cluster.read(self.name)
             report = check(self.url, stored)

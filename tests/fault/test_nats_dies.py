@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from outbox import admin
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Marked, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.jetstream.client import JetStream
-from outbox.rebasing import accept_stream
+from outbox.operate import status
+from outbox.operate.rebase import accept_stream
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import own_nats
 from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
@@ -101,7 +101,7 @@ def test_memory_stream_dies_with_its_server(
     relay.wait_for(Marked)
     breaks.now()
     relay.wait_for(Blocked, lambda each: "does not exist" in each.why)
-    until(lambda: any("does not exist" in str(each.blocked) for each in admin.status(database).streams))
+    until(lambda: any("does not exist" in str(each.blocked) for each in status.status(database).streams))
     marked = sent(database)
     acked = value(database, "SELECT last_sequence FROM outbox.streams")
     writers.stop()

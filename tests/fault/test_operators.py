@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from outbox import pausing, replaying, retention
+from outbox.operate import pause, purge, replay
 from tests.bed import Broker, ProcessRelay, value, wait_until_sent
 from tests.conftest import Stream
 from tests.fault.common import more_sent
@@ -25,12 +25,12 @@ def test_replay_and_pause_while_relays_are_killed(
         for turn in range(4):
             more_sent(database, 40)
             first = 10 * turn + 1
-            asked += replaying.replay(database, "outbox", replaying.Range(first=first, last=first + 30)).transactions
+            asked += replay.replay(database, "outbox", replay.Range(first=first, last=first + 30)).transactions
             relays[turn].kill()
-            pausing.pause(database, "outbox", f"turn {turn}")
+            pause.pause(database, "outbox", f"turn {turn}")
             relays.append(ends.enter_context(ProcessRelay(workplace, environment)))
             relays[-1].wait_for("Connected")
-            pausing.resume(database, "outbox")
+            pause.resume(database, "outbox")
         writers.stop()
         wait_until_sent(database)
         assert [relay.stop() for relay in relays[-2:]] == [0, 0]
@@ -52,7 +52,7 @@ def test_purge_while_relays_are_killed(
         last = broker.last_sequence(stream.name)
         with ProcessRelay(workplace, environment):
             while broker.last_sequence(stream.name) < last + 60:
-                purged += retention.purge(database, "outbox", 0)
+                purged += purge.purge(database, "outbox", 0)
     writers.stop()
     with ProcessRelay(workplace, environment) as relay:
         wait_until_sent(database)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from outbox import doctor
 from outbox.config import Settings
-from outbox.diagnosis import Colour
+from outbox.doctor import examine as doctor
+from outbox.doctor.check import Colour
 from outbox.embedded import Nats, Postgres, accepts_connections, free_port
 from outbox.errors import Misconfigured
 from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from outbox import rebasing
 from outbox.config import Settings
 from outbox.core.telemetry import Marked
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
-from outbox.verifying import verify
+from outbox.operate import rebase
+from outbox.operate.verify import verify
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_postgres, prepared
 from tests.fault.test_standby import standby_of
@@ -79,7 +79,7 @@ def test_older_physical_copy_halts_and_rebase_sends_nothing_twice(
     with server:
         add(server.url(), f"{stream.prefix}.x", "other 4", "other 4")
         assert "cannot be there" in halts(settings).message
-        done = asyncio.run(rebasing.rebase(settings))
+        done = asyncio.run(rebase.rebase(settings))
         assert (done.adopted, done.unknown) == (1, 6)  # "3" is marked; "4" to "6" are in the stream alone
         send(settings, f"{stream.prefix}.x", "7")
         assert value(server.url(), "SELECT max(position) FROM outbox.transactions") > 6
@@ -104,7 +104,7 @@ def test_dump_and_restore_elsewhere_halts_and_rebase_settles_it(
         moved = Settings(database_url=server.url(), nats_url=nats.url)
         add(server.url(), f"{stream.prefix}.x", "other 3", "other 3")
         assert "not the database that the outbox was in" in halts(moved).message
-        done = asyncio.run(rebasing.rebase(moved))
+        done = asyncio.run(rebase.rebase(moved))
         assert (done.adopted, done.unknown) == (1, 2)
         send(moved, f"{stream.prefix}.x", "4")
         txids = [int(txid) for (txid,) in rows(server.url(), "SELECT DISTINCT txid::text FROM outbox.events")]
@@ -139,7 +139,7 @@ def test_failover_that_lost_commits_halts(nats: Nats, broker: Broker, workplace:
             after = Settings(database_url=standby.url(), nats_url=nats.url)
             add(standby.url(), f"{prefix}.x", "other 2", "other 2")
             halts(after)
-            done = asyncio.run(rebasing.rebase(after))
+            done = asyncio.run(rebase.rebase(after))
             assert done.unknown == (0 if consumed else 4)
             send(after, f"{prefix}.x", "4")
     assert payloads(broker, stream) == (["other 2", "4"] if consumed else ["1", "2", "3", "other 2", "4"])
@@ -203,7 +203,7 @@ def test_stream_that_the_database_does_not_know_yet_holds_its_messages(
         "UPDATE outbox.transactions SET sent_at = NULL, stream = NULL, first_sequence = NULL, last_sequence = NULL",
     )
     rows(database, "UPDATE outbox.relay SET cursor = 0")
-    assert asyncio.run(rebasing.rebase(settings)).adopted == 1
+    assert asyncio.run(rebase.rebase(settings)).adopted == 1
     assert anomalies(settings) == []
     send(settings, f"{stream.prefix}.x", "3")
     assert payloads(broker, stream) == ["1", "2", "3"]
@@ -214,7 +214,7 @@ def test_stream_that_the_database_does_not_know_yet_holds_its_messages(
         "UPDATE outbox.transactions SET sent_at = NULL, stream = NULL, first_sequence = NULL, last_sequence = NULL",
     )
     rows(database, "UPDATE outbox.relay SET cursor = 0, outbox_id = former_ids[1], former_ids = ARRAY[]::uuid[]")
-    assert asyncio.run(rebasing.rebase(settings)).adopted == 3
+    assert asyncio.run(rebase.rebase(settings)).adopted == 3
     send(settings, f"{stream.prefix}.x", "4")
     assert payloads(broker, stream) == ["1", "2", "3", "4"]
 
@@ -222,12 +222,12 @@ def test_stream_that_the_database_does_not_know_yet_holds_its_messages(
 def test_rebase_refuses_while_a_relay_leads(
     database: str, stream: Stream, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rebasing, "LOCK_TRIES", 2)
+    monkeypatch.setattr(rebase, "LOCK_TRIES", 2)
     with ThreadRelay(settings) as relay:
         add(database, f"{stream.prefix}.x", "1")
         relay.wait_for(Marked)
         with pytest.raises(Exception, match="stop every relay"):
-            asyncio.run(rebasing.rebase(settings))
+            asyncio.run(rebase.rebase(settings))
         with pytest.raises(Exception, match="stop every relay"):
-            asyncio.run(rebasing.accept_stream(settings, stream.name))
+            asyncio.run(rebase.accept_stream(settings, stream.name))
         wait_until_sent(database)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psycopg
 
-from outbox import migrating
 from outbox.config import Durability, Settings
 from outbox.core.telemetry import Blocked, Marked, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
+from outbox.operate import migrate
 from tests.bed import Broker, ThreadRelay, rows
 from tests.conftest import Stream, own_postgres
 
@@ -34,7 +34,7 @@ def test_nothing_is_published_that_a_standby_does_not_have(nats: Nats, stream: S
     """Fault: the standby lags or is away. Promise: what it would lose in a failover is not in the stream."""
     broker = Broker(nats.url)
     with own_postgres(workplace / "primary") as primary:
-        migrating.migrate(primary.url())
+        migrate.migrate(primary.url())
         settings = Settings(database_url=primary.url(), nats_url=nats.url, durability=Durability.REPLICAS)
         standby = standby_of(primary, workplace / "standby")
         rows(primary.url(), "SELECT outbox.add(%s, 'one')", f"{stream.prefix}.x")
@@ -56,7 +56,7 @@ def test_nothing_is_published_that_a_standby_does_not_have(nats: Nats, stream: S
 def test_role_that_cannot_see_the_standbys_is_refused(database: str, nats: Nats) -> None:
     role = f"blind_{database.rpartition('/')[2]}"
     rows(database, f"CREATE ROLE {role} LOGIN")
-    migrating.grant(database, "outbox", relay=role)
+    migrate.grant(database, "outbox", relay=role)
     url = database.replace("postgres@", f"{role}@")
     error = ThreadRelay(Settings(database_url=url, nats_url=nats.url, durability=Durability.REPLICAS)).ended()
     assert isinstance(error, Misconfigured)
@@ -66,7 +66,7 @@ def test_role_that_cannot_see_the_standbys_is_refused(database: str, nats: Nats)
 def test_standby_itself_is_waited_out(nats: Nats, workplace: Path) -> None:
     """Fault: the URL leads to a standby, as in the middle of a failover. Promise: weather, until it is promoted."""
     with own_postgres(workplace / "primary") as primary:
-        migrating.migrate(primary.url())
+        migrate.migrate(primary.url())
         standby = standby_of(primary, workplace / "standby")
     with standby, ThreadRelay(Settings(database_url=standby.url(), nats_url=nats.url)) as relay:
         relay.wait_for(Unreachable, lambda each: "recovery" in each.why)

@@ -6,11 +6,11 @@ import asyncio
 import threading
 from pathlib import Path
 
-from outbox import admin, rebasing
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Marked, Shared
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
+from outbox.operate import rebase, status
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, own_nats
 from tests.workload import Writers, check
@@ -86,10 +86,10 @@ def test_stream_recreated_under_a_running_relay_halts_it(database: str, broker: 
     error = relay.ended()
     assert isinstance(error, Halt)
     assert "outbox rebase --stream RECREATED" in error.remedy
-    assert "outbox rebase --stream RECREATED" in str(admin.status(database).blocked)
+    assert "outbox rebase --stream RECREATED" in str(status.status(database).blocked)
     assert rows(database, "SELECT event_count FROM outbox.pending") == [(2,)]
     assert broker.read("RECREATED") == []
-    asyncio.run(rebasing.accept_stream(settings, "RECREATED"))
+    asyncio.run(rebase.accept_stream(settings, "RECREATED"))
     with ThreadRelay(settings, drain=True) as after:
         assert after.ended() is None
     assert [each.payload for each in broker.read("RECREATED")] == [b"1", b"2"]
@@ -107,7 +107,7 @@ def test_memory_stream_that_a_restart_lost_is_waited_for_and_then_asked_about(da
         server.restart(kill=True)
         add(database, "m.two")
         relay.wait_for(Blocked, lambda each: "does not exist" in each.why)
-        until(lambda: any("does not exist" in str(each.blocked) for each in admin.status(database).streams))
+        until(lambda: any("does not exist" in str(each.blocked) for each in status.status(database).streams))
         broker.create_stream("MEMORY", "m.>", storage="memory")
         error = relay.ended()
     assert isinstance(error, Halt)

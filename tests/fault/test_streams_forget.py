@@ -19,7 +19,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Marked, Settled
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from outbox.rebasing import accept_stream
+from outbox.operate.rebase import accept_stream
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
 from tests.fault.common import add, assert_ended_well, assert_receipts_tile, more_sent, sent, stream_of, unsent_ids

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from outbox import admin
 from outbox.config import Settings
 from outbox.core.telemetry import BatchSent, Blocked, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from outbox.rebasing import accept_stream
+from outbox.operate import status
+from outbox.operate.rebase import accept_stream
 from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
 from tests.conftest import Stream, own_nats
 from tests.fault.common import add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
@@ -31,7 +31,7 @@ def reconfigure(broker: Broker, name: str, **changes: object) -> None:
 
 def blocked(url: str, stream: str) -> str:
     """What the status says of the stream."""
-    return next((str(each.blocked or "") for each in admin.status(url).streams if each.name == stream), "")
+    return next((str(each.blocked or "") for each in status.status(url).streams if each.name == stream), "")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_storage_ends_inside_a_commit(database: str, workplace: Path, limit: str
         assert "it ends inside a transaction at" in error.message
         assert "outbox rebase --stream SMALL" in error.remedy
         assert sent(database) == 1
-        assert str(error) in str(admin.status(database).blocked)
+        assert str(error) in str(status.status(database).blocked)
         stored = broker.read("SMALL")
     assert 10 < len(stored) < 410
     assert stored[10].subject == "small.cut"

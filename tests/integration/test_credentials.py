@@ -14,11 +14,11 @@ import nkeys
 import psycopg
 import pytest
 
-from outbox import admin, migrating
 from outbox.config import Settings, load
 from outbox.core.telemetry import Connected, Marked, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Denied, Misconfigured
+from outbox.operate import migrate, status
 from outbox.schema import grants
 from tests.authority import Operator, new_key, public_of, seed_of
 from tests.bed import Broker, ProcessRelay, ThreadRelay, broker_of, rows, until, wait_until_sent
@@ -182,7 +182,7 @@ def test_postgres_password(
     rows(shop, "SELECT outbox.add(%s, 'y')", f"{stream.prefix}.x")
     with ThreadRelay(Settings(database_url=url, nats_url=nats.url)):
         wait_until_sent(shop)
-    assert admin.status(url).sent_transactions == 1
+    assert status.status(url).sent_transactions == 1
 
 
 def test_service_of_the_owner_migrates(shop: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +190,9 @@ def test_service_of_the_owner_migrates(shop: str, workplace: Path, monkeypatch: 
     service = workplace / "pg_service.conf"
     service.write_text("[owner]\n" + "".join(f"{name}={value}\n" for name, value in words.items()))
     monkeypatch.setenv("PGSERVICEFILE", str(service))
-    migrating.migrate("service=owner", to=0)
-    assert migrating.migrate("service=owner")[0] == 0
-    assert migrating.problems("service=owner") == []
+    migrate.migrate("service=owner", to=0)
+    assert migrate.migrate("service=owner")[0] == 0
+    assert migrate.problems("service=owner") == []
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_postgres_refused(change: tuple[str, str], words: str, shop: str) -> Non
     error = refusal(Settings(database_url=url))
     assert words in error.message
     with pytest.raises(Denied) as command:
-        admin.status(url)
+        status.status(url)
     assert command.value.remedy == error.remedy
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from outbox import admin
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
+from outbox.operate import status
 from outbox.postgres.store import Store
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
@@ -51,10 +51,10 @@ def test_over_two_streams_and_too_large_die_and_the_rest_flows(
     assert dead(database) == [(11, "spans-streams"), (12, "message-too-large"), (13, "message-too-large")]
     assert len(broker.read(stream.name)) == 15
     assert len(broker.read(f"{stream.name}B")) == 15
-    status = admin.status(database)
-    assert status.dead_transactions == 3
-    assert (status.sent_transactions, status.sent_events) == (20, 30)
-    assert stream.name in next(letter.reason for letter in status.dead if letter.position == 11)
+    found = status.status(database)
+    assert found.dead_transactions == 3
+    assert (found.sent_transactions, found.sent_events) == (20, 30)
+    assert stream.name in next(letter.reason for letter in found.dead if letter.position == 11)
     broker.api(f"STREAM.DELETE.{stream.name}B")
 
 
@@ -150,10 +150,10 @@ def test_subject_in_no_stream_waits_and_holds_what_is_behind_it(
     transaction(database, (f"{stream.prefix}.x", "behind"))
     with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
         relay.wait_for(Blocked, lambda each: "nowhere.x" in each.why)
-        until(lambda: "transaction 2: subject nowhere.x" in str(admin.status(database).blocked))
+        until(lambda: "transaction 2: subject nowhere.x" in str(status.status(database).blocked))
         broker.create_stream("NOWHERE", "nowhere.>")
         wait_until_sent(database)
-        until(lambda: admin.status(database).blocked is None)
+        until(lambda: status.status(database).blocked is None)
     assert [each.payload for each in broker.read(stream.name)] == [b"before", b"behind"]
     assert [each.payload for each in broker.read("NOWHERE")] == [b"lost?"]
     broker.api("STREAM.DELETE.NOWHERE")
@@ -188,7 +188,7 @@ def test_full_stream_is_weather(database: str, broker: Broker, nats: Nats, strea
     with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
         relay.wait_for(Blocked, lambda each: each.stream == "FULL")
         until(lambda: len(broker.read(stream.name)) == 1)
-        blocked = until(lambda: [s.blocked for s in admin.status(database).streams if s.blocked])
+        blocked = until(lambda: [s.blocked for s in status.status(database).streams if s.blocked])
         assert "maximum messages exceeded" in str(blocked)
         config = {**broker.info("FULL")["config"], "max_msgs": 100}
         broker.api("STREAM.UPDATE.FULL", config)

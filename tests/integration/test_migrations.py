@@ -10,9 +10,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox import migrating, orders, schema
+from outbox import schema
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
+from outbox.operate import migrate, queries
 from tests.bed import rows, value
 from tests.conftest import numbers
 
@@ -35,7 +36,7 @@ def empty(any_postgres: Postgres) -> str:
 
 def fingerprint(url: str, name: str = "outbox") -> list[str]:
     with psycopg.connect(url) as connection:
-        return sorted(line for (line,) in connection.execute(orders.FINGERPRINT, {"schema": name}))
+        return sorted(line for (line,) in connection.execute(queries.FINGERPRINT, {"schema": name}))
 
 
 def everything(url: str) -> set[str]:
@@ -52,14 +53,14 @@ def everything(url: str) -> set[str]:
 @pytest.mark.parametrize("name", ["outbox", "order"])
 def test_up_down_and_up_again_leaves_no_difference(empty: str, name: str) -> None:
     before = everything(empty)
-    assert migrating.migrate(empty, name) == (0, 1)
-    assert migrating.migrate(empty, name) == (1, 1)
+    assert migrate.migrate(empty, name) == (0, 1)
+    assert migrate.migrate(empty, name) == (1, 1)
     first = fingerprint(empty, name)
-    assert migrating.migrate(empty, name, to=0) == (1, 0)
+    assert migrate.migrate(empty, name, to=0) == (1, 0)
     assert everything(empty) == before
-    assert migrating.migrate(empty, name) == (0, 1)
+    assert migrate.migrate(empty, name) == (0, 1)
     assert fingerprint(empty, name) == first
-    assert migrating.problems(empty, name) == []
+    assert migrate.problems(empty, name) == []
 
 
 @pytest.mark.parametrize(
@@ -74,24 +75,24 @@ def test_up_down_and_up_again_leaves_no_difference(empty: str, name: str) -> Non
     ],
 )
 def test_drift_is_named(database: str, change: str, found: str) -> None:
-    assert migrating.problems(database) == []
+    assert migrate.problems(database) == []
     rows(database, change)
-    assert any(found in problem for problem in migrating.problems(database))
+    assert any(found in problem for problem in migrate.problems(database))
 
 
 def test_behind_is_named(empty: str) -> None:
-    assert migrating.problems(empty) == ["schema outbox is at version 0, not 1: outbox migrate"]
+    assert migrate.problems(empty) == ["schema outbox is at version 0, not 1: outbox migrate"]
 
 
 def test_printed_sql_makes_the_same_schema(empty: str, database: str) -> None:
     with psycopg.connect(empty, autocommit=True) as connection:
-        connection.execute(migrating.migration_sql().encode())
-    assert migrating.problems(empty) == []
+        connection.execute(migrate.migration_sql().encode())
+    assert migrate.problems(empty) == []
 
 
 def test_unknown_version_is_refused(database: str) -> None:
     with pytest.raises(Misconfigured, match="no schema version 99"):
-        migrating.migrate(database, to=99)
+        migrate.migrate(database, to=99)
 
 
 @pytest.mark.parametrize("name", ["Outbox", "a-b", "", "x" * 49, 'a"b', "pg_outbox", "1a"])
@@ -176,12 +177,12 @@ def test_application_with_its_own_history(empty: str, tmp_path: Path, name: str)
     before = everything(empty)
     application = Application(tmp_path / "app", empty, name)
     application.alembic("upgrade", "head")
-    assert migrating.problems(empty, name) == []
+    assert migrate.problems(empty, name) == []
     assert value(empty, "SELECT version_num FROM alembic_version") == "a1"
     # The next autogenerate is empty: our tables are neither dropped nor made again.
     application.alembic("check")
     with pytest.raises(Misconfigured, match="own Alembic history"):
-        migrating.migrate(empty, name)
+        migrate.migrate(empty, name)
     application.alembic("downgrade", "base")
     assert everything(empty) - before == {
         "pg_class alembic_version",
@@ -190,7 +191,7 @@ def test_application_with_its_own_history(empty: str, tmp_path: Path, name: str)
         "pg_type _alembic_version",
     }
     application.alembic("upgrade", "head")
-    assert migrating.problems(empty, name) == []
+    assert migrate.problems(empty, name) == []
 
 
 def test_applications_history_prints_the_same_sql(empty: str, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_applications_history_prints_the_same_sql(empty: str, tmp_path: Path) ->
     printed = application.alembic("upgrade", "head", "--sql").stdout
     with psycopg.connect(empty, autocommit=True) as connection:
         connection.execute(printed.encode())
-    assert migrating.problems(empty) == []
+    assert migrate.problems(empty) == []
 
 
 def test_tables_fit_what_the_database_has(database: str) -> None:

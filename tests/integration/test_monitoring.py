@@ -19,12 +19,13 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from outbox import pausing, server
 from outbox.core.telemetry import TookLead
 from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats, free_port
-from outbox.health import Health
-from outbox.metrics import Metrics
+from outbox.monitor import http as server
+from outbox.monitor.http import Health
+from outbox.monitor.metrics import Metrics
+from outbox.operate import pause
 from tests import promql
 from tests.bed import Broker, ProcessRelay, rows, until, wait_until_sent
 from tests.conftest import Stream, own_nats, own_postgres, prepared
@@ -100,14 +101,14 @@ def test_leader_and_standby_are_ready_and_count(
             assert standby.ready()[0] == 200
             standby.until("leader_present", 1)
             assert (leader.value("leader"), standby.value("leader")) == (1, 0)
-            pausing.pause(database, "outbox", "a test")
+            pause.pause(database, "outbox", "a test")
             leader.wait_for("Paused")
             add(database, f"{stream.prefix}.x", 2)
             for relay in (leader, standby):
                 relay.until("pending_events", 2)
                 relay.until("paused", 1)
                 assert (relay.value("oldest_pending_age_seconds") or 0) > 0
-            pausing.resume(database, "outbox")
+            pause.resume(database, "outbox")
             leader.until("published_events_total", 5, stream=stream.name)
             assert leader.value("published_transactions_total", stream=stream.name) == 2
             assert leader.value("batches_total", outcome="stored") == 2

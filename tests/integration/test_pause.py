@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from outbox import admin, pausing, schema
+from outbox import schema
 from outbox.config import Settings
 from outbox.core.telemetry import Marked, PageRead, Paused, Resumed, Slept
+from outbox.operate import pause, status
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 
@@ -19,42 +20,42 @@ def test_nothing_is_published_until_it_is_resumed(settings: Settings, broker: Br
         add(url, stream)
         wait_until_sent(url)
         relay.wait_for(Slept)
-        assert pausing.pause(url, "outbox", "moving the stream").changed
-        assert not pausing.pause(url, "outbox", "again").changed
+        assert pause.pause(url, "outbox", "moving the stream").changed
+        assert not pause.pause(url, "outbox", "again").changed
         assert relay.wait_for(Paused).why == "moving the stream"
         at = len(relay.happenings)
         for _ in range(20):
             add(url, stream)
-        found = admin.status(url)
+        found = status.status(url)
         assert (found.paused_why, found.pending_transactions) == ("moving the stream", 20)
         assert found.leader
         assert not [each for each in relay.happenings[at:] if isinstance(each, PageRead | Marked)]
         assert broker.last_sequence(stream.name) == 1
-        assert pausing.resume(url, "outbox").changed
+        assert pause.resume(url, "outbox").changed
         relay.wait_for(Resumed)
         wait_until_sent(url)
     assert broker.last_sequence(stream.name) == 21
-    assert not pausing.resume(url, "outbox").changed
-    assert admin.status(url).paused_at is None
+    assert not pause.resume(url, "outbox").changed
+    assert status.status(url).paused_at is None
 
 
 def test_a_new_leader_is_paused_from_its_first_moment(settings: Settings, broker: Broker, stream: Stream) -> None:
     url = settings.database_url
     add(url, stream)
-    pausing.pause(url, "outbox", "not yet")
+    pause.pause(url, "outbox", "not yet")
     with ThreadRelay(settings) as relay:
         relay.wait_for(Paused)
-        until(lambda: admin.status(url).leader)
+        until(lambda: status.status(url).leader)
         assert not [each for each in relay.happenings if isinstance(each, PageRead)]
     assert broker.last_sequence(stream.name) == 0
     with ThreadRelay(settings):
-        pausing.resume(url, "outbox")
+        pause.resume(url, "outbox")
         wait_until_sent(url)
     assert broker.last_sequence(stream.name) == 1
 
 
 def test_drain_of_a_paused_outbox_ends_when_nothing_is_pending(settings: Settings) -> None:
-    pausing.pause(settings.database_url, "outbox", "x")
+    pause.pause(settings.database_url, "outbox", "x")
     assert ThreadRelay(settings, drain=True).ended() is None
 
 
@@ -63,7 +64,7 @@ def test_writers_do_not_notify_a_relay_that_is_paused(settings: Settings, stream
     url = settings.database_url
     with ThreadRelay(settings) as relay:
         relay.wait_for(Slept)
-        pausing.pause(url, "outbox", "x")
+        pause.pause(url, "outbox", "x")
         relay.wait_for(Paused)
         asleep = "SELECT pg_try_advisory_xact_lock_shared(%s, %s)"
         until(lambda: value(url, asleep, schema.AWAKE_LOCK, schema.lock_key("outbox")))

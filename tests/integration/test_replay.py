@@ -7,10 +7,10 @@ import asyncio
 import psycopg
 import pytest
 
-from outbox import migrating, replaying, showing
 from outbox.config import Settings
 from outbox.errors import Misconfigured
-from outbox.replaying import Range
+from outbox.operate import migrate, replay, show
+from outbox.operate.replay import Range
 from tests.bed import Broker, Stored, ThreadRelay, rows, value, wait_until_sent
 from tests.conftest import Stream
 from tests.workload import check
@@ -35,7 +35,7 @@ def test_replay_is_new_messages_that_say_what_they_repeat(settings: Settings, br
     add(url, (f"{subject}.a", "4"))
     with ThreadRelay(settings):
         wait_until_sent(url)
-        done = replaying.replay(url, "outbox", Range(first=1, last=2))
+        done = replay.replay(url, "outbox", Range(first=1, last=2))
         assert (done.transactions, done.events, done.last) == (2, 3, 2)
         wait_until_sent(url)
     stored = broker.read(stream.name)
@@ -46,10 +46,10 @@ def test_replay_is_new_messages_that_say_what_they_repeat(settings: Settings, br
         assert again.headers["Outbox-Id"] == original.headers["Outbox-Id"]
         assert again.headers["kind"] == "x"
     assert len({each.message_id for each in stored}) == 7
-    shown = asyncio.run(showing.show(settings, 1))
+    shown = asyncio.run(show.show(settings, 1))
     assert (shown.state, shown.replays, shown.replay_of) == ("sent", [4], None)
     assert [each.in_stream for each in shown.events] == ["there", "there"]
-    assert asyncio.run(showing.show(settings, 4)).replay_of == 1
+    assert asyncio.run(show.show(settings, 4)).replay_of == 1
 
 
 def test_replay_chooses_by_subject_and_passes_over_what_was_not_sent(
@@ -64,11 +64,11 @@ def test_replay_chooses_by_subject_and_passes_over_what_was_not_sent(
     rows(url, "UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'by hand' WHERE position = 3")
     add(url, (f"{subject}.a", "pending"))
     chosen = Range(first=1, last=100, subject=f"{subject}.*.>")
-    assert replaying.replay(url, "outbox", chosen).transactions == 0
+    assert replay.replay(url, "outbox", chosen).transactions == 0
     chosen = Range(first=1, last=100, subject="*.a")
-    counted = replaying.replay(url, "outbox", chosen, dry_run=True)
+    counted = replay.replay(url, "outbox", chosen, dry_run=True)
     assert value(url, "SELECT count(*) FROM outbox.transactions") == 4
-    done = replaying.replay(url, "outbox", chosen)
+    done = replay.replay(url, "outbox", chosen)
     assert (done.transactions, done.events, done.pending, done.dead, done.last) == (1, 2, 1, 1, 1)
     assert counted == done
     assert value(url, "SELECT replay_of FROM outbox.transactions WHERE position = 5") == 1
@@ -80,7 +80,7 @@ def test_replays_are_not_replayed_again(settings: Settings, stream: Stream) -> N
     with ThreadRelay(settings):
         wait_until_sent(url)
         for _ in range(3):
-            assert replaying.replay(url, "outbox", ALL).transactions == 1
+            assert replay.replay(url, "outbox", ALL).transactions == 1
             wait_until_sent(url)
     assert rows(url, "SELECT replay_of FROM outbox.transactions ORDER BY position") == [(None,), (1,), (1,), (1,)]
 
@@ -94,9 +94,9 @@ def test_what_does_not_fit_the_limits_any_more_is_refused_and_nothing_is_added(
         wait_until_sent(url)
     rows(url, "UPDATE outbox.limits SET max_event_bytes = 2000")
     with pytest.raises(Misconfigured, match=r"transaction 1 cannot be added again: .*over the limit of 2000"):
-        replaying.replay(url, "outbox", ALL)
+        replay.replay(url, "outbox", ALL)
     rows(url, "DELETE FROM outbox.events")
-    assert replaying.replay(url, "outbox", ALL).transactions == 0
+    assert replay.replay(url, "outbox", ALL).transactions == 0
     assert value(url, "SELECT count(*) FROM outbox.transactions") == 1
 
 
@@ -107,10 +107,10 @@ def test_the_operators_role_may_replay_and_pause(settings: Settings, stream: Str
         wait_until_sent(url)
     name = f"operator_{stream.prefix}"
     rows(url, f"CREATE ROLE {name}")
-    migrating.grant(url, "outbox", operator=name)
+    migrate.grant(url, "outbox", operator=name)
     as_operator = psycopg.conninfo.make_conninfo(url, options=f"-c role={name}")
-    assert replaying.replay(as_operator, "outbox", ALL).transactions == 1
-    shown = asyncio.run(showing.show(settings.model_copy(update={"database_url": as_operator}), 2))
+    assert replay.replay(as_operator, "outbox", ALL).transactions == 1
+    shown = asyncio.run(show.show(settings.model_copy(update={"database_url": as_operator}), 2))
     assert (shown.state, shown.replay_of) == ("pending", 1)
 
 
@@ -120,7 +120,7 @@ def test_verify_and_the_checker_see_a_damaged_replay(settings: Settings, broker:
     add(url, (f"{stream.prefix}.a", "1"), (f"{stream.prefix}.a", "2"))
     with ThreadRelay(settings):
         wait_until_sent(url)
-        replaying.replay(url, "outbox", ALL)
+        replay.replay(url, "outbox", ALL)
         wait_until_sent(url)
     stored = broker.read(stream.name)
     whole, part = check(url, stored), check(url, stored[:3])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 
-from outbox import retention
 from outbox.config import Settings
 from outbox.core.telemetry import Marked, Purged
-from outbox.verifying import verify
+from outbox.operate import purge
+from outbox.operate.verify import verify
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream
 from tests.fault.test_dead_letters import command
@@ -70,9 +70,9 @@ def test_purge_by_hand_goes_past_what_is_pending(database: str, stream: Stream, 
     rows(database, old)
     unsent = "sent_at = NULL, stream = NULL, first_sequence = NULL, last_sequence = NULL"
     rows(database, f"UPDATE outbox.transactions SET {unsent} WHERE position <= 1200")
-    assert retention.purge(database, "outbox", 3600) == 1300
+    assert purge.purge(database, "outbox", 3600) == 1300
     assert kept(database) == (1200, 1200)
-    assert retention.purge(database, "outbox", 0) == 0
+    assert purge.purge(database, "outbox", 0) == 0
 
 
 def test_one_that_was_retried_late_does_not_stop_the_purge(database: str, stream: Stream, settings: Settings) -> None:
@@ -81,7 +81,7 @@ def test_one_that_was_retried_late_does_not_stop_the_purge(database: str, stream
     assert ThreadRelay(settings, drain=True).ended() is None
     rows(database, "UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position <> 10")
     rows(database, "UPDATE outbox.transactions SET retried_at = now() WHERE position = 10")
-    assert retention.purge(database, "outbox", 3600) == 1199
+    assert purge.purge(database, "outbox", 3600) == 1199
 
 
 def test_ages_that_no_database_can_count(environment: dict[str, str]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from outbox import admin, migrating, rebasing
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Marked, StandingBy, TookLead, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
+from outbox.operate import migrate, rebase, status
 from outbox.schema import grants
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, old_nats
@@ -85,7 +85,7 @@ def test_stream_that_loses_allow_atomic_later_is_waited_for(database: str, nats:
         broker.api("STREAM.UPDATE.LATER", {**config, "allow_atomic": False})
         rows(database, "SELECT outbox.add('later.x', n::text) FROM generate_series(1, 3) AS n")
         relay.wait_for(Blocked, lambda each: "atomic" in each.why)
-        until(lambda: any("atomic" in str(each.blocked) for each in admin.status(database).streams))
+        until(lambda: any("atomic" in str(each.blocked) for each in status.status(database).streams))
         broker.api("STREAM.UPDATE.LATER", config)
         wait_until_sent(database)
     assert len(broker.read("LATER")) == 4
@@ -93,7 +93,7 @@ def test_stream_that_loses_allow_atomic_later_is_waited_for(database: str, nats:
 
 
 def test_database_without_the_schema_is_refused(database: str, settings: Settings) -> None:
-    migrating.migrate(database, to=0)
+    migrate.migrate(database, to=0)
     assert refusal(settings).remedy == "outbox migrate"
 
 
@@ -120,7 +120,7 @@ def test_other_cluster_is_refused_until_rebase(
     assert isinstance(error, Halt)
     assert "outbox rebase" in error.remedy
     assert len(broker.read(stream.name)) == 1
-    assert asyncio.run(rebasing.rebase(settings)).outbox_id != old
+    assert asyncio.run(rebase.rebase(settings)).outbox_id != old
     with ThreadRelay(settings, drain=True) as relay:
         assert relay.ended() is None
     assert [each.payload for each in broker.read(stream.name)] == [b"x", b"y"]

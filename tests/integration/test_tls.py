@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from outbox import admin
 from outbox.config import Settings
 from outbox.core.telemetry import Unreachable
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Denied, Misconfigured, Weather
 from outbox.jetstream.client import JetStream
+from outbox.operate import status
 from tests.authority import Authority, Pair
 from tests.bed import ThreadRelay, broker_of, rows, value, wait_until_sent
 from tests.conftest import Stream, own_nats
@@ -239,7 +239,7 @@ def test_postgres_refused(why: str, words: str, guarded: Guarded, workplace: Pat
         url = guarded.url(role, password=SECRET, sslmode=mode, sslrootcert=str(ca))
         error = refusal(Settings(database_url=url))
         with pytest.raises(Denied) as command:
-            admin.status(url)
+            status.status(url)
     finally:
         guarded.certificate("127.0.0.1")
     assert re.search(words, error.message), error

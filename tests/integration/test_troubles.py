@@ -10,12 +10,14 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox import admin, checkups, doctor, letters, migrating, rebasing
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, InDoubt
-from outbox.diagnosis import Check, Colour
+from outbox.doctor import examine as doctor
+from outbox.doctor import queries
+from outbox.doctor.check import Check, Colour
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
+from outbox.operate import dead, migrate, rebase, status
 from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.conftest import Stream, clone, old_nats
 from tests.integration.conftest import SECRET
@@ -68,7 +70,7 @@ def test_nothing_is_wrong(settings: Settings, stream: Stream) -> None:
 
 def test_wrong_password(passwords: Postgres, nats: Nats, stream: Stream) -> None:
     url = clone(passwords)
-    migrating.grant(url, "outbox", relay="by_password")
+    migrate.grant(url, "outbox", relay="by_password")
     add(url, f"{stream.prefix}.x")
     right = psycopg.conninfo.make_conninfo(url, user="by_password", password=SECRET)
     wrong_one = psycopg.conninfo.make_conninfo(right, password="guessed")
@@ -95,7 +97,7 @@ def test_subject_without_a_stream(settings: Settings, broker: Broker, stream: St
         settings, "subject lost.property is in no stream", "nats stream add NAME --subjects lost.property --allow-batch"
     )
     with ThreadRelay(settings):
-        until(lambda: admin.status(settings.database_url).blocked)
+        until(lambda: status.status(settings.database_url).blocked)
         named(settings, "transaction 1: subject lost.property is in no stream", "the lines under stream")
     broker.create_stream("FOUND", "lost.property")
     flows(settings)
@@ -109,7 +111,7 @@ def test_full_stream(settings: Settings, stream: Stream, edit: Callable[..., Non
             add(settings.database_url, f"{stream.prefix}.x")
             wait_until_sent(settings.database_url)
         add(settings.database_url, f"{stream.prefix}.x")
-        until(lambda: any(each.blocked for each in admin.status(settings.database_url).streams))
+        until(lambda: any(each.blocked for each in status.status(settings.database_url).streams))
         named(settings, "it is full: 2 of 2 messages", "raise max_msgs")
         named(settings, f"{stream.name}: maximum messages exceeded", "the lines under stream")
     edit(max_msgs=-1)
@@ -119,7 +121,7 @@ def test_full_stream(settings: Settings, stream: Stream, edit: Callable[..., Non
 def test_missing_grant(settings: Settings, stream: Stream) -> None:
     url, name = settings.database_url, f"relay_{stream.prefix}"
     rows(url, f"CREATE ROLE {name} LOGIN")
-    migrating.grant(url, "outbox", relay=name)
+    migrate.grant(url, "outbox", relay=name)
     rows(url, f"REVOKE UPDATE (attempts) ON outbox.transactions FROM {name}")
     as_relay = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user=name)})
     add(url, f"{stream.prefix}.x")
@@ -127,7 +129,7 @@ def test_missing_grant(settings: Settings, stream: Stream) -> None:
     assert found.remedy.endswith(f"as the owner: outbox migrate --relay-role {name}")
     rows(url, f"REVOKE USAGE ON SCHEMA outbox FROM {name}")
     named(as_relay, f"role {name} lacks USAGE ON SCHEMA", "outbox migrate --relay-role")
-    migrating.grant(url, "outbox", relay=name)
+    migrate.grant(url, "outbox", relay=name)
     flows(as_relay)
 
 
@@ -136,7 +138,7 @@ def test_drifted_schema(settings: Settings, stream: Stream) -> None:
     rows(url, "DROP INDEX outbox.transactions_dead")
     rows(url, "ALTER TABLE outbox.events DISABLE TRIGGER seal")
     named(settings, "it has drifted: missing: index", "outbox migrate --check names all")
-    sql = migrating.migration_sql()
+    sql = migrate.migration_sql()
     index = next(line for line in sql.splitlines() if "CREATE INDEX transactions_dead" in line)
     rows(url, index)
     named(settings, "it has drifted: missing: trigger", "outbox migrate --check names all")
@@ -148,7 +150,7 @@ def test_drifted_schema(settings: Settings, stream: Stream) -> None:
 def test_schema_that_is_not_there(settings: Settings) -> None:
     nowhere = settings.model_copy(update={"schema": "nowhere"})
     named(nowhere, "there is no schema nowhere", "outbox migrate")
-    migrating.migrate(settings.database_url, "nowhere")
+    migrate.migrate(settings.database_url, "nowhere")
     assert wrong(nowhere) == []
 
 
@@ -227,7 +229,7 @@ def test_what_is_forbidden_on_one_stream_leaves_the_others_alone(database: str, 
                 add(database, "free.x")
             until(lambda: admins.last_sequence("FREE") == 200)
             assert not [each for each in relay.happenings if isinstance(each, InDoubt) and each.stream == "FREE"]
-            assert [each.blocked is not None for each in admin.status(database).streams] == [True, False]
+            assert [each.blocked is not None for each in status.status(database).streams] == [True, False]
 
 
 def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:
@@ -235,11 +237,11 @@ def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., Non
     edit(max_msg_size=500)
     add(url, f"{stream.prefix}.x", "x" * 900)
     with ThreadRelay(settings):
-        until(lambda: admin.status(url).dead_transactions)
+        until(lambda: status.status(url).dead_transactions)
         named(settings, "1 transaction; the newest, 1: message-too-large", "outbox dead list", Colour.YELLOW)
         named(settings, "max_msg_size is 500", "--max-msg-size=-1", Colour.YELLOW)
         edit(max_msg_size=-1)
-        assert letters.retry(url, "outbox", [1]) == [1]
+        assert dead.retry(url, "outbox", [1]) == [1]
         until(lambda: value(url, "SELECT sent_at FROM outbox.transactions"))
     assert [each for each in checks(settings) if each.name == "dead letters"] == []
 
@@ -253,13 +255,13 @@ def test_another_writer_in_the_stream(settings: Settings, broker: Broker, stream
         named(settings, "it has another writer (message 2)", "or stop the other writer", Colour.YELLOW)
         add(url, f"{stream.prefix}.x")
         wait_until_sent(url)
-        assert admin.status(url).streams[0].mode == "shared"
+        assert status.status(url).streams[0].mode == "shared"
     # The other writer has stopped, and so has the relay.
-    asyncio.run(rebasing.accept_stream(settings, stream.name))
+    asyncio.run(rebase.accept_stream(settings, stream.name))
     with ThreadRelay(settings):
         add(url, f"{stream.prefix}.x")
         wait_until_sent(url)
-        assert admin.status(url).streams[0].mode == "chained"
+        assert status.status(url).streams[0].mode == "chained"
         assert [each for each in checks(settings) if "another writer" in each.found] == []
 
 
@@ -277,7 +279,7 @@ def test_paused_and_without_a_leader(settings: Settings, stream: Stream) -> None
 def test_row_security_restored_database_and_small_batches(settings: Settings) -> None:
     url = settings.database_url
     rows(url, "CREATE ROLE hidden LOGIN")
-    migrating.grant(url, "outbox", relay="hidden")
+    migrate.grant(url, "outbox", relay="hidden")
     rows(url, "ALTER TABLE outbox.transactions ENABLE ROW LEVEL SECURITY")
     as_hidden = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user="hidden")})
     named(as_hidden, "it may hide rows of transactions from role hidden", "DISABLE ROW LEVEL SECURITY")
@@ -313,7 +315,7 @@ def test_tables_without_their_row(settings: Settings) -> None:
 def test_what_this_role_cannot_see_is_said_and_no_statement_is_shown(settings: Settings, stream: Stream) -> None:
     url, name = settings.database_url, f"blind_{stream.prefix}"
     rows(url, f"CREATE ROLE {name} LOGIN")
-    migrating.grant(url, "outbox", relay=name)
+    migrate.grant(url, "outbox", relay=name)
     blind = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user=name)})
     named(blind, "does not see the transactions of other roles", f"GRANT pg_read_all_stats TO {name}", Colour.YELLOW)
     rows(url, "ALTER TABLE outbox.events DISABLE TRIGGER check_event")
@@ -321,7 +323,7 @@ def test_what_this_role_cannot_see_is_said_and_no_statement_is_shown(settings: S
     named(blind, "missing or disabled: trigger check_event, index transactions_txid", "ENABLE TRIGGER")
     rows(url, f"GRANT pg_read_all_stats TO {name}")
     assert not [each for each in checks(blind) if "does not see" in each.found]
-    assert "query" not in checkups.WRITERS + checkups.SNAPSHOTS
+    assert "query" not in queries.WRITERS + queries.SNAPSHOTS
 
 
 def test_strays_are_found(settings: Settings) -> None:

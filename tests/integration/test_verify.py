@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from outbox.config import Settings
+from outbox.core.positions import HIGHEST
 from outbox.embedded import Nats
-from outbox.verifying import HIGHEST, verify
+from outbox.operate.verify import verify
 from tests.bed import Broker, ThreadRelay, rows, value, wait_until_sent
 from tests.conftest import Stream
 from tests.fault.test_dead_letters import command

@@ -150,9 +150,9 @@ def test_autocommit_without_a_transaction_is_refused(database: str) -> None:
 
 
 def test_another_schema(database: str) -> None:
-    from outbox import migrating
+    from outbox.operate import migrate
 
-    migrating.migrate(database, "order")
+    migrate.migrate(database, "order")
     with psycopg.connect(database) as connection:
         Outbox("order").add(connection, "a.b", "x")
         connection.execute('SELECT "order".add(%s, %s)', ["a.b", "y"])

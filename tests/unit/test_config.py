@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from typer.testing import CliRunner
 
-from outbox.cli import app
+from outbox.cli.app import app
 from outbox.config import BatchMode, Loaded, LogFormat, Settings, WrongSettings, load
 from outbox.postgres.session import CONNECTION, _kept
 from outbox.sources import find

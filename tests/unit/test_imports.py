@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 import outbox
 
@@ -26,11 +29,31 @@ def test_import_loads_nothing_that_only_the_relay_needs() -> None:
     }
 
 
-def test_command_line_loads_nothing_of_opentelemetry() -> None:
-    code = "import outbox.cli, sys; print(*sorted(m.split('.')[0] for m in sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "nats" in loaded
-    assert "opentelemetry" not in loaded
+@pytest.mark.parametrize(
+    ("words", "loads_nats"),
+    [
+        (["--version"], False),
+        (["dead", "list"], False),
+        (["replay", "--from", "1", "--to", "2", "--dry-run"], False),
+        (["show", "1"], True),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_a_command_loads_what_it_needs(words: list[str], loads_nats: bool) -> None:
+    """The server is not there: all that a command loads is loaded before it finds out."""
+    code = f"""import sys, outbox.cli.app
+sys.argv = ["outbox", *{words}]
+try:
+    outbox.cli.app.main()
+except SystemExit:
+    pass
+print(*sorted({{m.split('.')[0] for m in sys.modules}}))"""
+    environment = {**os.environ, "OUTBOX_DATABASE_URL": "postgresql://127.0.0.1:1/none"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert ("nats" in loaded) is loads_nats
+    assert not {"opentelemetry", "alembic", "prometheus_client", "uvloop"} & set(loaded)
 
 
 def test_all_names_are_there() -> None:

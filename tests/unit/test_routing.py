@@ -7,10 +7,9 @@ from uuid import uuid4
 import pytest
 
 from outbox.core.transaction import Transaction
-from outbox.event import Event
+from outbox.event import Event, matches
 from outbox.jetstream.stream import StreamInfo
-from outbox.relay import routes as routing
-from outbox.relay.routes import Routes, matches
+from outbox.relay.routing import Routes
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,7 @@ def test_matches(subject: str, pattern: str, fits: bool) -> None:
 
 
 def test_more_subjects_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "REMEMBERED_SUBJECTS", 3)
+    monkeypatch.setattr("outbox.relay.routing.REMEMBERED_SUBJECTS", 3)
     routes = Routes()
     info = StreamInfo(
         name="S",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from outbox.admin import Status
 from outbox.config import Setting
 from outbox.core.comparison import Comparison
-from outbox.diagnosis import Check, Colour
-from outbox.letters import DeadLetter
-from outbox.rates import Rates
-from outbox.showing import Shown
+from outbox.doctor.check import Check, Colour
 from outbox.text import counted, printable
+
+if TYPE_CHECKING:  # a screen is the same for every command; each loads its own
+    from outbox.operate.dead import DeadLetter
+    from outbox.operate.show import Shown
+    from outbox.operate.status import Rates, Status
 
 SHOWN_BYTES = 2000
 OLD_SECONDS = 60.0  # a transaction that waits longer is worth a look

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from outbox import orders, schema
+from outbox import schema
 from outbox.errors import Misconfigured
+from outbox.operate import queries
 from outbox.postgres.session import command_session
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ MIGRATION_LOCK = 0x0B0C_0003
 
 def scripts() -> Path:
     """The folder of Alembic revisions: inside the wheel, or beside the package in a working copy."""
-    shipped = Path(__file__).parent / "_migrations"
-    return shipped if shipped.exists() else Path(__file__).parent.parent / "migrations"
+    package = Path(__file__).parents[1]
+    shipped = package / "_migrations"
+    return shipped if shipped.exists() else package.parent / "migrations"
 
 
 def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION) -> tuple[int, int]:
@@ -128,7 +130,7 @@ def _sweep(connection: psycopg.Connection[Any], name: str) -> None:
 
 
 def _fingerprint(connection: psycopg.Connection[Any], name: str) -> Iterator[str]:
-    for row in connection.execute(orders.FINGERPRINT, {"schema": name}):
+    for row in connection.execute(queries.FINGERPRINT, {"schema": name}):
         yield row[0]
 
 

@@ -1,6 +1,7 @@
 """Health and metrics over HTTP: `/healthz`, `/readyz`, `/metrics`. In threads, so it answers though the loop hangs.
 
 `/healthz` asks whether the relay's loop still turns, and probes nothing else: an outage is no reason to kill a relay.
+`/readyz` tells whether this relay leads with both servers, or stands by with PostgreSQL.
 """
 
 from __future__ import annotations
@@ -18,10 +19,51 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from outbox.core import telemetry
 from outbox.errors import Misconfigured
-from outbox.health import Health
 
 LOOP_SECONDS = 5.0  # a loop that does not turn for so long is stuck
+
+
+class Health:
+    """`happened` is a listener. Reading is safe from any thread."""
+
+    def __init__(self) -> None:
+        self._state = "starting"
+        self._lost: dict[str, str] = {"postgres": "not connected yet", "nats": "not connected yet"}
+
+    def happened(self, happening: telemetry.Happening) -> None:
+        """Take in what happened; ignores what does not count."""
+        match happening:
+            case telemetry.Connected(server=server):
+                self._lost.pop(server, None)
+            case telemetry.Unreachable(server=server, why=why):
+                self._lost[server] = why
+            case telemetry.StandingBy():
+                self._state = "standby"
+            case telemetry.TookLead():
+                self._state = "leader"
+            case telemetry.LeadEnded():
+                self._state = "starting"
+                self._lost["nats"] = "not connected yet"
+            case telemetry.Stopped():
+                self._state = "stopped"
+            case _:
+                pass
+
+    @property
+    def state(self) -> str:
+        """What the relay is: starting, standby, leader or stopped."""
+        return self._state
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not ready, or None."""
+        if self._state not in ("standby", "leader"):
+            return self._lost.get("postgres") or f"the relay is {self._state}"
+        needed = ("postgres", "nats") if self._state == "leader" else ("postgres",)
+        lost = ((server, self._lost.get(server)) for server in needed)
+        return next((f"{server}: {why}" for server, why in lost if why is not None), None)
 
 
 class Answer(NamedTuple):

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from outbox import orders
-from outbox.postgres import queries
+from outbox.event import matches
+from outbox.operate import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
-from outbox.relay.routes import matches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def dead_letters(url: str, name: str, selection: Selection) -> list[DeadLetter]:
     """The dead letters that are meant, by position. Reads only."""
     with command_session(url) as connection:
         names = ("position", "event_count", "subjects", "sealed_at", "dead_at", "reason", "discarded_at", "retried_at")
-        rows = connection.execute(queries.compose(orders.DEAD_LETTERS, name))
+        rows = connection.execute(compose(queries.DEAD_LETTERS, name))
         found = (DeadLetter(**dict(zip(names, row, strict=True))) for row in rows)
         return [letter for letter in found if selection.holds(letter)]
 
@@ -67,15 +67,15 @@ def retry(url: str, name: str, positions: Sequence[int]) -> list[int]:
 
     The leader takes them up within about a second; without one, the next leader does.
     """
-    return _change(url, name, orders.RETRY, positions)
+    return _change(url, name, queries.RETRY, positions)
 
 
 def discard(url: str, name: str, positions: Sequence[int]) -> list[int]:
     """Declare that dead letters are never to be sent; returns the positions of those it took. Commits."""
-    return _change(url, name, orders.DISCARD, positions)
+    return _change(url, name, queries.DISCARD, positions)
 
 
 def _change(url: str, name: str, query: str, positions: Sequence[int]) -> list[int]:
     with command_session(url) as connection:
-        rows = connection.execute(queries.compose(query, name), {"positions": list(positions)}).fetchall()
+        rows = connection.execute(compose(query, name), {"positions": list(positions)}).fetchall()
     return sorted(row[0] for row in rows)

@@ -13,7 +13,7 @@ from typing import Any
 
 from outbox.core.chain import SHARED
 from outbox.core.outcome import Meaning, Rejected, Unknown, meaning
-from outbox.diagnosis import Check, Checks
+from outbox.doctor.check import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream.client import JetStream, Refused
 from outbox.postgres.rows import StreamRow

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from outbox import orders
 from outbox.config import Settings
 from outbox.core.plan import Seen
 from outbox.errors import Misconfigured, OutboxError
 from outbox.jetstream.client import JetStream
-from outbox.postgres import queries
+from outbox.operate import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
 
 
@@ -64,10 +64,10 @@ async def show(settings: Settings, position: int) -> Shown:
     """Everything about one transaction. Raises `Misconfigured` if there is none at this position."""
     with command_session(settings.database_url) as connection:
         given = {"position": position}
-        row = connection.execute(queries.compose(orders.SHOW, settings.schema), given).fetchone()
-        events = connection.execute(queries.compose(orders.SHOW_EVENTS, settings.schema), given).fetchall()
+        row = connection.execute(compose(queries.SHOW, settings.schema), given).fetchone()
+        events = connection.execute(compose(queries.SHOW_EVENTS, settings.schema), given).fetchall()
         if row is None:
-            ((purged,),) = connection.execute(queries.compose("SELECT purged FROM {schema}.relay", settings.schema))
+            ((purged,),) = connection.execute(compose("SELECT purged FROM {schema}.relay", settings.schema))
             raise _nothing_at(position, int(purged))
     outbox_ids, stream, first = row[0], row[7], row[8]
     seen, problem = await _look(settings, stream, first, len(events))

@@ -1,6 +1,6 @@
-"""The commands of whoever is on call: status, doctor, config, show, replay, pause, resume.
+"""The commands of whoever is on call, from `outbox status` to `outbox rebase`.
 
-Parse, call one function, print, exit.
+Parse, call one function, print, exit. Each loads what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -8,28 +8,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
 from rich.text import Text
 
-from outbox import admin, pausing, replaying, screen, showing
-from outbox.config import Settings
-from outbox.diagnosis import Colour
-from outbox.doctor import examine
+from outbox.cli import screen
+from outbox.cli.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, loaded, settings
+from outbox.cli.screen import out, say
+from outbox.config import LONGEST_HOURS, Settings
+from outbox.core.positions import HIGHEST
+from outbox.doctor.check import Colour
 from outbox.errors import Weather
-from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, loaded, settings
-from outbox.rates import History
-from outbox.screen import out, say
 from outbox.text import counted, printable, to_json
+
+if TYPE_CHECKING:
+    from outbox.operate.replay import Range, Replayed
 
 SECONDS = 1.0  # between two looks of a watch
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands."""
-    for command in (status, doctor, config, show, replay, pause, resume):
+    for command in (status, doctor, config, show, replay, pause, resume, verify, purge, rebase):
         app.command()(command)
 
 
@@ -45,22 +47,27 @@ def status(
 
     Example: outbox status --watch
     """
+    from outbox.operate import status
+
     given = settings(database_url=database_url, schema=schema_name)
     if watch:
         _watch(given, as_json=as_json)
     elif as_json:
-        print(to_json(admin.status(given.database_url, given.schema)))
+        print(to_json(status.status(given.database_url, given.schema)))
     else:
-        screen.show_status(admin.status(given.database_url, given.schema))
+        screen.show_status(status.status(given.database_url, given.schema))
 
 
 def _watch(given: Settings, *, as_json: bool) -> None:
+    from outbox.operate import status
+    from outbox.operate.status import History
+
     history = History()
     try:
         with Live(console=out, auto_refresh=False, screen=out.is_terminal and not as_json) as live:
             while True:
                 try:
-                    found = admin.status(given.database_url, given.schema)
+                    found = status.status(given.database_url, given.schema)
                 except Weather as weather:
                     words = f"Postgres cannot be reached: {weather.message}"
                     if as_json:
@@ -87,6 +94,8 @@ def doctor(
 
     Example: outbox doctor --database-url postgresql://relay@db/shop
     """
+    from outbox.doctor.examine import examine
+
     given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
     checks = asyncio.run(examine(given))
     if as_json:
@@ -120,8 +129,10 @@ def show(
 
     Example: outbox show 42
     """
+    from outbox.operate import show
+
     given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
-    found = asyncio.run(showing.show(given, position))
+    found = asyncio.run(show.show(given, position))
     if as_json:
         print(to_json(found))
     else:
@@ -146,11 +157,13 @@ def replay(
 
     Example: outbox replay --from 1000 --to 2000 --subject 'orders.>' --dry-run
     """
+    from outbox.operate import replay
+
     given = settings(database_url=database_url, schema=schema_name)
-    wanted = replaying.Range(first=first, last=last, subject=subject)
+    wanted = replay.Range(first=first, last=last, subject=subject)
     if last < first:
         raise typer.BadParameter("--to is below --from")
-    found = replaying.replay(given.database_url, given.schema, wanted, dry_run=True)
+    found = replay.replay(given.database_url, given.schema, wanted, dry_run=True)
     if not dry_run and found.transactions:
         what = f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}"
         rolled = f" {found.rollups} of them remove newer messages (Nats-Rollup)." if found.rollups else ""
@@ -167,11 +180,13 @@ def replay(
         out.print(f"up to position {found.purged} what was sent may be purged, and so is not replayed")
 
 
-def _replay(given: Settings, wanted: replaying.Range, total: int) -> replaying.Replayed:
+def _replay(given: Settings, wanted: Range, total: int) -> Replayed:
     """Replay with a bar; whatever ends it says how far it came."""
+    from outbox.operate import replay
+
     last: int | None = None
 
-    def tell(done: replaying.Replayed) -> None:
+    def tell(done: Replayed) -> None:
         nonlocal last
         last = done.last
         bar("replay", done.transactions, total)
@@ -183,7 +198,7 @@ def _replay(given: Settings, wanted: replaying.Range, total: int) -> replaying.R
 
     with contextlib.ExitStack() as undone, screen.progress() as bar:
         undone.callback(interrupted)
-        done = replaying.replay(given.database_url, given.schema, wanted, progress=tell)
+        done = replay.replay(given.database_url, given.schema, wanted, progress=tell)
         undone.pop_all()
         return done
 
@@ -197,8 +212,10 @@ def pause(
 
     Example: outbox pause --why 'the stream is being moved'
     """
+    from outbox.operate import pause
+
     given = settings(database_url=database_url, schema=schema_name)
-    found = pausing.pause(given.database_url, given.schema, why)
+    found = pause.pause(given.database_url, given.schema, why)
     if found.changed:
         say(f"paused: {found.paused_why}")
     else:
@@ -210,6 +227,84 @@ def resume(database_url: DatabaseURL = None, schema_name: Schema = None) -> None
 
     Example: outbox resume
     """
+    from outbox.operate import pause
+
     given = settings(database_url=database_url, schema=schema_name)
-    found = pausing.resume(given.database_url, given.schema)
+    found = pause.resume(given.database_url, given.schema)
     out.print("resumed" if found.changed else "it was not paused")
+
+
+def rebase(
+    database_url: DatabaseURL = None,
+    nats_url: NatsURL = None,
+    schema_name: Schema = None,
+    stream: Annotated[str | None, typer.Option(help="Only accept this stream as it is now.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Do not read the streams: send all that is pending.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Accept a stream (--stream), or a restored, copied or moved database, after the relay has halted on it.
+
+    What the database does not know as sent, and a stream holds whole, is marked; the rest is sent again.
+
+    Example: outbox rebase --stream SHOP --yes
+    """
+    from outbox.operate import rebase
+
+    if stream and blind:
+        raise typer.BadParameter("--blind is for the whole database, not for one stream")
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    what = f"stream {stream}" if stream else f"the database of schema {given.schema}"
+    confirm(f"Accept {what} as it is? What is not known to be stored is sent again.", yes=yes)
+    if stream:
+        done = asyncio.run(rebase.accept_stream(given, stream))
+        out.print(f"stream {stream} is accepted as it is; start the relay")
+    else:
+        done = asyncio.run(rebase.rebase(given, read_back=not blind))
+        out.print(f"the outbox has the new id {done.outbox_id}; start the relay")
+    if done.adopted or done.unknown:
+        out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent")
+        out.print(f"{done.unknown} messages are of transactions that the database does not have")
+
+
+def verify(
+    database_url: DatabaseURL = None,
+    nats_url: NatsURL = None,
+    schema_name: Schema = None,
+    first: Annotated[int, typer.Option("--from", help="Lowest position.")] = 1,
+    last: Annotated[int, typer.Option("--to", help="Highest position.")] = HIGHEST,
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the outbox with its streams, message by message; exit with 1 on anything that is promised not to be.
+
+    Reads only; relays and writers may be at work. Without --from and --to the whole of each stream is read.
+
+    Example: outbox verify --from 1000 --to 2000
+    """
+    from outbox.operate import verify
+
+    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    with screen.progress() as progress:
+        found = asyncio.run(verify.verify(given, first=first, last=last, stream=stream, progress=progress))
+    if as_json:
+        print(to_json([each.summary() for each in found]))
+    else:
+        screen.show_comparisons(found)
+    if any(each.anomalies for each in found):
+        raise typer.Exit(1)
+
+
+def purge(
+    database_url: DatabaseURL = None,
+    schema_name: Schema = None,
+    older_than: Annotated[float, typer.Option(min=0, max=LONGEST_HOURS, help="Hours since it was sent.")] = 24,
+) -> None:
+    """Delete what was sent, in pages: transactions with their events and receipts, never one that is pending or dead.
+
+    Example: outbox purge --older-than 48
+    """
+    from outbox.operate import purge
+
+    given = settings(database_url=database_url, schema=schema_name)
+    gone = purge.purge(given.database_url, given.schema, older_than * 3600)
+    out.print(f"{gone} transactions are deleted")

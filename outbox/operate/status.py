@@ -1,14 +1,19 @@
-"""What operators ask: the state of an outbox. Reads the database only; the relay is not needed for it."""
+"""`outbox status`: the state of an outbox, and how fast it moves. Reads the database only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from outbox import orders, schema
-from outbox.postgres import queries
+from outbox import schema
+from outbox.operate import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +72,16 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
     with command_session(url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-        row = connection.execute(queries.compose(orders.STATUS, name), keys).fetchone()
+        row = connection.execute(compose(queries.STATUS, name), keys).fetchone()
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
         schema.check_version(row[7], name)
         streams = [
             StreamStatus(**dict(zip(StreamStatus.__slots__, each, strict=True)))
-            for each in connection.execute(queries.compose(orders.STATUS_STREAMS, name))
+            for each in connection.execute(compose(queries.STATUS_STREAMS, name))
         ]
         dead = [
             DeadLetter(position=position, event_count=count, dead_at=at, reason=reason)
-            for position, count, at, reason in connection.execute(queries.compose(orders.STATUS_DEAD, name))
+            for position, count, at, reason in connection.execute(compose(queries.STATUS_DEAD, name))
         ]
     return Status(
         schema=name,
@@ -101,3 +106,53 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
         dead=dead,
         streams=streams,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Per second, by the database's clock, between two looks: transactions and events sent, transactions added."""
+
+    sent_transactions: float
+    sent_events: float
+    added_transactions: float
+
+
+def rates(before: Status, after: Status) -> Rates | None:
+    """The rates between two looks; None where they tell nothing: the clock stands, or the counts began anew."""
+    seconds = (after.observed_at - before.observed_at).total_seconds()
+    sent = after.sent_transactions - before.sent_transactions
+    if seconds <= 0 or sent < 0 or after.outbox_id != before.outbox_id:
+        return None
+    pending = after.pending_transactions - before.pending_transactions
+    dead = after.dead_transactions - before.dead_transactions
+    return Rates(
+        sent_transactions=sent / seconds,
+        sent_events=(after.sent_events - before.sent_events) / seconds,
+        added_transactions=max(0.0, (sent + pending + dead) / seconds),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """The looks of a watch: the rates since the last one, and the backlog of the last ones as a line of blocks."""
+
+    width: int = 40
+    last: Status | None = None
+    backlog: deque[int] = field(default_factory=deque)
+
+    def take(self, found: Status) -> Rates | None:
+        """Take in a look; the rates since the one before."""
+        before, self.last = self.last, found
+        self.backlog.append(found.pending_transactions)
+        if len(self.backlog) > self.width:
+            self.backlog.popleft()
+        return rates(before, found) if before is not None else None
+
+    def line(self) -> str:
+        """The backlog over time, newest at the right; full height is its highest value in there."""
+        return "".join(self._blocks())
+
+    def _blocks(self) -> Iterator[str]:
+        highest = max(self.backlog, default=0)
+        for each in self.backlog:
+            yield BLOCKS[0 if highest == 0 else -(-each * (len(BLOCKS) - 1) // highest)]

@@ -13,16 +13,17 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders, schema
+from outbox import schema
 from outbox.config import Settings
 from outbox.core.comparison import Comparison
 from outbox.errors import Misconfigured
 from outbox.event import subject_problem
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.stream import StreamInfo
-from outbox.postgres import queries
+from outbox.operate import queries
+from outbox.operate.verify import known_rows, read
+from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.session import command_session
-from outbox.verifying import known_rows, read
 
 LOCK_TRIES, LOCK_SECONDS = 50, 0.2  # a relay that a supervisor starts again and again holds the lock for moments
 
@@ -70,7 +71,7 @@ async def accept_stream(settings: Settings, stream: str) -> Rebased:
             if info is None:
                 raise Misconfigured(f"stream {stream} does not exist", remedy="create it first, then accept it")
             accepted = {"name": stream, "created": info.created, "last": info.last_sequence}
-            connection.execute(queries.compose(orders.ACCEPT_STREAM, settings.schema), accepted)
+            connection.execute(compose(queries.ACCEPT_STREAM, settings.schema), accepted)
             return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
     finally:
         await jetstream.close()
@@ -94,11 +95,11 @@ async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
                     await _adopt(jetstream, connection, settings.schema, outbox_id, known, found)
             finally:
                 await jetstream.close()
-        locked = queries.compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", settings.schema)
+        locked = compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", settings.schema)
         connection.execute(locked)
-        for statement in orders.REBASE:
-            connection.execute(queries.compose(statement, settings.schema))
-        connection.execute(queries.compose(orders.LIFT, settings.schema), {"highest": found.highest})
+        for statement in queries.REBASE:
+            connection.execute(compose(statement, settings.schema))
+        connection.execute(compose(queries.LIFT, settings.schema), {"highest": found.highest})
         new_id = _outbox_id(connection, settings.schema)
         return Rebased(outbox_id=new_id, adopted=found.adopted, unknown=found.unknown)
 
@@ -137,7 +138,7 @@ async def _adopt(
         "positions": [position for position, _ in adoptable],
         "firsts": [first for _, first in adoptable],
     }
-    connection.execute(queries.compose(orders.ADOPT, name), places)
+    connection.execute(compose(queries.ADOPT, name), places)
     found.adopted += len(adoptable)
     found.unknown += sum(anomaly.kind == "phantom" for anomaly in comparison.anomalies)
     found.highest = max(found.highest, highest)
@@ -147,8 +148,8 @@ async def _adopt(
 async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Known]:
     """The streams that the outbox knows, and those that it may have known since the backup: to be read as a whole."""
     known = _streams(connection, name)
-    others = {row[0] for row in connection.execute(queries.compose(orders.RECEIPT_STREAMS, name))}
-    for (subject,) in connection.execute(queries.compose(orders.PENDING_SUBJECTS, name)).fetchall():
+    others = {row[0] for row in connection.execute(compose(queries.RECEIPT_STREAMS, name))}
+    for (subject,) in connection.execute(compose(queries.PENDING_SUBJECTS, name)).fetchall():
         if subject_problem(subject) is None and (stream := await jetstream.stream_of(subject)) is not None:
             others.add(stream)
     others -= {each.name for each in known}
@@ -156,12 +157,12 @@ async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[Tupl
 
 
 def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
-    row = connection.execute(queries.compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
+    row = connection.execute(compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
     if row is None:
         raise Misconfigured(f"the table {name}.relay is empty", remedy="restore its row from a backup")
     return UUID(str(row[0]))
 
 
 def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Known]:
-    rows = connection.execute(queries.compose(queries.STREAMS, name))
+    rows = connection.execute(compose(STREAMS, name))
     return [_Known(name=row[0], created=row[1], last_sequence=row[3]) for row in rows]

@@ -11,11 +11,13 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import checkups, migrating, schema
+from outbox import schema
 from outbox.config import Settings
-from outbox.diagnosis import Check, Checks
+from outbox.doctor import queries
+from outbox.doctor.check import Check, Checks
 from outbox.errors import Misconfigured, OutboxError
-from outbox.postgres import queries
+from outbox.operate import migrate
+from outbox.postgres.queries import STRAYS, compose
 from outbox.postgres.session import looked, refuse_pooler
 
 CHECKS = Checks("database")
@@ -31,7 +33,7 @@ Connection = psycopg.AsyncConnection[TupleRow]
 async def examine(connection: Connection, settings: Settings) -> AsyncIterator[Check]:
     """All checks of the database; ends early where the rest would make no sense."""
     name = settings.schema
-    (server,) = await _rows(connection, checkups.SERVER, name, schema=name)
+    (server,) = await _rows(connection, queries.SERVER, name, schema=name)
     *_, autovacuum, _, role, may_create, comment, sees_all, may_use = server
     for check in _server(server):
         yield check
@@ -47,7 +49,7 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
     except Misconfigured as error:
         yield CHECKS.red("schema", error.message, error.remedy)
         return
-    lost = [row[0] for row in await _rows(connection, checkups.PARTS, name, schema=name)]
+    lost = [row[0] for row in await _rows(connection, queries.PARTS, name, schema=name)]
     yield _lost(lost) if lost and not may_create else _drift(settings, may_create=may_create)
     missing = [each async for each in _not_granted(connection, name)]
     yield _missing(name, role, missing) if missing else CHECKS.green("privileges", f"role {role} may all")
@@ -105,7 +107,7 @@ def _drift(settings: Settings, *, may_create: bool) -> Check:
             "run as the owner: outbox migrate --check",
         )
     try:
-        problems = migrating.problems(settings.database_url, settings.schema)
+        problems = migrate.problems(settings.database_url, settings.schema)
     except (OutboxError, psycopg.Error) as error:
         words = f"drift could not be looked for: {' '.join(str(error).split())}"
         return CHECKS.yellow("drift", words, "run as the owner: outbox migrate --check")
@@ -132,7 +134,7 @@ async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
                     "privilege": kind,
                     "columns": columns.rstrip(")").split(", ") if columns else [],
                 }
-                ((may,),) = await _rows(connection, checkups.MAY, name, **given)
+                ((may,),) = await _rows(connection, queries.MAY, name, **given)
                 if not may:
                     yield f"{kind}{f' ({columns}' if columns else ''} ON {table}"
 
@@ -144,7 +146,7 @@ def _missing(name: str, role: str, missing: list[str]) -> Check:
 
 
 async def _row_security(connection: Connection, name: str, role: str) -> Check:
-    hidden = [row[0] for row in await _rows(connection, checkups.ROW_SECURITY, name, schema=name)]
+    hidden = [row[0] for row in await _rows(connection, queries.ROW_SECURITY, name, schema=name)]
     if hidden:
         return CHECKS.red(
             "row security",
@@ -155,7 +157,7 @@ async def _row_security(connection: Connection, name: str, role: str) -> Check:
 
 
 async def _home(connection: Connection, name: str) -> Check:
-    rows = await _rows(connection, checkups.HOME, name)
+    rows = await _rows(connection, queries.HOME, name)
     if not rows:
         return _empty(name, "relay")
     ((cluster, database, _, now_cluster, now_database),) = rows
@@ -179,11 +181,11 @@ def _empty(name: str, table: str) -> Check:
 
 async def _limits(connection: Connection, settings: Settings) -> Check:
     name = settings.schema
-    rows = await _rows(connection, checkups.LIMITS, name)
+    rows = await _rows(connection, queries.LIMITS, name)
     if not rows:
         return _empty(name, "limits")
     ((size, events),) = rows
-    ((cache,),) = await _rows(connection, checkups.CACHES, name)
+    ((cache,),) = await _rows(connection, queries.CACHES, name)
     if cache != 1:
         return CHECKS.red(
             "limits",
@@ -200,7 +202,7 @@ async def _limits(connection: Connection, settings: Settings) -> Check:
 
 
 async def _strays(connection: Connection, name: str) -> Check:
-    strays = await _rows(connection, queries.STRAYS, name)
+    strays = await _rows(connection, STRAYS, name)
     if strays:
         words = f"{strays[0][1]} events of txid {strays[0][0]} belong to no transaction: they are never sent"
         return CHECKS.red(
@@ -211,7 +213,7 @@ async def _strays(connection: Connection, name: str) -> Check:
 
 async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Check]:
     found = []
-    for table, size, live, dead, enabled, seconds in await _rows(connection, checkups.TABLES, name, schema=name):
+    for table, size, live, dead, enabled, seconds in await _rows(connection, queries.TABLES, name, schema=name):
         if autovacuum != "on" or not enabled:
             remedy = "ALTER SYSTEM SET autovacuum = on" if autovacuum != "on" else f"ALTER TABLE {name}.{table} RESET"
             remedy += "" if autovacuum != "on" else " (autovacuum_enabled)"
@@ -228,16 +230,16 @@ async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Ch
 
 async def _holders(connection: Connection, name: str, role: str, *, sees_all: bool) -> list[Check]:
     found = []
-    for gid, owner, age in await _rows(connection, checkups.PREPARED, name, seconds=PREPARED_SECONDS):
+    for gid, owner, age in await _rows(connection, queries.PREPARED, name, seconds=PREPARED_SECONDS):
         words = f"prepared transaction {gid!r} of {owner} is {_ago(age)} old: what it added waits"
         literal = gid.replace("'", "''")
         remedy = f"ask who made it, then COMMIT PREPARED '{literal}' or ROLLBACK PREPARED '{literal}'"
         found.append((CHECKS.red if age > FORGOTTEN_SECONDS else CHECKS.yellow)("prepared transactions", words, remedy))
-    for pid, user, application, age in await _rows(connection, checkups.WRITERS, name, seconds=LONG_SECONDS):
+    for pid, user, application, age in await _rows(connection, queries.WRITERS, name, seconds=LONG_SECONDS):
         words = f"pid {pid} ({user}, {application}) has added events and is open for {_ago(age)}"
         remedy = f"end it in the application, or pg_terminate_backend({pid})"
         found.append(CHECKS.yellow("long transactions", words, remedy))
-    for pid, user, application, age in await _rows(connection, checkups.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
+    for pid, user, application, age in await _rows(connection, queries.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
         words = f"pid {pid} ({user}, {application}) keeps dead rows from being removed for {_ago(age)}"
         found.append(CHECKS.yellow("long transactions", words, f"end it, or pg_terminate_backend({pid})"))
     if not sees_all:
@@ -254,4 +256,4 @@ def _ago(seconds: float) -> str:
 
 
 async def _rows(connection: Connection, query: str, name: str, **given: Any) -> list[TupleRow]:
-    return await looked(connection, queries.compose(query, name), given)
+    return await looked(connection, compose(query, name), given)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from outbox import orders, schema
-from outbox.postgres import queries
+from outbox import schema
+from outbox.operate import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
 
 
@@ -24,17 +25,17 @@ def pause(url: str, name: str, why: str) -> Pause:
 
     Commits. The leader heeds it within about a second. Applications go on adding events.
     """
-    return _order(url, name, orders.PAUSE, why=why)
+    return _order(url, name, queries.PAUSE, why=why)
 
 
 def resume(url: str, name: str) -> Pause:
     """Have publishing go on where it stopped. Idempotent; commits."""
-    return _order(url, name, orders.RESUME)
+    return _order(url, name, queries.RESUME)
 
 
 def _order(url: str, name: str, query: str, **given: str) -> Pause:
     with command_session(url) as connection:
-        row = connection.execute(queries.compose(query, name), given).fetchone()
+        row = connection.execute(compose(query, name), given).fetchone()
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
         connection.execute("SELECT pg_notify(%s, '')", [schema.channel(name)])
     return Pause(paused_at=row[0], paused_why=row[1], changed=row[2])

@@ -9,16 +9,17 @@ from __future__ import annotations
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import admin, checkups, databasedoctor, orders, streamdoctor
-from outbox.admin import Status
 from outbox.config import Settings
-from outbox.diagnosis import Check, Checks, Colour
+from outbox.doctor import database, queries, streams
+from outbox.doctor.check import Check, Checks, Colour
+from outbox.doctor.streams import Known
 from outbox.errors import OutboxError
 from outbox.jetstream.client import JetStream
-from outbox.postgres import queries
+from outbox.operate.queries import PENDING_SUBJECTS
+from outbox.operate.status import Status, status
+from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.rows import StreamRow
 from outbox.postgres.session import looked, observer_session
-from outbox.streamdoctor import Known
 from outbox.text import counted
 
 CHECKS = Checks("outbox")
@@ -34,13 +35,13 @@ async def examine(settings: Settings) -> list[Check]:
     known = NOTHING
     try:
         async with observer_session(settings.database_url) as connection:
-            async for check in databasedoctor.examine(connection, settings):
+            async for check in database.examine(connection, settings):
                 checks.append(check)  # noqa: PERF401 - what was found before an error counts
             if any(each.name in UNREADABLE and each.colour is Colour.RED for each in checks):
                 checks.append(CHECKS.yellow("outbox", "not looked at, nor its streams", "mend what is red above first"))
             else:
                 known = await _known(connection, settings.schema)
-                checks += _outbox(admin.status(settings.database_url, settings.schema))
+                checks += _outbox(status(settings.database_url, settings.schema))
     except OutboxError as error:
         remedy = error.remedy or "start Postgres, or correct OUTBOX_DATABASE_URL: outbox config shows what is used"
         name = "tables" if checks else "connection"
@@ -51,58 +52,58 @@ async def examine(settings: Settings) -> list[Check]:
         remedy = error.remedy or "start nats-server, or correct OUTBOX_NATS_URL: outbox config shows what is used"
         return [*checks, Checks("stream").red("connection", error.message, remedy)]
     try:
-        return checks + [check async for check in streamdoctor.examine(jetstream, known)]
+        return checks + [check async for check in streams.examine(jetstream, known)]
     finally:
         await jetstream.close()
 
 
 async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Known:
     async def rows(query: str) -> list[TupleRow]:
-        return await looked(connection, queries.compose(query, name))
+        return await looked(connection, compose(query, name))
 
-    ((ids,),) = await rows(checkups.OUTBOX_IDS)
-    ((size, _),) = await rows(checkups.LIMITS)
-    pending = await rows(orders.PENDING_SUBJECTS)
+    ((ids,),) = await rows(queries.OUTBOX_IDS)
+    ((size, _),) = await rows(queries.LIMITS)
+    pending = await rows(PENDING_SUBJECTS)
     return Known(
         outbox_ids=[str(each) for each in ids],
         streams={
             name: StreamRow(name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked)
-            for name, created, mode, last, _, blocked in await rows(queries.STREAMS)
+            for name, created, mode, last, _, blocked in await rows(STREAMS)
         },
-        subjects=[row[0] for row in await rows(checkups.RECENT_SUBJECTS)] + [[row[0]] for row in pending[:SUBJECTS]],
+        subjects=[row[0] for row in await rows(queries.RECENT_SUBJECTS)] + [[row[0]] for row in pending[:SUBJECTS]],
         max_event_bytes=size,
     )
 
 
-def _outbox(status: Status) -> list[Check]:
+def _outbox(found: Status) -> list[Check]:
     """What is the matter with the outbox itself."""
     checks = [
-        CHECKS.green("leader", f"{status.leader} leads")
-        if status.leader
+        CHECKS.green("leader", f"{found.leader} leads")
+        if found.leader
         else CHECKS.yellow("leader", "no relay leads: nothing is sent", "outbox relay")
     ]
-    if status.paused_at:
-        words = f"paused since {status.paused_at:%F %T}: {status.paused_why}"
+    if found.paused_at:
+        words = f"paused since {found.paused_at:%F %T}: {found.paused_why}"
         checks.append(CHECKS.yellow("paused", words, "outbox resume"))
-    checks += [_blocked(name, why, led=status.leader is not None) for name, why in _blocks(status)]
-    if status.dead_transactions:
-        newest = f"; the newest, {status.dead[0].position}: {status.dead[0].reason}" if status.dead else ""
+    checks += [_blocked(name, why, led=found.leader is not None) for name, why in _blocks(found)]
+    if found.dead_transactions:
+        newest = f"; the newest, {found.dead[0].position}: {found.dead[0].reason}" if found.dead else ""
         remedy = "outbox dead list; then outbox dead retry, or outbox dead discard"
-        checks.append(CHECKS.yellow("dead letters", counted(status.dead_transactions, "transaction") + newest, remedy))
-    waited = status.oldest_pending_seconds or 0
+        checks.append(CHECKS.yellow("dead letters", counted(found.dead_transactions, "transaction") + newest, remedy))
+    waited = found.oldest_pending_seconds or 0
     if waited > OLD_SECONDS:
-        words = f"transaction {status.oldest_pending_position} waits for {waited:,.0f} s"
+        words = f"transaction {found.oldest_pending_position} waits for {waited:,.0f} s"
         checks.append(
             CHECKS.yellow("lag", words, "mend what is red above and below; outbox status --watch shows rates")
         )
     else:
-        checks.append(CHECKS.green("lag", f"pending: {counted(status.pending_transactions, 'transaction')}"))
+        checks.append(CHECKS.green("lag", f"pending: {counted(found.pending_transactions, 'transaction')}"))
     return checks
 
 
-def _blocks(status: Status) -> list[tuple[str, str]]:
-    streams = [(each.name, each.blocked) for each in status.streams if each.blocked]
-    return ([("the outbox", status.blocked)] if status.blocked else []) + streams
+def _blocks(found: Status) -> list[tuple[str, str]]:
+    streams = [(each.name, each.blocked) for each in found.streams if each.blocked]
+    return ([("the outbox", found.blocked)] if found.blocked else []) + streams
 
 
 def _blocked(name: str, why: str, *, led: bool) -> Check:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders
 from outbox.errors import Misconfigured
-from outbox.postgres import queries
+from outbox.event import matches
+from outbox.operate import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
-from outbox.relay.routes import matches
 
 PAGE = 1000
 
@@ -72,7 +72,7 @@ def replay(
     done = Replayed()
     with command_session(url) as connection:
         connection.autocommit = True
-        ((done.purged,),) = connection.execute(queries.compose("SELECT purged FROM {schema}.relay", name)).fetchall()
+        ((done.purged,),) = connection.execute(compose("SELECT purged FROM {schema}.relay", name)).fetchall()
         for each in _chosen(connection, name, wanted, done):
             if dry_run or _again(connection, name, each):
                 done.transactions += 1
@@ -85,8 +85,8 @@ def replay(
 
 def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Range, done: Replayed) -> Iterator[_Sent]:
     # Only up to what is there now: a replay must not meet its own work.
-    text = queries.compose(orders.REPLAYABLE, name)
-    ((highest,),) = connection.execute(queries.compose(orders.HIGHEST, name)).fetchall()
+    text = compose(queries.REPLAYABLE, name)
+    ((highest,),) = connection.execute(compose(queries.HIGHEST, name)).fetchall()
     after, last = wanted.first - 1, min(wanted.last, int(highest))
     while rows := connection.execute(text, {"after": after, "to": last, "page": PAGE}).fetchall():
         for position, txid, count, sent, dead, subjects, rollup in rows:
@@ -103,7 +103,7 @@ def _again(connection: psycopg.Connection[TupleRow], name: str, sent: _Sent) -> 
     """Add one transaction again, in a transaction of its own; False if it was purged meanwhile."""
     try:
         with connection.transaction():
-            copied = connection.execute(queries.compose(orders.REPLAY_EVENTS, name), {"txid": sent.txid})
+            copied = connection.execute(compose(queries.REPLAY_EVENTS, name), {"txid": sent.txid})
             if copied.rowcount == 0:
                 return False
             if copied.rowcount != sent.count:
@@ -111,8 +111,8 @@ def _again(connection: psycopg.Connection[TupleRow], name: str, sent: _Sent) -> 
                     f"transaction {sent.position} has {sent.count} events, but {copied.rowcount} are in {name}.events",
                     remedy="find out who changed the table; replay what lies before and behind it",
                 )
-            connection.execute(queries.compose(orders.SEAL_NOW, name))
-            connection.execute(queries.compose(orders.REPLAY_OF, name), {"position": sent.position})
+            connection.execute(compose(queries.SEAL_NOW, name))
+            connection.execute(compose(queries.REPLAY_OF, name), {"position": sent.position})
     except psycopg.errors.CheckViolation as error:
         raise Misconfigured(
             f"transaction {sent.position} cannot be added again: {error.diag.message_primary}",

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders
 from outbox.config import Settings
 from outbox.core.comparison import Comparison, Row
+from outbox.core.positions import HIGHEST
 from outbox.errors import Misconfigured
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.stream import StreamInfo
-from outbox.postgres import queries
+from outbox.operate import queries
+from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.session import command_session
 
 READ_AT_ONCE = 512
-HIGHEST = (1 << 63) - 1
 Progress = Callable[[str, int, int], None]  # stream, messages read, messages in all
 
 
@@ -48,7 +48,7 @@ async def verify(
         with command_session(settings.database_url) as connection:
             connection.autocommit = True  # each look-up sees what was committed by then
             outbox = _Outbox(connection, settings.schema)
-            outbox_id, former, _, highest = outbox.one(orders.EXTENT)
+            outbox_id, former, _, highest = outbox.one(queries.EXTENT)
             compared = []
             for name, shared in outbox.streams(stream):
                 info = await _existing(jetstream, name)
@@ -57,10 +57,10 @@ async def verify(
                 )
                 low, high = info.first_sequence, info.last_sequence
                 if bounded:
-                    bounds = outbox.one(orders.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
+                    bounds = outbox.one(queries.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
                     low, high = max(low, bounds[0] or high + 1), min(high, bounds[1] or 0)
                 await read(jetstream, outbox.rows, comparison, low, high, progress)
-                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(orders.EXTENT)[2], high)
+                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
                 after = first - 1
                 while receipts := outbox.receipts(after, min(last, highest)):
                     end = (await _existing(jetstream, name)).last_sequence
@@ -111,8 +111,8 @@ class _Outbox:
 
     def streams(self, only: str | None) -> list[tuple[str, bool]]:
         """Name and mode of each stream that the outbox knows, or in which a receipt says that something is."""
-        known = {row[0]: row[2] == "shared" for row in self._all(queries.STREAMS)}
-        known |= {name: True for (name,) in self._all(orders.RECEIPT_STREAMS) if name not in known}
+        known = {row[0]: row[2] == "shared" for row in self._all(STREAMS)}
+        known |= {name: True for (name,) in self._all(queries.RECEIPT_STREAMS) if name not in known}
         if only is not None and only not in known:
             raise Misconfigured(f"the outbox does not know a stream {only!r}", remedy="outbox status lists them")
         return [(name, shared) for name, shared in known.items() if only in (None, name)]
@@ -121,16 +121,16 @@ class _Outbox:
         return known_rows(self._connection, self._name, positions)
 
     def receipts(self, after: int, to: int) -> list[Row]:
-        rows = self._all(orders.RECEIPTS, after=after, to=to)
+        rows = self._all(queries.RECEIPTS, after=after, to=to)
         return [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
 
     def _all(self, query: str, **parameters: object) -> list[TupleRow]:
-        return self._connection.execute(queries.compose(query, self._name), parameters).fetchall()
+        return self._connection.execute(compose(query, self._name), parameters).fetchall()
 
 
 def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: Sequence[int]) -> dict[int, Row]:
     """These transactions as the database has them now, as far as it has them."""
-    found = connection.execute(queries.compose(orders.KNOWN, name), {"positions": list(positions)})
+    found = connection.execute(compose(queries.KNOWN, name), {"positions": list(positions)})
     return {
         position: Row(
             position=position,

@@ -1,8 +1,10 @@
-"""The command line: parse, call one function, print, exit. Exit codes: 0 done, 1 failed, 2 usage."""
+"""`outbox`: the entry point, what all commands have in common, and the commands of a deployment: migrate, relay.
+
+A command loads what it needs when it is called: `outbox dead` must not wait for nats-py.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import sys
@@ -11,14 +13,14 @@ from typing import Annotated
 
 import typer
 
-from outbox import deadcli, demo, migrating, opscli, rebasing, retention, schema, screen, verifying
+from outbox import demo, schema
 from outbox.bench import command as bench
-from outbox.config import LONGEST_HOURS, BatchMode, Durability, LogFormat, OnDead, OnUnrouted
+from outbox.cli import dead, operate
+from outbox.cli.options import DatabaseURL, NatsURL, Schema, err, settings
+from outbox.cli.screen import out
+from outbox.config import BatchMode, Durability, LogFormat, OnDead, OnUnrouted
 from outbox.errors import OutboxError
-from outbox.options import AsJson, DatabaseURL, NatsURL, Schema, Yes, confirm, err, settings
-from outbox.relay import process
-from outbox.screen import out
-from outbox.text import printable, to_json
+from outbox.text import printable
 
 app = typer.Typer(
     name="outbox",
@@ -73,22 +75,24 @@ def migrate(
 
     Example: outbox migrate --database-url postgresql://owner@db/shop --application-role shop
     """
+    from outbox.operate import migrate as migrations
+
     given = settings(database_url=database_url, schema=schema_name)
     if sql:
-        print(migrating.migration_sql(given.schema, to=to), end="")
+        print(migrations.migration_sql(given.schema, to=to), end="")
         for line in schema.grants(given.schema, application=application_role, relay=relay_role, operator=operator_role):
             print(f"{line};")
         return
     if check:
-        problems = migrating.problems(given.database_url, given.schema)
+        problems = migrations.problems(given.database_url, given.schema)
         for problem in problems:
             err.print(problem)
         if problems:
             raise typer.Exit(1)
         out.print(f"schema {given.schema} is at version {schema.VERSION}, without drift")
         return
-    before, after = migrating.migrate(given.database_url, given.schema, to=to)
-    migrating.grant(
+    before, after = migrations.migrate(given.database_url, given.schema, to=to)
+    migrations.grant(
         given.database_url, given.schema, application=application_role, relay=relay_role, operator=operator_role
     )
     out.print(f"schema {given.schema}: version {before} -> {after}")
@@ -139,6 +143,8 @@ def relay(
         traces=traces,
         log=log,
     )
+    from outbox.relay import process
+
     process.run(
         given,
         drain=drain,
@@ -147,80 +153,7 @@ def relay(
     )
 
 
-@app.command()
-def rebase(
-    database_url: DatabaseURL = None,
-    nats_url: NatsURL = None,
-    schema_name: Schema = None,
-    stream: Annotated[str | None, typer.Option(help="Only accept this stream as it is now.")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Do not read the streams: send all that is pending.")] = False,
-    yes: Yes = False,
-) -> None:
-    """Accept a stream (--stream), or a restored, copied or moved database, after the relay has halted on it.
-
-    What the database does not know as sent, and a stream holds whole, is marked; the rest is sent again.
-
-    Example: outbox rebase --stream SHOP --yes
-    """
-    if stream and blind:
-        raise typer.BadParameter("--blind is for the whole database, not for one stream")
-    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
-    what = f"stream {stream}" if stream else f"the database of schema {given.schema}"
-    confirm(f"Accept {what} as it is? What is not known to be stored is sent again.", yes=yes)
-    if stream:
-        done = asyncio.run(rebasing.accept_stream(given, stream))
-        out.print(f"stream {stream} is accepted as it is; start the relay")
-    else:
-        done = asyncio.run(rebasing.rebase(given, read_back=not blind))
-        out.print(f"the outbox has the new id {done.outbox_id}; start the relay")
-    if done.adopted or done.unknown:
-        out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent")
-        out.print(f"{done.unknown} messages are of transactions that the database does not have")
-
-
-@app.command()
-def verify(
-    database_url: DatabaseURL = None,
-    nats_url: NatsURL = None,
-    schema_name: Schema = None,
-    first: Annotated[int, typer.Option("--from", help="Lowest position.")] = 1,
-    last: Annotated[int, typer.Option("--to", help="Highest position.")] = verifying.HIGHEST,
-    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare the outbox with its streams, message by message; exit with 1 on anything that is promised not to be.
-
-    Reads only; relays and writers may be at work. Without --from and --to the whole of each stream is read.
-
-    Example: outbox verify --from 1000 --to 2000
-    """
-    given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
-    with screen.progress() as progress:
-        found = asyncio.run(verifying.verify(given, first=first, last=last, stream=stream, progress=progress))
-    if as_json:
-        print(to_json([each.summary() for each in found]))
-    else:
-        screen.show_comparisons(found)
-    if any(each.anomalies for each in found):
-        raise typer.Exit(1)
-
-
-@app.command()
-def purge(
-    database_url: DatabaseURL = None,
-    schema_name: Schema = None,
-    older_than: Annotated[float, typer.Option(min=0, max=LONGEST_HOURS, help="Hours since it was sent.")] = 24,
-) -> None:
-    """Delete what was sent, in pages: transactions with their events and receipts, never one that is pending or dead.
-
-    Example: outbox purge --older-than 48
-    """
-    given = settings(database_url=database_url, schema=schema_name)
-    gone = retention.purge(given.database_url, given.schema, older_than * 3600)
-    out.print(f"{gone} transactions are deleted")
-
-
-opscli.register(app)
+operate.register(app)
 app.command(name="demo")(demo.command)
 app.command(name="bench")(bench.command)
-app.add_typer(deadcli.app, name="dead")
+app.add_typer(dead.app, name="dead")

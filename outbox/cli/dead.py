@@ -1,4 +1,4 @@
-"""`outbox dead`: list, show, retry and discard dead letters. Parse, call one function, print, exit."""
+"""`outbox dead`: list, show, retry and discard dead dead. Parse, call one function, print, exit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Annotated
 
 import typer
 
-from outbox import letters, screen, showing
+from outbox.cli import screen
+from outbox.cli.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
 from outbox.config import Settings
 from outbox.core.transaction import DeadReason
 from outbox.errors import Misconfigured
-from outbox.letters import DeadLetter, Selection
-from outbox.options import AsJson, DatabaseURL, Schema, Yes, confirm, settings
+from outbox.operate import dead
+from outbox.operate.dead import DeadLetter, Selection
 from outbox.text import counted, to_json
 
-app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
+app = typer.Typer(help="List, show, retry and discard dead dead.", no_args_is_help=True)
 
-Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead letters.")]
+Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead dead.")]
 Reason = Annotated[
     DeadReason | None, typer.Option(metavar="REASON", help="Only those with this reason, as the list names it.")
 ]
@@ -30,7 +31,7 @@ All = Annotated[bool, typer.Option("--all", help="All that fit; needed where no 
 
 
 def _selected(given: Settings, selection: Selection) -> list[DeadLetter]:
-    return letters.dead_letters(given.database_url, given.schema, selection)
+    return dead.dead_letters(given.database_url, given.schema, selection)
 
 
 def _selection(
@@ -84,8 +85,10 @@ def show(
 
     Example: outbox dead show 42
     """
+    from outbox.operate import show
+
     given = settings(database_url=database_url, schema=schema_name)
-    found = asyncio.run(showing.show(given, position))
+    found = asyncio.run(show.show(given, position))
     if found.dead_at is None:
         raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
     if as_json:
@@ -113,7 +116,7 @@ def retry(
     given = settings(database_url=database_url, schema=schema_name)
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
     confirm(f"Send {counted(len(chosen), 'dead letter')} after all, out of place in the order?", yes=yes)
-    done = letters.retry(given.database_url, given.schema, chosen)
+    done = dead.retry(given.database_url, given.schema, chosen)
     screen.say(f"pending again: {counted(len(done), 'transaction')}")
 
 
@@ -136,7 +139,7 @@ def discard(
     given = settings(database_url=database_url, schema=schema_name)
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)
     confirm(f"Discard {counted(len(chosen), 'dead letter')} for good?", yes=yes)
-    done = letters.discard(given.database_url, given.schema, chosen)
+    done = dead.discard(given.database_url, given.schema, chosen)
     screen.say(f"discarded: {counted(len(done), 'dead letter')}")
 
 

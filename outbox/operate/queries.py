@@ -19,30 +19,6 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
   FROM {schema}.relay AS r
 """
 
-# What metrics show, every few seconds. What is pending is counted as in STATUS.
-OBSERVE = """
-SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
-       r.blocked IS NOT NULL, r.paused_at IS NOT NULL, p.transactions, p.events, p.oldest::float8,
-       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL),
-       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap),
-       least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places))
-  FROM {schema}.relay AS r CROSS JOIN (
-    SELECT count(*) AS transactions, coalesce(sum(event_count), 0) AS events,
-           extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest FROM {schema}.pending
-  ) AS p
-"""
-
-OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL FROM {schema}.streams ORDER BY name"
-
-# How long it took those that were settled since the last look: all of them, or about 200 spread over them.
-OBSERVE_LAGS = """
-SELECT extract(epoch FROM sent_at - sealed_at)::float8 FROM {schema}.transactions
- WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL
-   AND position %% greatest(1, (%(to)s::bigint - %(after)s::bigint) / 200) = 0
-"""
-
 STATUS_STREAMS = """
 SELECT name, mode, last_sequence, sent_transactions, sent_events,
        (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places),

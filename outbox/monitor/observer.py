@@ -12,14 +12,38 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.rows import TupleRow
 
-from outbox import orders, schema
+from outbox import schema
 from outbox.config import Settings
 from outbox.errors import OutboxError
-from outbox.postgres import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import looked, observer_session
 
 SECONDS = 2.0  # between two looks
 SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog counting takes long; but so often
+
+# What metrics show, every few seconds. What is pending is counted as in STATUS.
+OBSERVE = """
+SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
+       r.blocked IS NOT NULL, r.paused_at IS NOT NULL, p.transactions, p.events, p.oldest::float8,
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL),
+       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap),
+       least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places))
+  FROM {schema}.relay AS r CROSS JOIN (
+    SELECT count(*) AS transactions, coalesce(sum(event_count), 0) AS events,
+           extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest FROM {schema}.pending
+  ) AS p
+"""
+
+OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL FROM {schema}.streams ORDER BY name"
+
+# How long it took those that were settled since the last look: all of them, or about 200 spread over them.
+OBSERVE_LAGS = """
+SELECT extract(epoch FROM sent_at - sealed_at)::float8 FROM {schema}.transactions
+ WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL
+   AND position %% greatest(1, (%(to)s::bigint - %(after)s::bigint) / 200) = 0
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +96,10 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
 
 async def _look(connection: psycopg.AsyncConnection[TupleRow], name: str, after: int | None) -> Observation:
     keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-    (row,) = await looked(connection, queries.compose(orders.OBSERVE, name), keys)
-    streams = await looked(connection, queries.compose(orders.OBSERVE_STREAMS, name))
+    (row,) = await looked(connection, compose(OBSERVE, name), keys)
+    streams = await looked(connection, compose(OBSERVE_STREAMS, name))
     since = {"after": row[8] if after is None else after, "to": row[8]}
-    lags = await looked(connection, queries.compose(orders.OBSERVE_LAGS, name), since)
+    lags = await looked(connection, compose(OBSERVE_LAGS, name), since)
     return Observation(
         leader_present=row[0],
         blocked=row[1],
