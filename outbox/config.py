@@ -1,34 +1,28 @@
-"""Settings: by flag, else by environment (`OUTBOX_…`), else by `outbox.toml`, else the default.
+"""What the settings are: their names, types, defaults and bounds, and what goes together. A `Settings` is a value.
 
-A `Settings` is a value; `load` makes it from its sources and tells every mistake at once. No mistake quotes a value.
+Pure: where they come from is `outbox.sources`. No mistake quotes a value, which may be a password.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import psycopg.conninfo
-from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, field_validator
 from pydantic import ValidationInfo as Others
 
-from outbox import sources
 from outbox.errors import Misconfigured
-from outbox.jetstream import credentials
 from outbox.schema import checked_name
 from outbox.text import MASK, masked
 
-FILE = Path("outbox.toml")
 LONGEST_HOURS = 1_000_000.0
 LAST_PORT = 65535
+NKEY_SEED = r"SU[A-D][A-Z2-7]{55}"  # of a user
 
 
 class BatchMode(StrEnum):
@@ -167,7 +161,7 @@ class Settings(BaseModel):
     @field_validator("nats_nkey_seed")
     @classmethod
     def _checked_nats_nkey_seed(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(credentials.SEED, value.get_secret_value()):
+        if value is not None and not re.fullmatch(NKEY_SEED, value.get_secret_value()):
             raise ValueError("is not the seed of a user's nkey: SU and 56 more characters")
         return value
 
@@ -225,23 +219,6 @@ class Settings(BaseModel):
         """The NATS URLs, one by one."""
         return [url.geturl() for url in _split(self.nats_url)]
 
-    @property
-    def nats_options(self) -> dict[str, Any]:
-        """Further arguments of `JetStream.connect`. Reads certificates and credentials; raises `Denied`."""
-        options: dict[str, Any] = {
-            "domain": self.nats_domain,
-            "user": self.nats_user,
-            "password": _plain(self.nats_password),
-            "token": _plain(self.nats_token),
-            "nkeys_seed_str": _plain(self.nats_nkey_seed),
-            "user_credentials": self.nats_credentials and credentials.credentials(self.nats_credentials),
-        }
-        if self.nats_tls_ca or self.nats_tls_cert or self.nats_tls_first:
-            options["tls"] = credentials.tls_context(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
-            options["tls_handshake_first"] = self.nats_tls_first
-            options["certified"] = self.nats_tls_cert is not None
-        return {name: value for name, value in options.items() if value is not None}
-
     def shown(self, name: str) -> str | None:
         """A setting's value as anybody may read it; None if there is none."""
         value = getattr(self, name)
@@ -252,68 +229,7 @@ class Settings(BaseModel):
         return None if value is None else masked(str(value))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One setting as anybody may read it; `value` is null where none is given, `source` where it comes from."""
-
-    name: str
-    variable: str
-    value: str | None
-    source: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """Settings, and where each that is not the default comes from."""
-
-    settings: Settings
-    origins: dict[str, str]
-
-    def listed(self) -> list[Setting]:
-        """All of them, in their order."""
-        return [
-            Setting(
-                name=name,
-                variable=sources.variable(name),
-                value=self.settings.shown(name),
-                source=self.origins.get(name, "default"),
-            )
-            for name in Settings.model_fields
-        ]
-
-
-class WrongSettings(Misconfigured):
-    """What is wrong with the settings, one by one."""
-
-    def __init__(self, mistakes: list[str]) -> None:
-        super().__init__("; ".join(mistakes))
-        self.mistakes = mistakes
-
-
-def load(environment: Mapping[str, str] = os.environ, file: Path = FILE, **flags: Any) -> Loaded:
-    """Settings from flags (None: not given) and their sources. Raises `WrongSettings` with every mistake."""
-    found = sources.find(Settings.model_fields, environment, file)
-    for name, value in flags.items():
-        if value is not None:
-            found.add(name, value, "flag")
-    mistakes = found.mistakes
-    try:
-        settings = Settings(**found.values)
-    except ValidationError as error:
-        for each in error.errors(include_url=False, include_input=False):
-            name = ".".join(map(str, each["loc"]))
-            message = each["msg"].removeprefix("Value error, ")
-            mistakes.append(f"setting {name} ({found.origins.get(name, sources.variable(name))}): {message}")
-    if mistakes:
-        raise WrongSettings(mistakes)
-    return Loaded(settings=settings, origins=found.origins)
-
-
 def _split(urls: str) -> list[SplitResult]:
     """The NATS URLs, one by one; raises `ValueError` for one that is none."""
     given = [url.strip() for url in urls.split(",") if url.strip()]
     return [urlsplit(url if "://" in url else f"nats://{url}") for url in given]
-
-
-def _plain(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()

@@ -1,11 +1,13 @@
-"""Where settings come from: the environment (`OUTBOX_…`, or a file that `OUTBOX_…_FILE` names), else `outbox.toml`.
+"""Where settings come from: flags, the environment (`OUTBOX_…`, or a file that `OUTBOX_…_FILE` names), `outbox.toml`.
 
-Knows the settings' names and not what they mean. Every mistake is found at once; none of them quotes a value.
+The first of these counts, else the default. The only place that reads settings from files. Every mistake is found at
+once; none of them quotes a value.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
@@ -13,10 +15,73 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from outbox.config import Settings
+from outbox.errors import Misconfigured
+
+FILE = Path("outbox.toml")
 PREFIX = "OUTBOX_"
 BY_FILE = "_FILE"
 # Kubernetes and Docker describe a service called "outbox" to its neighbours; and the tests have variables of their own.
 STRANGERS = re.compile(r"OUTBOX_(TESTS_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?))")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting as anybody may read it; `value` is null where none is given, `source` where it comes from."""
+
+    name: str
+    variable: str
+    value: str | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Settings, and where each that is not the default comes from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+    def listed(self) -> list[Setting]:
+        """All of them, in their order."""
+        return [
+            Setting(
+                name=name,
+                variable=variable(name),
+                value=self.settings.shown(name),
+                source=self.origins.get(name, "default"),
+            )
+            for name in Settings.model_fields
+        ]
+
+
+class WrongSettings(Misconfigured):
+    """What is wrong with the settings, one by one."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("; ".join(mistakes))
+        self.mistakes = mistakes
+
+
+def load(environment: Mapping[str, str] = os.environ, file: Path = FILE, **flags: Any) -> Loaded:
+    """Settings from flags (None: not given) and their sources. Raises `WrongSettings` with every mistake."""
+    found = find(Settings.model_fields, environment, file)
+    for name, value in flags.items():
+        if value is not None:
+            found.add(name, value, "flag")
+    mistakes = found.mistakes
+    try:
+        settings = Settings(**found.values)
+    except ValidationError as error:
+        for each in error.errors(include_url=False, include_input=False):
+            name = ".".join(map(str, each["loc"]))
+            message = each["msg"].removeprefix("Value error, ")
+            mistakes.append(f"setting {name} ({found.origins.get(name, variable(name))}): {message}")
+    if mistakes:
+        raise WrongSettings(mistakes)
+    return Loaded(settings=settings, origins=found.origins)
 
 
 @dataclass(frozen=True, slots=True)

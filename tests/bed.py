@@ -28,6 +28,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from outbox.config import Settings
 from outbox.core import telemetry
+from outbox.jetstream.credentials import options
 from outbox.relay.relay import Relay
 
 T = TypeVar("T")
@@ -150,9 +151,7 @@ class Broker:
 
 def broker_of(settings: Settings) -> Broker:
     """The first server of the settings, with their credentials and TLS."""
-    ours = {"domain", "certified"}
-    options = {name: given for name, given in settings.nats_options.items() if name not in ours}
-    return Broker(settings.nats_servers[0], **options)
+    return Broker(settings.nats_servers[0], **{n: each for n, each in options(settings).items() if n != "certified"})
 
 
 class ThreadRelay:

@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from outbox.config import Setting
 from outbox.core.comparison import Summary
 from outbox.doctor.check import Check
 from outbox.operate.dead import DeadLetter
 from outbox.operate.replay import Replayed
 from outbox.operate.show import Shown
 from outbox.operate.status import Status
+from outbox.sources import Setting
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 TYPES: dict[str, tuple[str, Any]] = {

@@ -88,7 +88,7 @@ async def _publish(site: Site, transactions: int, events: int, payload: int) -> 
     """Seconds to publish and have acked the batches that the relay makes of them, in its window and its chain."""
     settings = Settings()
     news = asyncio.Event()
-    jetstream = await JetStream.connect(Settings(nats_url=site.nats_url).nats_servers, news.set)
+    jetstream = await JetStream.connect(Settings(nats_url=site.nats_url), news.set)
     info = await jetstream.stream(STREAM)
     base = info.last_sequence if info else 0
     batches = deque(_batches(transactions, events, payload, base))

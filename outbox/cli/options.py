@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from outbox.config import Loaded, Settings, WrongSettings, load
+from outbox.config import Settings
+from outbox.sources import Loaded, WrongSettings, load
 
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 

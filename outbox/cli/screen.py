@@ -11,9 +11,9 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from outbox.config import Setting
 from outbox.core.comparison import Comparison
 from outbox.doctor.check import Check, Colour
+from outbox.sources import Setting
 from outbox.text import counted, printable
 
 if TYPE_CHECKING:  # a screen is the same for every command; each loads its own

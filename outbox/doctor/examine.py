@@ -6,6 +6,8 @@ cannot be reached is a line, not the end.
 
 from __future__ import annotations
 
+import contextlib
+
 import psycopg
 from psycopg.rows import TupleRow
 
@@ -14,7 +16,7 @@ from outbox.doctor import database, queries, streams
 from outbox.doctor.check import Check, Checks, Colour
 from outbox.doctor.streams import Known
 from outbox.errors import OutboxError
-from outbox.jetstream.client import JetStream
+from outbox.jetstream.client import connected
 from outbox.operate.queries import PENDING_SUBJECTS
 from outbox.operate.status import Status, status
 from outbox.postgres.queries import STREAMS, compose
@@ -46,15 +48,13 @@ async def examine(settings: Settings) -> list[Check]:
         remedy = error.remedy or "start Postgres, or correct OUTBOX_DATABASE_URL: outbox config shows what is used"
         name = "tables" if checks else "connection"
         checks.append(Checks("database").red(name, error.message, remedy))
-    try:
-        jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
-    except OutboxError as error:
-        remedy = error.remedy or "start nats-server, or correct OUTBOX_NATS_URL: outbox config shows what is used"
-        return [*checks, Checks("stream").red("connection", error.message, remedy)]
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            jetstream = await stack.enter_async_context(connected(settings))
+        except OutboxError as error:
+            remedy = error.remedy or "start nats-server, or correct OUTBOX_NATS_URL: outbox config shows what is used"
+            return [*checks, Checks("stream").red("connection", error.message, remedy)]
         return checks + [check async for check in streams.examine(jetstream, known)]
-    finally:
-        await jetstream.close()
 
 
 async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Known:

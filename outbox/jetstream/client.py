@@ -12,17 +12,19 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
 import nats.errors
 from nats.aio.msg import Msg
 
+from outbox.config import Settings
 from outbox.core.batch import Batch, frames
 from outbox.core.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
 from outbox.core.plan import Seen
 from outbox.errors import Misconfigured, Weather
 from outbox.jetstream.connect import Wary, close, dial
+from outbox.jetstream.credentials import options
 from outbox.jetstream.stream import StreamInfo, seen, stream_info
 
 OLDEST_NATS = (2, 12, 1)
@@ -55,17 +57,18 @@ class JetStream:
         self._forbidden_calls: dict[str, str] = {}
 
     @classmethod
-    async def connect(
-        cls, servers: Sequence[str], news: Callable[[], None], *, domain: str | None = None, **options: Any
-    ) -> Self:
-        """Connect; raises `Weather` if no server answers, `Misconfigured` if it cannot keep the promises.
+    async def connect(cls, settings: Settings, news: Callable[[], None] = lambda: None) -> Self:
+        """Connect, with the settings' credentials and certificates as they are on disk now; close it when done.
 
-        Of the weather, `Denied` is what credentials or TLS must settle. `news` is called, without arguments, whenever a
-        reply came in or the connection was lost. `domain` is JetStream's; `options` are nats-py's.
+        Raises `Weather` if no server answers, `Misconfigured` if it cannot keep the promises. Of the weather, `Denied`
+        is what credentials or TLS must settle. `news` is called, without arguments, whenever a reply came in or the
+        connection was lost.
         """
         self = cls(news)
-        self._nc = await dial(servers, error_cb=self._on_error, closed_cb=self._on_closed, **options)
-        self._api = f"$JS.{domain}.API" if domain else "$JS.API"
+        self._nc = await dial(
+            settings.nats_servers, error_cb=self._on_error, closed_cb=self._on_closed, **options(settings)
+        )
+        self._api = f"$JS.{settings.nats_domain}.API" if settings.nats_domain else "$JS.API"
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
             self._check_version()
@@ -287,3 +290,13 @@ class JetStream:
         for token in list(self._awaited):
             self._tell(token, Unknown(why="the connection was lost"))
         self._news()
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: Settings) -> AsyncIterator[JetStream]:
+    """A command's connection, closed at the end; raises as `JetStream.connect` does."""
+    jetstream = await JetStream.connect(settings)
+    try:
+        yield jetstream
+    finally:
+        await jetstream.close()

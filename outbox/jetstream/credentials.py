@@ -9,11 +9,30 @@ import re
 import ssl
 from collections import UserString
 from pathlib import Path
+from typing import Any
 
+from pydantic import SecretStr
+
+from outbox.config import NKEY_SEED, Settings
 from outbox.errors import Denied
 
-SEED = r"SU[A-D][A-Z2-7]{55}"  # of a user's nkey
-PARTS = (r"BEGIN NATS USER JWT-+\n[\w.-]+\n", rf"BEGIN USER NKEY SEED-+\n{SEED}\n")
+PARTS = (r"BEGIN NATS USER JWT-+\n[\w.-]+\n", rf"BEGIN USER NKEY SEED-+\n{NKEY_SEED}\n")
+
+
+def options(settings: Settings) -> dict[str, Any]:
+    """Arguments of `dial`, nats-py's among them. Reads the files that the settings name; raises `Denied`."""
+    found: dict[str, Any] = {
+        "user": settings.nats_user,
+        "password": _plain(settings.nats_password),
+        "token": _plain(settings.nats_token),
+        "nkeys_seed_str": _plain(settings.nats_nkey_seed),
+        "user_credentials": settings.nats_credentials and credentials(settings.nats_credentials),
+    }
+    if settings.nats_tls_ca or settings.nats_tls_cert or settings.nats_tls_first:
+        found["tls"] = tls_context(settings.nats_tls_ca, settings.nats_tls_cert, settings.nats_tls_key)
+        found["tls_handshake_first"] = settings.nats_tls_first
+        found["certified"] = settings.nats_tls_cert is not None
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def tls_context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext:
@@ -49,3 +68,7 @@ def credentials(path: Path) -> UserString:
 def _unusable(name: str, path: Path | None, error: Exception) -> Denied:
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or "it is not what it should be"
     return Denied(f"{path or 'the list of authorities'} cannot be used: {reason}", remedy=f"see the setting {name}")
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

@@ -18,7 +18,7 @@ from outbox.config import Settings
 from outbox.core.comparison import Comparison
 from outbox.errors import Misconfigured
 from outbox.event import subject_problem
-from outbox.jetstream.client import JetStream
+from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
 from outbox.operate.verify import known_rows, read
@@ -58,8 +58,7 @@ async def accept_stream(settings: Settings, stream: str) -> Rebased:
 
     Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream, or if it does not exist.
     """
-    jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
-    try:
+    async with connected(settings) as jetstream:
         with command_session(settings.database_url) as connection:
             await _lock(connection, settings.schema)
             outbox_id = _outbox_id(connection, settings.schema)
@@ -73,8 +72,6 @@ async def accept_stream(settings: Settings, stream: str) -> Rebased:
             accepted = {"name": stream, "created": info.created, "last": info.last_sequence}
             connection.execute(compose(queries.ACCEPT_STREAM, settings.schema), accepted)
             return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
-    finally:
-        await jetstream.close()
 
 
 async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
@@ -89,12 +86,9 @@ async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
         outbox_id = _outbox_id(connection, settings.schema)
         found = _Found()
         if read_back:
-            jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
-            try:
+            async with connected(settings) as jetstream:
                 for known in await _all_streams(jetstream, connection, settings.schema):
                     await _adopt(jetstream, connection, settings.schema, outbox_id, known, found)
-            finally:
-                await jetstream.close()
         locked = compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", settings.schema)
         connection.execute(locked)
         for statement in queries.REBASE:

@@ -13,7 +13,7 @@ from uuid import UUID
 from outbox.config import Settings
 from outbox.core.plan import Seen
 from outbox.errors import Misconfigured, OutboxError
-from outbox.jetstream.client import JetStream
+from outbox.jetstream.client import connected
 from outbox.operate import queries
 from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
@@ -108,13 +108,10 @@ async def _look(
     if stream is None or first is None:
         return None, None
     try:
-        jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
-        try:
+        async with connected(settings) as jetstream:
             if await jetstream.stream(stream) is None:
                 return None, f"stream {stream} does not exist"
             return await jetstream.look(stream, range(first, first + count)), None
-        finally:
-            await jetstream.close()
     except OutboxError as error:
         return None, error.message
 

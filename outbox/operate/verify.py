@@ -15,7 +15,7 @@ from outbox.config import Settings
 from outbox.core.comparison import Comparison, Row
 from outbox.core.positions import HIGHEST
 from outbox.errors import Misconfigured
-from outbox.jetstream.client import JetStream
+from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
 from outbox.postgres.queries import STREAMS, compose
@@ -43,8 +43,7 @@ async def verify(
     writers are at work. Raises `Misconfigured` if a stream is unknown or gone, `Weather` if a server cannot be reached.
     """
     bounded = first > 1 or last < HIGHEST
-    jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
-    try:
+    async with connected(settings) as jetstream:
         with command_session(settings.database_url) as connection:
             connection.autocommit = True  # each look-up sees what was committed by then
             outbox = _Outbox(connection, settings.schema)
@@ -68,8 +67,6 @@ async def verify(
                     after = receipts[-1].position
                 compared.append(comparison)
             return compared
-    finally:
-        await jetstream.close()
 
 
 async def read(

@@ -133,7 +133,7 @@ class Relay:
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
         with self._reaching("nats"):
-            jetstream = await JetStream.connect(self._settings.nats_servers, news, **self._settings.nats_options)
+            jetstream = await JetStream.connect(self._settings, news)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(jetstream.close)
             if self._create is not None:

@@ -234,7 +234,7 @@ def test_connection_to_a_frozen_server_is_closed_with_what_it_could_not_send(wor
     """Fault: nats-server is frozen with megabytes before it. Promise: none of them reach it after the connection."""
 
     async def give_up(server: Nats) -> None:
-        jetstream = await JetStream.connect([server.url], lambda: None)
+        jetstream = await JetStream.connect(Settings(nats_url=server.url))
         connection: Any = jetstream._nc._transport
         transport = connection._io_writer.transport
         events = [Event(str(number), "a", bytes(900_000), {}) for number in range(20)]

@@ -14,12 +14,13 @@ import nkeys
 import psycopg
 import pytest
 
-from outbox.config import Settings, load
+from outbox.config import Settings
 from outbox.core.telemetry import Connected, Marked, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Denied, Misconfigured
 from outbox.operate import migrate, status
 from outbox.schema import grants
+from outbox.sources import load
 from tests.authority import Operator, new_key, public_of, seed_of
 from tests.bed import Broker, ProcessRelay, ThreadRelay, broker_of, rows, until, wait_until_sent
 from tests.conftest import Stream, clone, own_nats

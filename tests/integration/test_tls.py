@@ -73,7 +73,7 @@ async def test_nats_that_only_offers_tls_gets_it(workplace: Path, authority: Aut
     server.config += f"\nallow_non_tls: true\nhttp: 127.0.0.1:{monitor}"
     settings = Settings(nats_url=server.url, nats_tls_ca=authority.ca)
     with server:
-        jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+        jetstream = await JetStream.connect(settings)
         answer = await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{monitor}/connz")
         with answer:
             (connection,) = json.load(answer)["connections"]
@@ -121,7 +121,7 @@ async def test_objection_to_a_client_certificate_is_heard(first: bool, workplace
         others = [asyncio.create_task(busy()) for _ in range(20)]
         for _ in range(10):
             with pytest.raises(Denied, match="unknown ca"):
-                await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+                await JetStream.connect(settings)
         for other in others:
             other.cancel()
 
@@ -160,7 +160,7 @@ async def test_handshake_too_early_is_named(workplace: Path, authority: Authorit
     with tls_nats(workplace / "nats", authority.issue("127.0.0.1")) as server:
         settings = Settings(nats_url=server.url, nats_tls_ca=authority.ca, nats_tls_first=True)
         with pytest.raises(Weather) as error:
-            await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+            await JetStream.connect(settings)
     assert "OUTBOX_NATS_TLS_FIRST" in str(error.value)
 
 
@@ -170,7 +170,7 @@ async def test_one_wrong_server_of_several_is_no_reason(workplace: Path, authori
 
     async def connect(*urls: str) -> None:
         settings = Settings(nats_url=",".join(urls), nats_tls_ca=authority.ca)
-        jetstream = await JetStream.connect(settings.nats_servers, lambda: None, **settings.nats_options)
+        jetstream = await JetStream.connect(settings)
         await jetstream.close()
 
     with wrong:

@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from outbox.cli.app import app
-from outbox.config import BatchMode, Loaded, LogFormat, Settings, WrongSettings, load
+from outbox.config import BatchMode, LogFormat, Settings
+from outbox.jetstream.credentials import options
 from outbox.postgres.session import CONNECTION, _kept
-from outbox.sources import find
+from outbox.sources import Loaded, WrongSettings, find, load
 from outbox.text import masked
 
 NOWHERE = Path("nowhere.toml")
@@ -52,8 +53,8 @@ def test_every_setting_can_come_from_a_file(tmp_path: Path) -> None:
 def test_secrets_are_read_without_the_last_newline(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(" two words \n")
-    options = load({"OUTBOX_NATS_USER": "u", "OUTBOX_NATS_PASSWORD_FILE": str(secret)}, NOWHERE).settings.nats_options
-    assert options == {"user": "u", "password": " two words "}
+    settings = load({"OUTBOX_NATS_USER": "u", "OUTBOX_NATS_PASSWORD_FILE": str(secret)}, NOWHERE).settings
+    assert options(settings) == {"user": "u", "password": " two words "}
 
 
 def test_every_mistake_at_once(tmp_path: Path) -> None:
