@@ -27,11 +27,11 @@ from rich.table import Table
 from outbox.embedded import Nats, Postgres
 from outbox.errors import OutboxError
 from outbox.operate import pause, replay
-from tests.armed import POINTS
-from tests.bed import Broker, ProcessRelay, rows, value, wait_until_sent
-from tests.conftest import own_nats, own_postgres, prepared
-from tests.proxy import NatsProxy, Proxy
-from tests.workload import Writers, check
+from tests.support.armed import POINTS
+from tests.support.bed import Broker, ProcessRelay, rows, value, wait_until_sent
+from tests.support.proxy import NatsProxy, Proxy
+from tests.support.servers import own_nats, own_postgres, prepared
+from tests.support.workload import Writers, check
 
 STREAM, PREFIX = "SOAK", "soak"
 EXPECTED_ENDS = (0, -signal.SIGKILL)

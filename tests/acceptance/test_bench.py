@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from outbox.embedded import Nats
-from tests.bed import Broker, rows
+from tests.support.bed import Broker, rows
 
 
 def bench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

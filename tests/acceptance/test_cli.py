@@ -20,23 +20,10 @@ from outbox.cli.app import app
 from outbox.errors import Weather
 from outbox.operate import replay
 from outbox.operate.replay import Replayed
-from tests.bed import Broker, ProcessRelay, rows, until, value
-from tests.conftest import Stream
-from tests.documents import check_command, invocations
-
-
-def outbox(environment: dict[str, str], *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "outbox", *words],
-        env={**os.environ, "COLUMNS": "80", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=cwd,
-    )
-    assert "Traceback" not in done.stderr
-    return done
+from tests.support.bed import Broker, ProcessRelay, rows, until, value
+from tests.support.commands import outbox
+from tests.support.documents import check_command, invocations
+from tests.support.servers import Stream
 
 
 def commands() -> Iterator[tuple[str, ...]]:

@@ -19,7 +19,7 @@ import pytest
 
 from outbox.demo import Entry, Message, check, latencies
 from outbox.embedded import accepts_connections
-from tests.bed import until
+from tests.support.bed import until
 
 KINDS = ("split", "missing", "duplicated", "out of order", "phantom")
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -17,8 +17,8 @@ import yaml
 from outbox.cli import options
 from outbox.config import Settings
 from outbox.operate import status
-from tests.bed import rows
-from tests.documents import blocks, check_command, invocations, named, run
+from tests.support.bed import rows
+from tests.support.documents import blocks, check_command, invocations, named, run
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"

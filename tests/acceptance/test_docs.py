@@ -27,8 +27,8 @@ from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats
 from outbox.operate import dead, migrate, purge
 from outbox.schema import register
-from tests.bed import Broker, rows, until, value
-from tests.documents import (
+from tests.support.bed import Broker, rows, until, value
+from tests.support.documents import (
     DOCS,
     README,
     ROOT,

@@ -11,15 +11,15 @@ import typer.main
 
 from outbox.cli.app import app
 from outbox.config import Settings
-from tests import schemas
-from tests.acceptance.test_cli import outbox
-from tests.bed import ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
+from tests.support import schemas
+from tests.support.bed import ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.commands import outbox
+from tests.support.servers import Stream
 
 
 @pytest.mark.parametrize("name", schemas.TYPES)
 def test_published_schemas_are_those_of_the_code(name: str) -> None:
-    assert (schemas.FOLDER / f"{name}.json").read_text() == schemas.text(name), "run: python -m tests.schemas"
+    assert (schemas.FOLDER / f"{name}.json").read_text() == schemas.text(name), "run: python -m tests.support.schemas"
 
 
 def test_output_fits_the_schemas(settings: Settings, environment: dict[str, str], stream: Stream) -> None:

@@ -15,9 +15,9 @@ import promql_parser
 import pytest
 import yaml
 
-from tests import promql
-from tests.documents import check_command, invocations
-from tests.exported import EXPORTED
+from tests.support import promql
+from tests.support.documents import check_command, invocations
+from tests.support.exported import EXPORTED
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 MONITORING = DEPLOY / "monitoring"

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from outbox.embedded import Nats
-from tests.bed import Broker, until
-from tests.documents import DOCS, ROOT, blocks, libpq, named
+from tests.support.bed import Broker, until
+from tests.support.documents import DOCS, ROOT, blocks, libpq, named
 
 RECIPES = sorted(path for path in (DOCS / "recipes").glob("*.md") if path.name != "README.md")
 UUID = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")

@@ -12,9 +12,9 @@ from outbox.config import Settings
 from outbox.core.telemetry import Unreachable
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
-from tests.bed import ThreadRelay, rows, until, value
-from tests.conftest import own_nats
-from tests.documents import DOCS
+from tests.support.bed import ThreadRelay, rows, until, value
+from tests.support.documents import DOCS
+from tests.support.servers import own_nats
 
 PAGE = (DOCS / "operate" / "troubleshoot.md").read_text()
 

@@ -18,11 +18,11 @@ from outbox.core.transaction import Transaction
 from outbox.embedded import Nats
 from outbox.event import Event
 from outbox.jetstream.client import JetStream
-from tests.bed import Broker, ThreadRelay, rows, until, wait_until_sent
-from tests.conftest import Stream, own_nats
-from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of
-from tests.proxy import NatsProxy
-from tests.workload import Writers
+from tests.support.bed import Broker, ThreadRelay, rows, until, wait_until_sent
+from tests.support.faults import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of
+from tests.support.proxy import NatsProxy
+from tests.support.servers import Stream, own_nats
+from tests.support.workload import Writers
 
 
 @pytest.fixture

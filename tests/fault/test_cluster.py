@@ -11,10 +11,10 @@ import pytest
 
 from outbox.config import Settings
 from outbox.core.telemetry import Marked
-from tests.bed import ThreadRelay, until, wait_until_sent
-from tests.cluster import Cluster, three_nodes
-from tests.fault.common import assert_ended_well, more_sent
-from tests.workload import Writers
+from tests.support.bed import ThreadRelay, until, wait_until_sent
+from tests.support.cluster import Cluster, three_nodes
+from tests.support.faults import assert_ended_well, more_sent
+from tests.support.workload import Writers
 
 SLOW = 60  # an election can take ten seconds, and on a loaded machine more
 

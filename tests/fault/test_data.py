@@ -10,9 +10,9 @@ import pytest
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, numbers
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream, numbers
+from tests.support.workload import Writers, check
 
 PENDING = "SELECT count(*) FROM outbox.pending"
 LINE_BREAK, RESERVED, NO_STRING = "has a line break", "is reserved", "is not a string"

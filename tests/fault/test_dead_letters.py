@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -21,9 +18,10 @@ from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.operate import dead
 from outbox.operate.dead import Selection
-from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.commands import outbox
+from tests.support.servers import Stream
+from tests.support.workload import Writers, check
 
 
 def add(url: str, subject: str, *payloads: str) -> int:
@@ -31,17 +29,6 @@ def add(url: str, subject: str, *payloads: str) -> int:
     for_each = "SELECT outbox.add(%s, p) FROM unnest(%s::text[]) AS p"
     rows(url, for_each, subject, list(payloads))
     return int(value(url, "SELECT max(position) FROM outbox.transactions"))
-
-
-def command(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "outbox", *words],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
 
 
 def test_retry_sends_it_late_and_whole_under_load(
@@ -127,25 +114,25 @@ def test_commands_of_the_whole_story(
         assert "halted: " in str(value(database, "SELECT blocked FROM outbox.relay"))
     assert "outbox dead discard 1" in str(error)
     assert ThreadRelay(settings, drain=True).ended() is None
-    listed = json.loads(command(environment, "dead", "list", "--json").stdout)
+    listed = json.loads(outbox(environment, "dead", "list", "--json").stdout)
     assert [each["position"] for each in listed] == [1, 2, 3]
-    assert "[/b] [true]" in command(environment, "dead", "show", "1").stdout
-    shown = command({**environment, "COLUMNS": "200"}, "dead", "list").stdout
+    assert "[/b] [true]" in outbox(environment, "dead", "show", "1").stdout
+    shown = outbox({**environment, "COLUMNS": "200"}, "dead", "list").stdout
     heads, first = (line for line in shown.splitlines() if "reason" in line or re.match(r"│ +1 │", line))
     assert [cell.strip() for cell in heads.split("┃")].index("reason") == next(
         index for index, cell in enumerate(first.split("│")) if "duplicate-message-id" in cell
     )
-    assert command(environment, "dead", "show", "99").returncode == 1
-    assert command(environment, "dead", "discard").returncode == 2
-    assert command(environment, "dead", "discard", "99", "--yes").returncode == 2
-    assert command(environment, "dead", "retry", "1").returncode == 1  # nobody answers the question
-    assert "discarded: 1 dead letter" in command(environment, "dead", "discard", "1", "--yes").stdout
+    assert outbox(environment, "dead", "show", "99").returncode == 1
+    assert outbox(environment, "dead", "discard").returncode == 2
+    assert outbox(environment, "dead", "discard", "99", "--yes").returncode == 2
+    assert outbox(environment, "dead", "retry", "1").returncode == 1  # nobody answers the question
+    assert "discarded: 1 dead letter" in outbox(environment, "dead", "discard", "1", "--yes").stdout
     by_subject = ("--subject", f"{stream.prefix}.b", "--all", "--yes")
-    assert "discarded: 1 dead letter" in command(environment, "dead", "discard", *by_subject).stdout
+    assert "discarded: 1 dead letter" in outbox(environment, "dead", "discard", *by_subject).stdout
     assert [p for (p,) in rows(database, "SELECT position FROM outbox.dead WHERE discarded_at IS NULL")] == [3]
     assert dead.retry(database, "outbox", [1]) == []  # discarded for good
-    assert json.loads(command(environment, "dead", "list", "--reason", "unrouted", "--json").stdout) == []
-    assert "pending again: 1 transaction" in command(environment, "dead", "retry", "--all", "--yes").stdout
+    assert json.loads(outbox(environment, "dead", "list", "--reason", "unrouted", "--json").stdout) == []
+    assert "pending again: 1 transaction" in outbox(environment, "dead", "retry", "--all", "--yes").stdout
     assert broker.read(stream.name) == []
 
 

@@ -10,12 +10,11 @@ from outbox.config import Durability, Settings
 from outbox.core.telemetry import Marked, TookLead, Unreachable
 from outbox.embedded import Nats
 from outbox.postgres import store
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, own_postgres, prepared
-from tests.fault.test_postgres_fails import more_sent
-from tests.fault.test_standby import standby_of
-from tests.proxy import Proxy
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.faults import more_sent
+from tests.support.proxy import Proxy
+from tests.support.servers import Stream, own_postgres, prepared, standby_of
+from tests.support.workload import Writers, check
 
 STREAMING = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 COUNT = "SELECT count(*) FROM outbox.transactions"

@@ -23,11 +23,11 @@ from outbox import Outbox
 from outbox.config import BatchMode, Settings
 from outbox.embedded import Postgres
 from outbox.operate import pause, purge, replay
-from tests.bed import ThreadRelay, until, value, wait_until_sent
-from tests.cluster import Cluster, three_nodes
-from tests.conftest import clone
-from tests.proxy import NatsProxy, Proxy
-from tests.workload import check
+from tests.support.bed import ThreadRelay, until, value, wait_until_sent
+from tests.support.cluster import Cluster, three_nodes
+from tests.support.proxy import NatsProxy, Proxy
+from tests.support.servers import clone
+from tests.support.workload import check
 
 SESSIONS = strategies.integers(0, 2)
 numbers = itertools.count(1)

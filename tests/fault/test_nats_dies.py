@@ -15,11 +15,11 @@ from outbox.errors import Halt
 from outbox.jetstream.client import JetStream
 from outbox.operate import status
 from outbox.operate.rebase import accept_stream
-from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
-from tests.conftest import own_nats
-from tests.fault.common import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
-from tests.proxy import NatsProxy
-from tests.workload import Writers
+from tests.support.bed import Broker, ThreadRelay, until, value, wait_until_sent
+from tests.support.faults import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
+from tests.support.proxy import NatsProxy
+from tests.support.servers import own_nats
+from tests.support.workload import Writers
 
 
 @pytest.fixture

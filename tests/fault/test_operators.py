@@ -6,10 +6,10 @@ import contextlib
 from pathlib import Path
 
 from outbox.operate import pause, purge, replay
-from tests.bed import Broker, ProcessRelay, value, wait_until_sent
-from tests.conftest import Stream
-from tests.fault.common import more_sent
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ProcessRelay, value, wait_until_sent
+from tests.support.faults import more_sent
+from tests.support.servers import Stream
+from tests.support.workload import Writers, check
 
 
 def test_replay_and_pause_while_relays_are_killed(

@@ -16,8 +16,8 @@ from outbox.doctor import examine as doctor
 from outbox.doctor.check import Colour
 from outbox.embedded import Nats, Postgres, accepts_connections, free_port
 from outbox.errors import Misconfigured
-from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value
-from tests.conftest import Stream
+from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value
+from tests.support.servers import Stream
 
 CONFIG = """
 [databases]

@@ -13,11 +13,11 @@ from outbox.core.telemetry import Marked, StandingBy, TookLead
 from outbox.embedded import Nats, Postgres
 from outbox.postgres.rows import Decisions
 from outbox.postgres.store import Store
-from tests.bed import PATIENCE, Broker, ThreadRelay, until, value, wait_until_sent
-from tests.conftest import Stream
-from tests.fault.test_postgres_fails import more_sent
-from tests.proxy import Proxy
-from tests.workload import Writers, check
+from tests.support.bed import PATIENCE, Broker, ThreadRelay, until, value, wait_until_sent
+from tests.support.faults import more_sent
+from tests.support.proxy import Proxy
+from tests.support.servers import Stream
+from tests.support.workload import Writers, check
 
 
 def through(proxy: Proxy, url: str) -> str:

@@ -11,21 +11,16 @@ from outbox.config import Settings
 from outbox.core.telemetry import Connected, LostLead, Marked, TookLead, Unreachable
 from outbox.embedded import Nats
 from outbox.postgres import session
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, own_postgres, prepared
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.faults import more_sent
+from tests.support.servers import Stream, own_postgres, prepared
+from tests.support.workload import Writers, check
 
 TERMINATE = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
     " WHERE application_name = 'outbox relay' AND datname = current_database()"
 )
 SENT = "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL"
-
-
-def more_sent(url: str, than: int = 20) -> None:
-    """Wait until so many more transactions are marked."""
-    before = int(value(url, SENT))
-    until(lambda: value(url, SENT) > before + than, what="more transactions sent")
 
 
 def wait_for_times(relay: ThreadRelay, times: int, words: str) -> None:

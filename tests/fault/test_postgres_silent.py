@@ -8,9 +8,9 @@ from outbox.config import Settings
 from outbox.core.telemetry import Marked, Slept, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.postgres import session
-from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
-from tests.conftest import Stream
-from tests.proxy import Proxy
+from tests.support.bed import Broker, ThreadRelay, rows, wait_until_sent
+from tests.support.proxy import Proxy
+from tests.support.servers import Stream
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

@@ -11,9 +11,9 @@ import psycopg
 from outbox.config import BatchMode, Settings
 from outbox.core.telemetry import BatchSent, TookLead
 from outbox.embedded import Nats
-from tests.bed import Broker, ProcessRelay, ThreadRelay, rows, running, until, value, wait_until_sent
-from tests.conftest import Stream
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, running, until, value, wait_until_sent
+from tests.support.servers import Stream
+from tests.support.workload import Writers, check
 
 
 def test_sigkill_twenty_times_under_load_with_a_standby(

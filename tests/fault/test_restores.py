@@ -18,9 +18,8 @@ from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
 from outbox.operate import rebase
 from outbox.operate.verify import verify
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, own_postgres, prepared
-from tests.fault.test_standby import standby_of
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream, own_postgres, prepared, standby_of
 
 
 def add(url: str, subject: str, *payloads: str) -> None:

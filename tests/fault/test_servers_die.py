@@ -9,9 +9,9 @@ import pytest
 from outbox.config import Settings
 from outbox.core.telemetry import Marked
 from outbox.embedded import Nats
-from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
-from tests.conftest import own_nats, own_postgres, prepared
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, until, value, wait_until_sent
+from tests.support.servers import own_nats, own_postgres, prepared
+from tests.support.workload import Writers, check
 
 
 def sent(url: str) -> int:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import psycopg
 
 from outbox.config import Durability, Settings
 from outbox.core.telemetry import Blocked, Marked, Unreachable
-from outbox.embedded import Nats, Postgres
+from outbox.embedded import Nats
 from outbox.errors import Misconfigured
 from outbox.operate import migrate
-from tests.bed import Broker, ThreadRelay, rows
-from tests.conftest import Stream, own_postgres
-
-
-def standby_of(primary: Postgres, directory: Path, url: str = "") -> Postgres:
-    """An asynchronous streaming standby, not started yet. `url` is another way to the primary, such as a proxy's."""
-    made = own_postgres(directory)
-    made.prepare()
-    subprocess.run(
-        [made.installation / "bin" / "pg_basebackup", "-D", made.data, "-R", "-c", "fast", "-d", url or primary.url()],
-        check=True,
-        capture_output=True,
-        cwd=directory,
-        **made._identity(),
-    )
-    return made
+from tests.support.bed import Broker, ThreadRelay, rows
+from tests.support.servers import Stream, own_postgres, standby_of
 
 
 def test_nothing_is_published_that_a_standby_does_not_have(nats: Nats, stream: Stream, workplace: Path) -> None:

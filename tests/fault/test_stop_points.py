@@ -10,10 +10,10 @@ import psycopg
 import pytest
 
 from outbox.embedded import Nats
-from tests.armed import POINTS
-from tests.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
-from tests.workload import Writers, check
+from tests.support.armed import POINTS
+from tests.support.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream
+from tests.support.workload import Writers, check
 
 TERMINATE = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"

@@ -11,9 +11,9 @@ from outbox.core.telemetry import Blocked, Marked, Shared
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Halt
 from outbox.operate import rebase, status
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, clone, own_nats
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream, clone, own_nats
+from tests.support.workload import Writers, check
 
 
 def add(url: str, subject: str, events: int = 1) -> None:

@@ -13,10 +13,10 @@ from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.operate import status
 from outbox.operate.rebase import accept_stream
-from tests.bed import Broker, ThreadRelay, until, value, wait_until_sent
-from tests.conftest import Stream, own_nats
-from tests.fault.common import add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, until, value, wait_until_sent
+from tests.support.faults import add, assert_ended_well, assert_receipts_tile, more_sent, sent, unsent_ids
+from tests.support.servers import Stream, own_nats
+from tests.support.workload import Writers, check
 
 
 @pytest.fixture

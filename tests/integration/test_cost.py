@@ -19,8 +19,8 @@ from outbox.core.telemetry import BatchSent, Slept
 from outbox.jetstream.client import JetStream
 from outbox.postgres import queries
 from outbox.postgres.store import Store
-from tests.bed import ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
+from tests.support.bed import ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream
 
 TRANSACTIONS, EVENTS, PAYLOAD = 4000, 3, 256
 FILL = """

@@ -21,10 +21,10 @@ from outbox.errors import Denied, Misconfigured
 from outbox.operate import migrate, status
 from outbox.schema import grants
 from outbox.sources import load
-from tests.authority import Operator, new_key, public_of, seed_of
-from tests.bed import Broker, ProcessRelay, ThreadRelay, broker_of, rows, until, wait_until_sent
-from tests.conftest import Stream, clone, own_nats
-from tests.integration.conftest import SECRET
+from tests.support.authority import Operator, new_key, public_of, seed_of
+from tests.support.bed import Broker, ProcessRelay, ThreadRelay, broker_of, rows, until, wait_until_sent
+from tests.support.guarded import SECRET
+from tests.support.servers import Stream, clone, own_nats
 
 WRONG, ODD = "another-s3cr3t", "p@ss/w%rd"
 

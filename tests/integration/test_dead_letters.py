@@ -13,8 +13,8 @@ from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.operate import status
 from outbox.postgres.store import Store
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream
 
 
 def transaction(url: str, *events: tuple[str, str], headers: str | None = None) -> None:

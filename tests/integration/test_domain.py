@@ -10,8 +10,8 @@ import pytest
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Unreachable
 from outbox.embedded import Nats, free_port
-from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
-from tests.conftest import own_nats
+from tests.support.bed import Broker, ThreadRelay, rows, wait_until_sent
+from tests.support.servers import own_nats
 
 
 def in_domain(folder: Path, domain: str, more: str) -> Nats:

@@ -14,8 +14,8 @@ from outbox import schema
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
 from outbox.operate import migrate, queries
-from tests.bed import rows, value
-from tests.conftest import numbers
+from tests.support.bed import rows, value
+from tests.support.servers import numbers
 
 FORGED = """
 CREATE OR REPLACE FUNCTION outbox.header_bytes(headers jsonb) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'

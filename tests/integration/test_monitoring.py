@@ -26,9 +26,9 @@ from outbox.monitor import http as server
 from outbox.monitor.http import Health
 from outbox.monitor.metrics import Metrics
 from outbox.operate import pause
-from tests import promql
-from tests.bed import Broker, ProcessRelay, rows, until, wait_until_sent
-from tests.conftest import Stream, own_nats, own_postgres, prepared
+from tests.support import promql
+from tests.support.bed import Broker, ProcessRelay, rows, until, wait_until_sent
+from tests.support.servers import Stream, own_nats, own_postgres, prepared
 
 ALERTS = yaml.safe_load((Path(__file__).parents[2] / "docs/deploy/monitoring/alerts.yml").read_text())["groups"][0][
     "rules"

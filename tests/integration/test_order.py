@@ -7,9 +7,9 @@ import pytest
 from outbox.config import Settings
 from outbox.core.positions import Positions
 from outbox.embedded import Nats
-from tests.bed import Broker, ThreadRelay, rows, wait_until_sent
-from tests.conftest import Stream
-from tests.workload import Report, Writers, check
+from tests.support.bed import Broker, ThreadRelay, rows, wait_until_sent
+from tests.support.servers import Stream
+from tests.support.workload import Report, Writers, check
 
 
 def run(url: str, nats: Nats, stream: Stream, *, transactions: int, seed: int, drain_first: bool = False) -> Report:

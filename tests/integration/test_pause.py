@@ -6,8 +6,8 @@ from outbox import schema
 from outbox.config import Settings
 from outbox.core.telemetry import Marked, PageRead, Paused, Resumed, Slept
 from outbox.operate import pause, status
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream
 
 
 def add(url: str, stream: Stream) -> None:

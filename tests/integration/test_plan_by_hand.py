@@ -6,9 +6,9 @@ from outbox.config import Settings
 from outbox.core.telemetry import BatchSent, Unreachable
 from outbox.embedded import Nats
 from outbox.errors import Halt
-from tests.bed import ThreadRelay, rows, value
-from tests.conftest import Stream
-from tests.proxy import NatsProxy
+from tests.support.bed import ThreadRelay, rows, value
+from tests.support.proxy import NatsProxy
+from tests.support.servers import Stream
 
 
 def test_planned_transaction_that_is_set_aside_while_nats_is_away(

@@ -16,8 +16,8 @@ from outbox.embedded import Postgres
 from outbox.postgres import queries
 from outbox.postgres.rows import array, ranges
 from outbox.postgres.session import SESSION
-from tests.bed import rows
-from tests.conftest import clone
+from tests.support.bed import rows
+from tests.support.servers import clone
 
 ROWS = 60_000
 FILL = f"""

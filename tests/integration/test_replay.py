@@ -11,9 +11,9 @@ from outbox.config import Settings
 from outbox.errors import Misconfigured
 from outbox.operate import migrate, replay, show
 from outbox.operate.replay import Range
-from tests.bed import Broker, Stored, ThreadRelay, rows, value, wait_until_sent
-from tests.conftest import Stream
-from tests.workload import check
+from tests.support.bed import Broker, Stored, ThreadRelay, rows, value, wait_until_sent
+from tests.support.servers import Stream
+from tests.support.workload import check
 
 ALL = Range(first=1, last=1 << 60)
 

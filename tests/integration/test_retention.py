@@ -9,10 +9,10 @@ from outbox.config import Settings
 from outbox.core.telemetry import Marked, Purged
 from outbox.operate import purge
 from outbox.operate.verify import verify
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream
-from tests.fault.test_dead_letters import command
-from tests.workload import Writers, check
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.commands import outbox
+from tests.support.servers import Stream
+from tests.support.workload import Writers, check
 
 
 def kept(url: str) -> tuple[int, int]:
@@ -86,6 +86,6 @@ def test_one_that_was_retried_late_does_not_stop_the_purge(database: str, stream
 
 def test_ages_that_no_database_can_count(environment: dict[str, str]) -> None:
     for hours in ("inf", "nan", "1e12", "-1"):
-        assert command(environment, "purge", "--older-than", hours).returncode == 2, hours
-    assert command({**environment, "OUTBOX_RETENTION": "1e12"}, "relay", "--drain").returncode == 2
-    assert command({**environment, "OUTBOX_RETENTION": "inf"}, "relay", "--drain").returncode == 0
+        assert outbox(environment, "purge", "--older-than", hours).returncode == 2, hours
+    assert outbox({**environment, "OUTBOX_RETENTION": "1e12"}, "relay", "--drain").returncode == 2
+    assert outbox({**environment, "OUTBOX_RETENTION": "inf"}, "relay", "--drain").returncode == 0

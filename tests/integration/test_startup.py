@@ -14,8 +14,8 @@ from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
 from outbox.operate import migrate, rebase, status
 from outbox.schema import grants
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, old_nats
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream, old_nats
 
 
 def refusal(settings: Settings) -> Misconfigured:

@@ -12,8 +12,8 @@ from psycopg import errors
 from outbox.config import Settings
 from outbox.core.telemetry import Marked, Slept
 from outbox.embedded import Nats, Postgres
-from tests.bed import ThreadRelay, rows, value, wait_until_sent
-from tests.conftest import Stream
+from tests.support.bed import ThreadRelay, rows, value, wait_until_sent
+from tests.support.servers import Stream
 
 
 def test_open_transactions_of_strangers_delay_nothing(

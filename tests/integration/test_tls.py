@@ -18,11 +18,11 @@ from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Denied, Misconfigured, Weather
 from outbox.jetstream.client import JetStream
 from outbox.operate import status
-from tests.authority import Authority, Pair
-from tests.bed import ThreadRelay, broker_of, rows, value, wait_until_sent
-from tests.conftest import Stream, own_nats
-from tests.integration.conftest import SECRET, Guarded
-from tests.proxy import NatsProxy
+from tests.support.authority import Authority, Pair
+from tests.support.bed import ThreadRelay, broker_of, rows, value, wait_until_sent
+from tests.support.guarded import SECRET, Guarded
+from tests.support.proxy import NatsProxy
+from tests.support.servers import Stream, own_nats
 
 
 def tls_nats(folder: Path, pair: Pair, more: str = "") -> Nats:

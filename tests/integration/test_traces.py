@@ -21,8 +21,8 @@ from sqlalchemy.orm import Session
 from outbox import Outbox, event
 from outbox.config import Settings
 from outbox.tracing import Batches
-from tests.bed import Broker, ThreadRelay, rows, value, wait_until_sent
-from tests.conftest import Stream
+from tests.support.bed import Broker, ThreadRelay, rows, value, wait_until_sent
+from tests.support.servers import Stream
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from outbox.doctor.check import Check, Colour
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
 from outbox.operate import dead, migrate, rebase, status
-from tests.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
-from tests.conftest import Stream, clone, old_nats
-from tests.integration.conftest import SECRET
+from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.guarded import SECRET
+from tests.support.servers import Stream, clone, old_nats
 
 
 def checks(settings: Settings) -> list[Check]:

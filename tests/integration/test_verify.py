@@ -12,10 +12,10 @@ from outbox.config import Settings
 from outbox.core.positions import HIGHEST
 from outbox.embedded import Nats
 from outbox.operate.verify import verify
-from tests.bed import Broker, ThreadRelay, rows, value, wait_until_sent
-from tests.conftest import Stream
-from tests.fault.test_dead_letters import command
-from tests.workload import Writers
+from tests.support.bed import Broker, ThreadRelay, rows, value, wait_until_sent
+from tests.support.commands import outbox
+from tests.support.servers import Stream
+from tests.support.workload import Writers
 
 
 def found(settings: Settings, first: int = 1, last: int = HIGHEST) -> list[str]:
@@ -113,12 +113,12 @@ def test_command_exits_with_1_and_reads_only(
     sent: Settings, environment: dict[str, str], nats: Nats, broker: Broker, stream: Stream
 ) -> None:
     before = broker.info(stream.name)["state"]
-    done = command(environment, "verify")
+    done = outbox(environment, "verify")
     assert (done.returncode, stream.name in done.stdout) == (0, True)
     assert broker.info(stream.name)["state"] == before
     broker.publish(f"{stream.prefix}.x", b"hello")
-    done = command(environment, "verify", "--json")
+    done = outbox(environment, "verify", "--json")
     assert done.returncode == 1
     assert [each["kind"] for each in json.loads(done.stdout)[0]["anomalies"]] == ["foreign"]
-    assert "message of somebody else" in command(environment, "verify").stdout
-    assert command(environment, "verify", "--stream", "NONE").returncode == 1
+    assert "message of somebody else" in outbox(environment, "verify").stdout
+    assert outbox(environment, "verify", "--stream", "NONE").returncode == 1

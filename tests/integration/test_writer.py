@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from outbox import Outbox, OutboxError, event
 from outbox.schema import grants
-from tests.bed import rows, value
+from tests.support.bed import rows, value
 
 outbox = Outbox()
 MY_TXID = "SELECT pg_current_xact_id()::text"

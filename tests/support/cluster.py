@@ -10,8 +10,8 @@ from typing import Any
 import nats.errors
 
 from outbox.embedded import free_port
-from tests.bed import Broker, Stored, until
-from tests.conftest import own_nats
+from tests.support.bed import Broker, Stored, until
+from tests.support.servers import own_nats
 
 
 class Cluster:

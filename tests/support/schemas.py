@@ -1,6 +1,6 @@
 """The published schemas of what commands print with --json: `docs/schemas`, made from the types that are printed.
 
-`python -m tests.schemas` writes them; a test sees that they are up to date and that real output fits them.
+`python -m tests.support.schemas` writes them; a test sees that they are up to date and that real output fits them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from outbox.operate.show import Shown
 from outbox.operate.status import Status
 from outbox.sources import Setting
 
-FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
+FOLDER = Path(__file__).parents[2] / "docs" / "schemas"
 TYPES: dict[str, tuple[str, Any]] = {
     "status": ("outbox status --json", Status),
     "config": ("outbox config --json", list[Setting]),

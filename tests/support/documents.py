@@ -14,7 +14,7 @@ import typer.main
 
 from outbox.cli.app import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 ENDS_OF_COMMANDS = {"&&", "||", "|", ";", "&"}

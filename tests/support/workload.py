@@ -23,7 +23,7 @@ from outbox import Outbox, event
 from outbox.core.comparison import Comparison, Row
 from outbox.core.plan import Seen
 from outbox.operate.verify import known_rows
-from tests.bed import Stored
+from tests.support.bed import Stored
 
 AGGREGATES = 20
 LEDGER = """

@@ -219,16 +219,16 @@ class ThreadRelay:
     def kill(self) -> None:
         """End it in the middle of what it does, without a last word: nothing is finished or marked."""
         until(lambda: self._task is not None or not self._thread.is_alive())
-        if self._task is not None and self._loop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), self.happenings[-10:]
-        if isinstance(self.error, asyncio.CancelledError):
-            self.error = None
-        self._relay = self._task = self._loop = None
-        with warnings.catch_warnings():
-            # Like a killed process it closes nothing: what it leaves behind is collected here, and not in another test.
+        # Like a killed process it closes nothing: what it leaves behind is collected here, and not in another test.
+        with warnings.catch_warnings(), _collected_in_silence():
             warnings.simplefilter("ignore", ResourceWarning)
+            if self._task is not None and self._loop is not None and self._thread.is_alive():
+                self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join(PATIENCE)
+            assert not self._thread.is_alive(), self.happenings[-10:]
+            if isinstance(self.error, asyncio.CancelledError):
+                self.error = None
+            self._relay = self._task = self._loop = None
             gc.collect()
 
     def stop(self) -> BaseException | None:
@@ -248,19 +248,29 @@ class ThreadRelay:
             raise error
 
 
+@contextmanager
+def _collected_in_silence() -> Iterator[None]:
+    """What a coroutine says when it is collected after its loop was closed is nobody's finding."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 class ProcessRelay:
     """A relay as its own process, with its log as JSON lines."""
 
     def __init__(
         self, directory: Path, environment: dict[str, str], *flags: str, armed: tuple[str, str, int] | None = None
     ) -> None:
-        """`armed` is a stop point, the signal it gives there, and at which time; see `tests.armed`."""
-        module = ["tests.armed", *map(str, armed)] if armed else ["outbox"]
+        """`armed` is a stop point, the signal it gives there, and at which time; see `tests.support.armed`."""
+        module = ["tests.support.armed", *map(str, armed)] if armed else ["outbox"]
         self.log = directory / f"relay-{next(logs)}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *module, "relay", "--log", "json", "--verbose", *flags],
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 stdout=log,
@@ -272,7 +282,8 @@ class ProcessRelay:
         return self._process.pid
 
     def happenings(self) -> list[dict[str, Any]]:
-        lines = self.log.read_text(errors="replace").splitlines()
+        whole, _, _ = self.log.read_text(errors="replace").rpartition("\n")  # the last line may be half written
+        lines = whole.splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def wait_for(self, event: str, *, after: int = 0, **fields: Any) -> dict[str, Any]:

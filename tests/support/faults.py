@@ -11,8 +11,8 @@ import nats.errors
 import pytest
 
 from outbox.jetstream.client import JetStream
-from tests.bed import Broker, rows, until, value
-from tests.workload import Writers, check
+from tests.support.bed import Broker, rows, until, value
+from tests.support.workload import Writers, check
 
 
 def add(url: str, subject: str, events: int = 1, *, size: int = 0) -> None:
