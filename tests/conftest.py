@@ -47,10 +47,10 @@ def postgres(home: Path) -> Iterator[Postgres]:
     server.stop()
 
 
-@pytest.fixture(scope="session", params=["18", "14"])
-def any_postgres(request: pytest.FixtureRequest, home: Path) -> Iterator[Postgres]:
-    """The newest and the oldest PostgreSQL, with prepared transactions allowed: the relay polls."""
-    server = templated(home / f"postgres-{next(numbers)}", request.param, max_prepared_transactions="50")
+@pytest.fixture(scope="session")
+def two_phase_postgres(home: Path) -> Iterator[Postgres]:
+    """PostgreSQL that allows prepared transactions: the relay polls."""
+    server = templated(home / f"postgres-{next(numbers)}", max_prepared_transactions="50")
     yield server
     server.stop()
 
@@ -62,9 +62,9 @@ def database(postgres: Postgres) -> str:
 
 
 @pytest.fixture
-def any_database(any_postgres: Postgres) -> str:
-    """URL of a fresh migrated database on each PostgreSQL."""
-    return clone(any_postgres)
+def two_phase_database(two_phase_postgres: Postgres) -> str:
+    """URL of a fresh migrated database where transactions may be prepared."""
+    return clone(two_phase_postgres)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from outbox.operate import migrate, queries
 from tests.support.bed import rows, value
 from tests.support.servers import numbers
 
+pytestmark = pytest.mark.core
+
 FORGED = """
 CREATE OR REPLACE FUNCTION outbox.header_bytes(headers jsonb) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'
 """
@@ -27,11 +29,11 @@ SELECT column_name FROM information_schema.columns WHERE table_schema = 'outbox'
 
 
 @pytest.fixture
-def empty(any_postgres: Postgres) -> str:
+def empty(two_phase_postgres: Postgres) -> str:
     """URL of an empty database on each PostgreSQL."""
     name = f"empty_{next(numbers)}"
-    rows(any_postgres.url(), f"CREATE DATABASE {name} TEMPLATE template0")
-    return any_postgres.url(name)
+    rows(two_phase_postgres.url(), f"CREATE DATABASE {name} TEMPLATE template0")
+    return two_phase_postgres.url(name)
 
 
 def fingerprint(url: str, name: str = "outbox") -> list[str]:

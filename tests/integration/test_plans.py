@@ -19,6 +19,8 @@ from outbox.postgres.session import SESSION
 from tests.support.bed import rows
 from tests.support.servers import clone
 
+pytestmark = pytest.mark.core
+
 ROWS = 60_000
 FILL = f"""
 INSERT INTO outbox.transactions (txid, event_count, sent_at, stream, first_sequence, last_sequence)
@@ -42,20 +44,27 @@ STATES = {
 }
 
 
-@pytest.fixture(params=list(STATES))
-def filled(request: pytest.FixtureRequest, any_postgres: Postgres) -> Iterator[psycopg.Connection[Any]]:
-    """A session like the relay's on a large outbox; `cursor` is a position in the middle, all above is pending."""
-    url = clone(any_postgres)
+@pytest.fixture(scope="session", params=list(STATES))
+def large(request: pytest.FixtureRequest, two_phase_postgres: Postgres) -> str:
+    """URL of a large outbox, in one of the states; half of it is pending."""
+    url = clone(two_phase_postgres)
     rows(url, "ALTER TABLE outbox.events SET (autovacuum_enabled = off)")
     rows(url, "ALTER TABLE outbox.transactions SET (autovacuum_enabled = off)")
     for step in STATES[request.param]:
         if step:
             rows(url, step)
-    with psycopg.connect(url, autocommit=True) as connection:
+    return url
+
+
+@pytest.fixture
+def filled(large: str) -> Iterator[psycopg.Connection[Any]]:
+    """A session like the relay's on a large outbox, which is left as it was."""
+    with psycopg.connect(large) as connection:
         for name, setting in SESSION.items():
             connection.execute("SELECT set_config(%s, %s, false)", [name, setting])
         connection.execute("SET plan_cache_mode = force_generic_plan")
         yield connection
+        connection.rollback()
 
 
 def touched(connection: psycopg.Connection[Any], query: str, **parameters: Any) -> int:

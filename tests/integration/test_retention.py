@@ -9,7 +9,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Marked, Purged
 from outbox.operate import purge
 from outbox.operate.verify import verify
-from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.bed import Broker, ThreadRelay, rows, transactions, until, value, wait_until_sent
 from tests.support.commands import outbox
 from tests.support.servers import Stream
 from tests.support.workload import Writers, check
@@ -61,8 +61,7 @@ def test_only_what_is_old_enough_goes(database: str, stream: Stream, settings: S
 
 
 def test_purge_by_hand_goes_past_what_is_pending(database: str, stream: Stream, settings: Settings) -> None:
-    for _ in range(2500):
-        rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+    transactions(database, f"{stream.prefix}.x", 2500)
     with ThreadRelay(settings) as relay:
         relay.wait_for(Marked)
         wait_until_sent(database)
@@ -76,8 +75,7 @@ def test_purge_by_hand_goes_past_what_is_pending(database: str, stream: Stream, 
 
 
 def test_one_that_was_retried_late_does_not_stop_the_purge(database: str, stream: Stream, settings: Settings) -> None:
-    for _ in range(1200):
-        rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+    transactions(database, f"{stream.prefix}.x", 1200)
     assert ThreadRelay(settings, drain=True).ended() is None
     rows(database, "UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position <> 10")
     rows(database, "UPDATE outbox.transactions SET retried_at = now() WHERE position = 10")

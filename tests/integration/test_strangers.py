@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
+import pytest
 from psycopg import errors
 
 from outbox.config import Settings
@@ -15,15 +16,17 @@ from outbox.embedded import Nats, Postgres
 from tests.support.bed import ThreadRelay, rows, value, wait_until_sent
 from tests.support.servers import Stream
 
+pytestmark = pytest.mark.core
+
 
 def test_open_transactions_of_strangers_delay_nothing(
-    any_postgres: Postgres, any_database: str, nats: Nats, stream: Stream
+    two_phase_postgres: Postgres, two_phase_database: str, nats: Nats, stream: Stream
 ) -> None:
-    url = any_database
-    rows(any_postgres.url(), "CREATE TABLE IF NOT EXISTS elsewhere (n int)")
+    url = two_phase_database
+    rows(two_phase_postgres.url(), "CREATE TABLE IF NOT EXISTS elsewhere (n int)")
     rows(url, "CREATE TABLE unrelated (n int)")
     with (
-        psycopg.connect(any_postgres.url()) as other_database,
+        psycopg.connect(two_phase_postgres.url()) as other_database,
         psycopg.connect(url) as same_database,
         psycopg.connect(url) as prepared,
     ):
@@ -45,8 +48,8 @@ def test_open_transactions_of_strangers_delay_nothing(
             relay.wait_for(Marked, lambda each: each.last_position == 1, after=after)
 
 
-def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(any_database: str) -> None:
-    url = any_database
+def test_serializable_writers_on_disjoint_rows_fail_no_more_than_without(two_phase_database: str) -> None:
+    url = two_phase_database
     # A table for each writer: in a shared one a page of its index may bring two of them together, outbox or not.
     for number in range(1, 9):
         rows(url, f"CREATE TABLE own{number} (id int PRIMARY KEY, n int)")

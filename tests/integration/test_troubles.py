@@ -169,8 +169,8 @@ def test_old_server(database: str, workplace: Path) -> None:
         flows(settings)
 
 
-def test_forgotten_prepared_transaction(any_postgres: Postgres, nats: Nats, stream: Stream) -> None:
-    settings = Settings(database_url=clone(any_postgres), nats_url=nats.url)
+def test_forgotten_prepared_transaction(two_phase_postgres: Postgres, nats: Nats, stream: Stream) -> None:
+    settings = Settings(database_url=clone(two_phase_postgres), nats_url=nats.url)
     url = settings.database_url
     with psycopg.connect(url) as connection:
         connection.execute("SELECT outbox.add(%s, 'x')", [f"{stream.prefix}.x"])

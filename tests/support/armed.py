@@ -1,7 +1,7 @@
 """A relay process with a stop point: it gets a signal from itself at one named place, which only tests can ask for.
 
-`python -m tests.support.armed POINT SIGNAL N relay …` runs `outbox relay …` and sends itself SIGNAL the Nth time that it comes
-to POINT. Nothing of this is in the package: the points are wrapped around its functions from outside.
+`python -m tests.support.armed POINT SIGNAL N relay …` runs `outbox relay …` and sends itself SIGNAL the Nth time that
+it comes to POINT. Nothing of this is in the package: the points are wrapped around its functions from outside.
 """
 
 from __future__ import annotations

@@ -43,14 +43,15 @@ class Waited(AssertionError):
 
 def until(condition: Callable[[], T], *, patience: float = PATIENCE, what: str = "") -> T:
     """Wait until `condition` is true and return what it gave; fails the test after `patience` seconds."""
-    deadline = time.monotonic() + patience
+    deadline, pause = time.monotonic() + patience, 0.01
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
             raise Waited(f"waited {patience} s for {what or condition}")
-        threading.Event().wait(0.02)
+        threading.Event().wait(pause)
+        pause = min(1.5 * pause, 0.1)  # most conditions ask a server over a new connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +342,13 @@ def rows(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description else []
+
+
+def transactions(url: str, subject: str, number: int) -> None:
+    """So many transactions of one event each, over one connection."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for _ in range(number):
+            connection.execute("SELECT outbox.add(%s, 'x')", [subject])
 
 
 def value(url: str, statement: str, *parameters: Any) -> Any:
