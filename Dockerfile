@@ -2,7 +2,7 @@
 FROM python:3.12-slim AS build
 
 RUN python -m venv --without-pip /opt/outbox
-# First what changes rarely. Every file has its hash in the list, so that each build has the same packages.
+# First what changes rarely. Every file has its hash in the list, so that each build has the packages that were tested.
 COPY docs/deploy/requirements.txt /src/
 RUN pip --python /opt/outbox/bin/python install --no-cache-dir --no-deps --require-hashes -r /src/requirements.txt
 COPY pyproject.toml README.md LICENSE /src/

@@ -8,7 +8,13 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = "docs"
 CONFIG = Path(__file__).with_name("mkdocs.yml")
-ELSEWHERE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "benchmarks.md": "benchmarks/README.md"}
+ELSEWHERE = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+    "benchmarks.md": "benchmarks/README.md",
+}
 
 
 def source_of(page: str) -> str:

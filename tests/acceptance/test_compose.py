@@ -6,7 +6,6 @@ import ast
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+CONSTRAINTS, IMAGE = ROOT / ".ci" / "constraints.txt", ROOT / "docs" / "deploy" / "requirements.txt"
 DOCKERFILE = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if line and not line.startswith("#")]
 
 
@@ -131,27 +131,61 @@ def test_the_image_runs_the_command_and_not_as_root() -> None:
     assert DOCKERFILE.index(f"USER {user}") > max(index for index, line in enumerate(DOCKERFILE) if "RUN" in line)
 
 
-def needed(wanted: Iterable[Requirement]) -> Iterator[Requirement]:
-    """These and what they need, as the packages that are installed here say."""
-    for requirement in wanted:
-        yield requirement
-        extras = requirement.extras or {""}
-        below = map(Requirement, metadata.requires(requirement.name) or [])
-        yield from needed(
-            each for each in below if not each.marker or any(each.marker.evaluate({"extra": extra}) for extra in extras)
-        )
+def packages(path: Path) -> dict[str, list[str]]:
+    """The blocks of a list of packages by the package's name: one, or one for each range of Python's versions."""
+    blocks = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE))
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        found.setdefault(canonicalize_name(block.partition("==")[0]), []).append(block)
+    return found
 
 
-def test_every_package_of_the_image_is_locked_with_its_hashes() -> None:
-    """Those of the project and its extra `traces`, and what they need; the head of the list says how it is made."""
-    text = (ROOT / "docs" / "deploy" / "requirements.txt").read_text()
-    blocks = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
-    assert all("--hash=sha256:" in block for block in blocks)
-    locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", block)[0] for block in blocks)
+def versions(blocks: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+==([\w.+!]+)", block)[1] for block in blocks}  # type: ignore[index]
+
+
+def askers(blocks: list[str]) -> set[str]:
+    """Who asks for a package, as the list says of itself; the project is one of them."""
+    found = re.findall(r"^ +#(?: via)? +([\w.-]+)(?: \(pyproject\.toml\))?$", "\n".join(blocks), re.MULTILINE)
+    return {canonicalize_name(each) for each in found if each != "via"}
+
+
+def wanted(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for by itself, with these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"].get("traces", [])]
-    for requirement in needed(map(Requirement, wanted)):
-        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+    own = [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]
+    return [each for each in map(Requirement, own) if each.name != project["name"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "extras"), [(CONSTRAINTS, ("demo", "dev", "docs", "traces")), (IMAGE, ("traces",))], ids=["all", "image"]
+)
+def test_list_of_packages_fits_the_project_and_itself(path: Path, extras: tuple[str, ...]) -> None:
+    """Nothing that an index serves today is asked: `.ci/lock` made the lists, and the tests ran with them."""
+    there = packages(path)
+    for requirement in wanted(*extras):
+        blocks = there[canonicalize_name(requirement.name)]
+        assert all(requirement.specifier.contains(each, prereleases=True) for each in versions(blocks)), requirement
+        assert "outbox-relay" in askers(blocks)
+    direct = {canonicalize_name(each.name) for each in wanted(*extras)}
+    for name, blocks in there.items():
+        assert askers(blocks) <= {*there, "outbox-relay"}, f"{name} is asked for by one that is not there"
+        assert askers(blocks) - {"outbox-relay"} or name in direct, f"nobody asks for {name}"
+
+
+def test_image_has_the_versions_that_were_tested_with_their_hashes() -> None:
+    tested = packages(CONSTRAINTS)
+    for name, blocks in packages(IMAGE).items():
+        assert versions(blocks) <= versions(tested[name])
+        assert all("--hash=sha256:" in block for block in blocks)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", ".ci/run"])
+def test_what_was_tested_is_installed(file: str) -> None:
+    """Every install of the project takes the constraints, but that which tries the newest of everything."""
+    installs = [line for line in (ROOT / file).read_text().splitlines() if re.search(r"pip install .*-e ", line)]
+    assert installs
+    assert all("-c .ci/constraints.txt" in line for line in installs if "--upgrade" not in line)
 
 
 def test_what_the_image_copies_is_there_and_not_ignored() -> None:

@@ -50,7 +50,11 @@ SCHEMA, API = DOCS / "schema.md", DOCS / "reference" / "api.md"
 STREAM, MONITOR, DEAD_LETTERS, TROUBLESHOOT = (
     DOCS / "operate" / f"{name}.md" for name in ("stream", "monitor", "dead-letters", "troubleshoot")
 )
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+DOCUMENTS = [
+    README,
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted(DOCS.rglob("*.md")),
+]
 # Heard from them in test_troubleshoot.py, or in the tests that the guarantees name.
 SERVERS_WORDS = {
     "password authentication failed",
@@ -244,6 +248,16 @@ def test_named_tests_exist(document: Path) -> None:
         tree = ast.parse((ROOT / path).read_text())
         there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
         assert name in there, f"{path} has no test {name}"
+
+
+def test_each_row_of_the_guarantees_keeps_a_test_in_the_default_run() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-n", "0", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    run = {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert len(run) > 300, done.stdout + done.stderr
+    for row in (DOCS / "guarantees.md").read_text().splitlines():
+        tests = set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", row)) if row.startswith("|") else set()
+        assert not tests or tests & run, row
 
 
 @each_document

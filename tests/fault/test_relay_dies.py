@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from outbox.config import BatchMode, Settings
 from outbox.core.telemetry import BatchSent, TookLead
@@ -58,7 +59,8 @@ def _leader_first(one: ProcessRelay, other: ProcessRelay) -> tuple[ProcessRelay,
     return (one, other) if leads(one) else (other, one)
 
 
-def test_two_leaders_that_pack_differently(database: str, nats: Nats, stream: Stream) -> None:
+@pytest.mark.parametrize("transactions", [1000, pytest.param(3000, marks=pytest.mark.long)])
+def test_two_leaders_that_pack_differently(database: str, nats: Nats, stream: Stream, transactions: int) -> None:
     """Fault: the lock does not hold, two relays lead in turns under the other's feet, with other batch limits.
 
     Promise: the plan and the chain alone keep every transaction whole, once and in order, late positions included.
@@ -68,7 +70,7 @@ def test_two_leaders_that_pack_differently(database: str, nats: Nats, stream: St
     settings = Settings(database_url=database, nats_url=nats.url)
     small = settings.model_copy(update={"max_batch_messages": 20, "window": 8})
     single = settings.model_copy(update={"batch": BatchMode.TRANSACTION})
-    writers = Writers(database, stream.prefix, threads=6, transactions=3000, seed=5).start()
+    writers = Writers(database, stream.prefix, threads=6, transactions=transactions, seed=5).start()
     with ThreadRelay(small, locked=False) as one:
         with ThreadRelay(single, locked=False) as other:
             writers.join()

@@ -223,9 +223,12 @@ class ThreadRelay:
         # Like a killed process it closes nothing: what it leaves behind is collected here, and not in another test.
         with warnings.catch_warnings(), _collected_in_silence():
             warnings.simplefilter("ignore", ResourceWarning)
-            if self._task is not None and self._loop is not None and self._thread.is_alive():
-                self._loop.call_soon_threadsafe(self._task.cancel)
-            self._thread.join(PATIENCE)
+            deadline = time.monotonic() + PATIENCE
+            while self._thread.is_alive() and time.monotonic() < deadline:
+                # Python 3.11's wait_for swallows a cancellation that meets the end of what it waits for: say it again.
+                if self._task is not None and self._loop is not None and not self._loop.is_closed():
+                    self._loop.call_soon_threadsafe(self._task.cancel)
+                self._thread.join(1)
             assert not self._thread.is_alive(), self.happenings[-10:]
             if isinstance(self.error, asyncio.CancelledError):
                 self.error = None
