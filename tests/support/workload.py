@@ -26,6 +26,7 @@ from outbox.operate.verify import known_rows
 from tests.support.bed import Stored
 
 AGGREGATES = 20
+REST_SECONDS = 0.005  # between two transactions of an endless writer: a load, and no starving of who is under test
 LEDGER = """
 CREATE TABLE aggregates (id int PRIMARY KEY, version int NOT NULL DEFAULT 0);
 INSERT INTO aggregates (id) SELECT generate_series(1, 40);
@@ -229,13 +230,15 @@ class Writers:
                 with self._lock:
                     self.committed += done
                     self.rolled_back += not done
+                if self.endless:
+                    self._stop.wait(REST_SECONDS)
 
     def _transaction(self, connection: psycopg.Connection[Any], chance: random.Random) -> bool:
         connection.isolation_level = chance.choice(list(psycopg.IsolationLevel)[1:])
-        marker, added = uuid4(), 0
+        marker, added, told = uuid4(), 0, list[tuple[UUID, UUID, int]]()
         total = chance.randint(1, self.events)
         early = chance.randint(0, total - 1)
-        add = self._adder(connection, chance, marker)
+        add = self._adder(connection, chance, marker, told)
         for _ in range(early):
             added = add(added)
         private = chance.random() < 0.003
@@ -256,14 +259,23 @@ class Writers:
             added = add(added)
         for keep in (True, False):
             if chance.random() < 0.15:
-                added = self._savepoint(connection, add, added, keep=keep)
+                _tell(connection, told)
+                added = self._savepoint(connection, add, added, told, keep=keep)
+        _tell(connection, told)
         return self._end(connection, chance)
 
     def _savepoint(
-        self, connection: psycopg.Connection[Any], add: Callable[[int], int], added: int, *, keep: bool
+        self,
+        connection: psycopg.Connection[Any],
+        add: Callable[[int], int],
+        added: int,
+        told: list[tuple[UUID, UUID, int]],
+        *,
+        keep: bool,
     ) -> int:
         with connection.transaction(force_rollback=not keep):
             after = add(added)
+            _tell(connection, told)
         return after if keep else added
 
     def _end(self, connection: psycopg.Connection[Any], chance: random.Random) -> bool:
@@ -283,7 +295,13 @@ class Writers:
             connection.commit()
         return not rollback
 
-    def _adder(self, connection: psycopg.Connection[Any], chance: random.Random, marker: UUID) -> Callable[[int], int]:
+    def _adder(
+        self,
+        connection: psycopg.Connection[Any],
+        chance: random.Random,
+        marker: UUID,
+        told: list[tuple[UUID, UUID, int]],
+    ) -> Callable[[int], int]:
         outbox = Outbox(self.schema)
 
         def add(added: int) -> int:
@@ -304,7 +322,15 @@ class Writers:
                 connection.execute(
                     f'SELECT "{self.schema}".add(%s, %s::text, NULL, %s)'.encode(), [subject, payload, message_id]
                 )
-            connection.execute("INSERT INTO ledger VALUES (%s, %s, %s)", [message_id, marker, added])
+            told.append((message_id, marker, added))
             return added + 1
 
         return add
+
+
+def _tell(connection: psycopg.Connection[Any], told: list[tuple[UUID, UUID, int]]) -> None:
+    """Write to the ledger what was added, in the transaction or the savepoint that added it."""
+    columns = [list(each) for each in zip(*told, strict=True)]
+    if columns:
+        connection.execute("INSERT INTO ledger SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::int[])", columns)
+    told.clear()
