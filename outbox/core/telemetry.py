@@ -1,90 +1,144 @@
 """What happened, as values: the one seam for logs, metrics, traces and tests. Listeners are plain functions.
 
-Pure. A listener must not block; what it raises is the caller's fault and ends the relay.
+Pure. Each value says itself how much it matters and what it is in words, so that a new one is told in one place. A
+listener must not block; what it raises is the caller's fault and ends the relay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from enum import StrEnum
+from typing import ClassVar
 
 from outbox.core.transaction import Verdict
 
 
+class Level(StrEnum):
+    """How much it matters to who reads a log; debug is what happens all the time."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StandingBy:
+class Happening:
+    """What all have: a level, and, as `str`, one line for people."""
+
+    level: ClassVar[Level] = Level.INFO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandingBy(Happening):
     """Another relay leads; this one waits for the lock."""
 
     leader: str
 
+    def __str__(self) -> str:
+        return f"standing by: {self.leader} leads"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TookLead:
+class TookLead(Happening):
     """This relay leads from now on, under a new epoch."""
 
     epoch: int
 
+    def __str__(self) -> str:
+        return f"leading, epoch {self.epoch}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Careful:
+class Careful(Happening):
     """Relays before this one died: it handles one transaction at a time, to find out whether they died of one."""
 
+    level: ClassVar[Level] = Level.WARNING
+
+    def __str__(self) -> str:
+        return "relays before this one died: one transaction at a time"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LostLead:
+class LostLead(Happening):
     """The session or the epoch is gone: nothing of what was in memory counts any more."""
 
+    level: ClassVar[Level] = Level.WARNING
     why: str
 
+    def __str__(self) -> str:
+        return f"lost the lead: {self.why}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeadEnded:
+class LeadEnded(Happening):
     """This relay does not lead any more, in whatever way its term ended."""
 
+    def __str__(self) -> str:
+        return "leads no more"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unreachable:
+class Unreachable(Happening):
     """A server cannot be reached; the relay tries again after `delay` seconds, for ever."""
 
+    level: ClassVar[Level] = Level.WARNING
     server: str
     why: str
     delay: float
 
+    def __str__(self) -> str:
+        return f"{self.server} cannot be reached, next try in {self.delay:.1f} s: {self.why}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Connected:
+class Connected(Happening):
     """A connection to one of the two servers stands."""
 
     server: str
     version: str
 
+    def __str__(self) -> str:
+        return f"connected to {self.server} {self.version}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PageRead:
+class PageRead(Happening):
     """Transactions were read and wait to be planned."""
 
+    level: ClassVar[Level] = Level.DEBUG
     transactions: int
     events: int
 
+    def __str__(self) -> str:
+        return f"read {self.transactions} transactions, {self.events} events"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSent:
+class BatchSent(Happening):
     """A batch is in flight."""
 
+    level: ClassVar[Level] = Level.DEBUG
     stream: str
     base: int
     transactions: int
     messages: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.stream}: sent {self.transactions} transactions, {self.messages} messages after sequence {self.base}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchEnded:
+class BatchEnded(Happening):
     """A batch came to its outcome (stored, duplicate, rejected, unknown), `seconds` after it was sent.
 
     `contexts` are the W3C trace contexts that its events carry, where the relay was asked to look for them.
     """
 
+    level: ClassVar[Level] = Level.DEBUG
     stream: str
     outcome: str
     transactions: int
@@ -92,17 +146,24 @@ class BatchEnded:
     seconds: float
     contexts: Sequence[str] = ()
 
+    def __str__(self) -> str:
+        return f"{self.stream}: {self.messages} messages {self.outcome} after {1000 * self.seconds:.1f} ms"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InDoubt:
+class InDoubt(Happening):
     """A batch failed or nobody answered: nothing more is sent until the stream was read back."""
 
+    level: ClassVar[Level] = Level.WARNING
     stream: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.stream}: it is not clear what was stored, reading the stream back: {self.why}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class Settled(Happening):
     """The stream was read back: so many planned transactions are in it, so many go out again."""
 
     stream: str
@@ -110,164 +171,134 @@ class Settled:
     stored: int
     remaining: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.stream}: read back, it ends at sequence {self.last_sequence}: {self.stored} planned transactions "
+            f"are stored, {self.remaining} are to be sent"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
+class Shared(Happening):
     """The stream has other writers: from now on one batch is in flight at a time."""
 
+    level: ClassVar[Level] = Level.WARNING
     stream: str
     sequence: int
 
+    def __str__(self) -> str:
+        return f"{self.stream}: has other writers (at {self.sequence}): one batch in flight from now on"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Marked:
+class Marked(Happening):
     """Transactions of one stream are marked sent, with their receipts."""
 
+    level: ClassVar[Level] = Level.DEBUG
     stream: str
     transactions: int
     events: int
     last_position: int
 
+    def __str__(self) -> str:
+        return f"{self.stream}: marked {self.transactions} transactions, to position {self.last_position}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Purged:
+class Purged(Happening):
     """Transactions that were sent longer ago than the retention are deleted."""
 
+    level: ClassVar[Level] = Level.DEBUG
     transactions: int
 
+    def __str__(self) -> str:
+        return f"deleted {self.transactions} old transactions"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Died:
+class Died(Happening):
     """A transaction was set aside, whole, with its reason."""
 
+    level: ClassVar[Level] = Level.ERROR
     verdict: Verdict
+
+    def __str__(self) -> str:
+        return f"transaction {self.verdict.position} is a dead letter: {self.verdict}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blocked:
+class Blocked(Happening):
     """Something holds transactions back; `stream` is empty when it is the head of the outbox."""
 
+    level: ClassVar[Level] = Level.ERROR
     stream: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.stream or 'outbox'}: blocked: {self.why}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Strayed:
+class Strayed(Happening):
     """Events that no row of transactions counts: they are never sent. Somebody overwrote the triggers' settings."""
 
+    level: ClassVar[Level] = Level.ERROR
     txid: str
     events: int
 
+    def __str__(self) -> str:
+        return f"{self.events} events of txid {self.txid} belong to no transaction and are never sent: outbox doctor"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unblocked:
+class Unblocked(Happening):
     """What held transactions back does so no more; `stream` as in `Blocked`."""
 
     stream: str
 
+    def __str__(self) -> str:
+        return f"{self.stream or 'outbox'}: not blocked any more"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Paused:
+class Paused(Happening):
     """An operator has paused the outbox: what is in flight is settled, and nothing more is sent."""
 
+    level: ClassVar[Level] = Level.WARNING
     why: str
 
+    def __str__(self) -> str:
+        return f"paused: {self.why}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resumed:
+class Resumed(Happening):
     """The outbox is not paused any more."""
 
+    def __str__(self) -> str:
+        return "resumed"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slept:
+class Slept(Happening):
     """Nothing to do: the relay sleeps until a commit wakes it."""
 
+    level: ClassVar[Level] = Level.DEBUG
+
+    def __str__(self) -> str:
+        return "asleep until a commit"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stopped:
+class Stopped(Happening):
     """The relay has ended in an orderly way."""
 
+    def __str__(self) -> str:
+        return "stopped"
 
-Happening = (
-    StandingBy
-    | TookLead
-    | Careful
-    | LostLead
-    | LeadEnded
-    | Unreachable
-    | Connected
-    | PageRead
-    | BatchSent
-    | BatchEnded
-    | InDoubt
-    | Settled
-    | Shared
-    | Marked
-    | Purged
-    | Died
-    | Blocked
-    | Strayed
-    | Unblocked
-    | Paused
-    | Resumed
-    | Slept
-    | Stopped
-)
+
 Listener = Callable[[Happening], None]
 
 
 def silent(_: Happening) -> None:
     """The listener that does nothing."""
-
-
-def sentence(happening: Happening) -> str:  # noqa: PLR0911, PLR0912, C901 - one line for each happening
-    """What happened, as one line for people."""
-    match happening:
-        case StandingBy(leader=leader):
-            return f"standing by: {leader} leads"
-        case TookLead(epoch=epoch):
-            return f"leading, epoch {epoch}"
-        case Careful():
-            return "relays before this one died: one transaction at a time"
-        case LostLead(why=why):
-            return f"lost the lead: {why}"
-        case LeadEnded():
-            return "leads no more"
-        case Unreachable(server=server, why=why, delay=delay):
-            return f"{server} cannot be reached, next try in {delay:.1f} s: {why}"
-        case Connected(server=server, version=version):
-            return f"connected to {server} {version}"
-        case PageRead(transactions=transactions, events=events):
-            return f"read {transactions} transactions, {events} events"
-        case BatchSent(stream=stream, base=base, transactions=transactions, messages=messages):
-            return f"{stream}: sent {transactions} transactions, {messages} messages after sequence {base}"
-        case BatchEnded(stream=stream, outcome=outcome, messages=messages, seconds=seconds):
-            return f"{stream}: {messages} messages {outcome} after {1000 * seconds:.1f} ms"
-        case InDoubt(stream=stream, why=why):
-            return f"{stream}: in doubt, reading the stream back: {why}"
-        case Settled(stream=stream, last_sequence=last, stored=stored, remaining=remaining):
-            return f"{stream}: settled at sequence {last}, {stored} planned transactions stored, {remaining} to send"
-        case Shared(stream=stream, sequence=sequence):
-            return f"{stream}: has other writers (at {sequence}): one batch in flight from now on"
-        case Marked(stream=stream, transactions=transactions, last_position=position):
-            return f"{stream}: marked {transactions} transactions, to position {position}"
-        case Purged(transactions=transactions):
-            return f"deleted {transactions} old transactions"
-        case Died(verdict=verdict):
-            return f"transaction {verdict.position} is a dead letter: {verdict}"
-        case Blocked(stream=stream, why=why):
-            return f"{stream or 'outbox'}: blocked: {why}"
-        case Strayed(txid=txid, events=events):
-            return f"{events} events of txid {txid} belong to no transaction and are never sent: outbox doctor"
-        case Unblocked(stream=stream):
-            return f"{stream or 'outbox'}: not blocked any more"
-        case Paused(why=why):
-            return f"paused: {why}"
-        case Resumed():
-            return "resumed"
-        case Slept():
-            return "asleep until a commit"
-        case Stopped():
-            return "stopped"
-        case _:
-            assert_never(happening)

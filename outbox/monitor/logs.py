@@ -13,30 +13,12 @@ from outbox.config import LogFormat
 from outbox.core import telemetry
 from outbox.text import printable
 
-USUAL = (
-    telemetry.PageRead,
-    telemetry.BatchSent,
-    telemetry.BatchEnded,
-    telemetry.Marked,
-    telemetry.Purged,
-    telemetry.Slept,
-)
-ERRORS = (telemetry.Died, telemetry.Blocked, telemetry.Strayed)
-WARNINGS = (
-    telemetry.Careful,
-    telemetry.LostLead,
-    telemetry.Unreachable,
-    telemetry.InDoubt,
-    telemetry.Shared,
-    telemetry.Paused,
-)
-
 
 def logger(form: LogFormat, *, verbose: bool) -> telemetry.Listener:
     """A listener that writes a line for each thing that happens; every page, batch and mark only if `verbose`."""
 
     def write(happening: telemetry.Happening) -> None:
-        if verbose or not isinstance(happening, USUAL):
+        if verbose or happening.level is not telemetry.Level.DEBUG:
             # A log that nobody takes is no reason to stop publishing.
             with contextlib.suppress(OSError):
                 print(_json(happening) if form is LogFormat.JSON else _human(happening), file=sys.stderr, flush=True)
@@ -44,26 +26,17 @@ def logger(form: LogFormat, *, verbose: bool) -> telemetry.Listener:
     return write
 
 
-def level(happening: telemetry.Happening) -> str:
-    """How much it matters: error, warning, info, or debug for what happens all the time."""
-    if isinstance(happening, ERRORS):
-        return "error"
-    if isinstance(happening, WARNINGS):
-        return "warning"
-    return "debug" if isinstance(happening, USUAL) else "info"
-
-
 def _human(happening: telemetry.Happening) -> str:
-    return f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {printable(telemetry.sentence(happening))}"
+    return f"{datetime.now().astimezone():%H:%M:%S.%f} [{os.getpid()}] {printable(str(happening))}"
 
 
 def _json(happening: telemetry.Happening) -> str:
     fields = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "level": level(happening),
+        "level": happening.level,
         "pid": os.getpid(),
         "event": type(happening).__name__,
-        "message": telemetry.sentence(happening),
+        "message": str(happening),
         **dataclasses.asdict(happening),
     }
     return json.dumps(fields, default=str)

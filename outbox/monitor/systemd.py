@@ -53,4 +53,4 @@ class Supervisor:
 
 
 def _line(happening: telemetry.Happening) -> str:
-    return " ".join(telemetry.sentence(happening).split())
+    return " ".join(str(happening).split())
