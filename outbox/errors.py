@@ -23,6 +23,12 @@ class OutboxError(Exception):
         return f"{self.message}; remedy: {self.remedy}" if self.remedy else self.message
 
 
+def told(words: str) -> tuple[str, str]:
+    """Message and remedy of an error that was written down as its `str`."""
+    message, _, remedy = words.partition("\n  remedy: ")
+    return message, remedy
+
+
 class InvalidEvent(OutboxError, ValueError):
     """The application's event cannot be published as it is. Nothing was sent to the database."""
 

@@ -192,7 +192,7 @@ class Soak:
         with suppress(OutboxError, psycopg.OperationalError):
             last = int(value(self.postgres.url(), "SELECT coalesce(max(position), 0) FROM outbox.transactions"))
             first = self.chance.randint(1, max(1, last))
-            wanted = replay.Range(first=first, last=first + self.chance.randint(0, 20))
+            wanted = replay.Wanted(first=first, last=first + self.chance.randint(0, 20))
             replay.replay(self.postgres.url(), "outbox", wanted)
 
     def pause(self, seconds: float) -> None:

@@ -24,7 +24,7 @@ from outbox.errors import Weather
 from outbox.text import counted, printable, to_json
 
 if TYPE_CHECKING:
-    from outbox.operate.replay import Range, Replayed
+    from outbox.operate.replay import Replayed, Wanted
 
 SECONDS = 1.0  # between two looks of a watch
 
@@ -160,7 +160,7 @@ def replay(
     from outbox.operate import replay
 
     given = settings(database_url=database_url, schema=schema_name)
-    wanted = replay.Range(first=first, last=last, subject=subject)
+    wanted = replay.Wanted(first=first, last=last, subject=subject)
     if last < first:
         raise typer.BadParameter("--to is below --from")
     found = replay.replay(given.database_url, given.schema, wanted, dry_run=True)
@@ -180,7 +180,7 @@ def replay(
         out.print(f"up to position {found.purged} what was sent may be purged, and so is not replayed")
 
 
-def _replay(given: Settings, wanted: Range, total: int) -> Replayed:
+def _replay(given: Settings, wanted: Wanted, total: int) -> Replayed:
     """Replay with a bar; whatever ends it says how far it came."""
     from outbox.operate import replay
 

@@ -218,23 +218,23 @@ class Chain:
                     batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}")
                 )
             case Rejected():
-                self._refused(batch, outcome)
+                self._rejected(batch, outcome)
             case Unknown():
                 self.learn_nothing(outcome.why)
             case _:
                 assert_never(outcome)
 
-    def _refused(self, batch: Batch, outcome: Rejected) -> None:
+    def _rejected(self, batch: Batch, outcome: Rejected) -> None:
         if outcome.code in CUT:
             self.unanswered |= {each.position for each in batch.transactions}
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
         if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
             self.dirty = True
-            self.blocked = f"{outcome.description} ({outcome.code})"
+            self.blocked = str(outcome)
         if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
             self._crossed = batch.count
-        self.doubt(f"{outcome.description} ({outcome.code})")
+        self.doubt(str(outcome))
 
     def learn_nothing(self, why: str) -> None:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
@@ -302,6 +302,6 @@ class Chain:
         else:
             # Convicted when the stream was read back: an unanswered attempt may have stored it, and look like that.
             (guilty,) = batch.transactions
-            detail = f"{rejected.description} ({rejected.code}) by stream {self.stream}"
+            detail = f"{rejected} by stream {self.stream}"
             self._suspected = Verdict(position=guilty.position, reason=REASONS[rejected.code], detail=detail)
-        self.doubt(f"{rejected.description} ({rejected.code})")
+        self.doubt(str(rejected))

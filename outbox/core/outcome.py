@@ -7,6 +7,7 @@ convict is decided here, once, in a table that a reader can check row by row.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -34,6 +35,9 @@ class Rejected:
 
     code: int
     description: str
+
+    def __str__(self) -> str:
+        return f"{self.description} ({self.code})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,12 @@ REASONS: dict[int, DeadReason] = {
 
 # Storage that ends inside a commit on one replica: up to nats-server 2.12 a part is stored, and the commit is refused.
 CUT = frozenset({10002, 10023, 10028, 10047})
+MESSAGE_NOT_FOUND = 10037
 MESSAGE_TOO_LARGE = 10054
+STREAM_NOT_FOUND = 10059
+OTHER_STREAM = 10060
+STREAM_FULL = 10077
+BATCHES_DISABLED = 10174
 BATCH_INCOMPLETE = 10176
 BATCH_TOO_LARGE = 10199
 DUPLICATE_ID = 10201
@@ -114,6 +123,12 @@ DUPLICATE_ID = 10201
 def meaning(rejected: Rejected) -> Meaning:
     """What a rejection says; see the table."""
     return MEANINGS.get(rejected.code, Meaning.OPERATOR)
+
+
+def code_of(words: str) -> int | None:
+    """The code of a rejection that was written down as its `str`; None if this is something else."""
+    found = re.search(r" \((\d{5})\)$", words)
+    return int(found[1]) if found else None
 
 
 def read_reply(data: bytes, status: str | None = None) -> Outcome:

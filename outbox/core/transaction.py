@@ -92,6 +92,11 @@ class Verdict:
         return f"{self.reason}: {self.detail}"
 
 
+def reason_of(written: str) -> str:
+    """The reason that a verdict begins with which was written down as its `str`."""
+    return written.partition(":")[0]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one stream and its server take: events in a batch, bytes of a message (payload and headers)."""

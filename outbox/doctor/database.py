@@ -13,6 +13,7 @@ from psycopg.rows import TupleRow
 
 from outbox import schema
 from outbox.config import Settings
+from outbox.core import requirements
 from outbox.doctor import queries
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Misconfigured, OutboxError
@@ -21,7 +22,7 @@ from outbox.postgres.queries import STRAYS, compose
 from outbox.postgres.session import looked, refuse_pooler
 
 CHECKS = Checks("database")
-OLDEST, NEWEST = 140005, 180000
+NEWEST = 180000
 LONG_SECONDS, OLD_SNAPSHOT_SECONDS = 60.0, 3600.0
 PREPARED_SECONDS, FORGOTTEN_SECONDS = 5.0, 3600.0  # the second half of a two-phase commit comes at once
 DEAD_ROWS, DEAD_SHARE, BLOATED_BYTES = 10_000, 0.5, 100_000_000
@@ -57,7 +58,8 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
         return
     yield await _row_security(connection, name, role)
     yield await _home(connection, name)
-    yield await _limits(connection, settings)
+    for check in await _limits(connection, settings):
+        yield check
     yield await _strays(connection, name)
     holders = await _holders(connection, name, role, sees_all=sees_all)
     for check in [*(await _tables(connection, name, autovacuum)), *holders]:
@@ -67,8 +69,8 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
 def _server(row: TupleRow) -> Iterator[Check]:
     number, standby, encoding, fsync, _, max_prepared, *_ = row
     version = f"{number // 10000}.{number % 10000}"
-    if number < OLDEST:
-        yield CHECKS.red("server", f"PostgreSQL {version} is too old", "upgrade to 14.5 or later")
+    if problem := next(requirements.of_postgres(number), None):
+        yield CHECKS.red("server", problem.what, problem.remedy)
     elif number // 10000 * 10000 > NEWEST:
         yield CHECKS.yellow("server", f"PostgreSQL {version} is newer than what was tested", "test it, or use 18")
     else:
@@ -179,26 +181,18 @@ def _empty(name: str, table: str) -> Check:
     )
 
 
-async def _limits(connection: Connection, settings: Settings) -> Check:
-    name = settings.schema
-    rows = await _rows(connection, queries.LIMITS, name)
-    if not rows:
-        return _empty(name, "limits")
-    ((size, events),) = rows
-    ((cache,),) = await _rows(connection, queries.CACHES, name)
-    if cache != 1:
-        return CHECKS.red(
-            "limits",
-            "an identity of the outbox has a cache, which breaks the commit order",
-            f"ALTER TABLE {name}.transactions ALTER COLUMN position SET CACHE 1; same for events.id",
-        )
-    if events > settings.max_batch_messages:
-        return CHECKS.red(
-            "limits",
-            f"a transaction may add {events} events, and the relay's batch takes {settings.max_batch_messages}",
-            f"raise OUTBOX_MAX_BATCH_MESSAGES, or lower max_transaction_events in {name}.limits",
-        )
-    return CHECKS.green("limits", f"{events} events in a transaction, {size:,} bytes in an event")
+async def _limits(connection: Connection, settings: Settings) -> list[Check]:
+    rows = await _rows(connection, queries.LIMITS, settings.schema)
+    ((cache,),) = await _rows(connection, queries.CACHES, settings.schema)
+    size, events = rows[0] if rows else (None, None)
+    problems = requirements.of_outbox(
+        settings.schema,
+        max_transaction_events=events,
+        identity_cache=cache,
+        max_batch_messages=settings.max_batch_messages,
+    )
+    found = [CHECKS.red("limits", problem.what, problem.remedy) for problem in problems]
+    return found or [CHECKS.green("limits", f"{events} events in a transaction, {size:,} bytes in an event")]
 
 
 async def _strays(connection: Connection, name: str) -> Check:

@@ -14,8 +14,8 @@ from psycopg.rows import TupleRow
 from outbox.config import Settings
 from outbox.doctor import database, queries, streams
 from outbox.doctor.check import Check, Checks, Colour
-from outbox.doctor.streams import Known
-from outbox.errors import OutboxError
+from outbox.doctor.streams import Facts
+from outbox.errors import OutboxError, told
 from outbox.jetstream.client import connected
 from outbox.operate.queries import PENDING_SUBJECTS
 from outbox.operate.status import Status, status
@@ -28,7 +28,7 @@ CHECKS = Checks("outbox")
 OLD_SECONDS = 60.0
 SUBJECTS = 500  # are asked for, at most
 UNREADABLE = ("schema", "privileges", "relay", "limits")  # without these there is nothing to say of the outbox
-NOTHING = Known(outbox_ids=(), streams={}, subjects=(), max_event_bytes=0)
+NOTHING = Facts(outbox_ids=(), streams={}, subjects=(), max_event_bytes=0)
 
 
 async def examine(settings: Settings) -> list[Check]:
@@ -57,14 +57,14 @@ async def examine(settings: Settings) -> list[Check]:
         return checks + [check async for check in streams.examine(jetstream, known)]
 
 
-async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Known:
+async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Facts:
     async def rows(query: str) -> list[TupleRow]:
         return await looked(connection, compose(query, name))
 
     ((ids,),) = await rows(queries.OUTBOX_IDS)
     ((size, _),) = await rows(queries.LIMITS)
     pending = await rows(PENDING_SUBJECTS)
-    return Known(
+    return Facts(
         outbox_ids=[str(each) for each in ids],
         streams={
             name: StreamRow(name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked)
@@ -107,7 +107,7 @@ def _blocks(found: Status) -> list[tuple[str, str]]:
 
 
 def _blocked(name: str, why: str, *, led: bool) -> Check:
-    words, _, remedy = why.partition("\n  remedy: ")
+    words, remedy = told(why)
     if not led:  # what the last relay said may be mended by now: the next one will find out
         return CHECKS.yellow(
             "blocked",

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from outbox.core.chain import SHARED
-from outbox.core.outcome import Meaning, Rejected, Unknown, meaning
+from outbox.core.outcome import (
+    BATCH_INCOMPLETE,
+    BATCHES_DISABLED,
+    OTHER_STREAM,
+    STREAM_FULL,
+    STREAM_NOT_FOUND,
+    Meaning,
+    Rejected,
+    Unknown,
+    code_of,
+    meaning,
+)
+from outbox.core.requirements import of_stream
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream.client import JetStream, Refused
@@ -20,13 +32,10 @@ from outbox.postgres.rows import StreamRow
 
 CHECKS = Checks("stream")
 STREAMS_AT_MOST = 1000
-STREAM_NOT_FOUND = 10059
-FULL = "(10077)"  # in the words of what blocks a stream: its limits do not take the next batch
 TAIL = 32  # messages at a stream's end that are looked at
 FULL_SHARE, NEARLY_SHARE = 0.98, 0.8
 HEADER_ROOM = 1000  # bytes that the relay's own headers take, at most
 LONGEST_WINDOW = 600e9  # ns of a duplicate window, beyond which its ids take much memory
-INCOMPLETE, NOT_ENABLED, NOT_EXPECTED = 10176, 10174, 10060
 
 # Versions of a release line up to which something is wrong with atomic batches: (line, fixed in, what).
 KNOWN_BAD = (
@@ -42,7 +51,7 @@ KNOWN_BAD = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Facts:
     """What the outbox knows: its ids, its streams by name, subjects by transaction, and how large an event may be."""
 
     outbox_ids: Sequence[str]
@@ -51,7 +60,7 @@ class Known:
     max_event_bytes: int
 
 
-async def examine(jetstream: JetStream, known: Known) -> AsyncIterator[Check]:
+async def examine(jetstream: JetStream, known: Facts) -> AsyncIterator[Check]:
     """All checks of NATS; what cannot be asked is a red line of its own."""
     yield _server(jetstream.version)
     try:
@@ -80,7 +89,7 @@ async def examine(jetstream: JetStream, known: Known) -> AsyncIterator[Check]:
             yield check
 
 
-async def _examined(jetstream: JetStream, name: str, subject: str | None, known: Known) -> AsyncIterator[Check]:
+async def _examined(jetstream: JetStream, name: str, subject: str | None, known: Facts) -> AsyncIterator[Check]:
     """All checks of one stream."""
     try:
         info = await jetstream.ask(f"STREAM.INFO.{name}")
@@ -159,10 +168,10 @@ async def _all(jetstream: JetStream) -> list[dict[str, Any]]:
     return found
 
 
-def _stream(info: dict[str, Any], max_payload: int, known: Known) -> Iterator[Check]:
+def _stream(info: dict[str, Any], max_payload: int, known: Facts) -> Iterator[Check]:
     config, state, name = info["config"], info["state"], info["config"]["name"]
     problems = [
-        *_refused(config),
+        *_unsuited(config),
         *_identity(info, known),
         *_sizes(config, max_payload, known),
         *_fullness(config, state, known),
@@ -175,18 +184,10 @@ def _stream(info: dict[str, Any], max_payload: int, known: Known) -> Iterator[Ch
         )
 
 
-def _refused(config: dict[str, Any]) -> Iterator[Check]:
+def _unsuited(config: dict[str, Any]) -> Iterator[Check]:
     name = config["name"]
-    if config.get("mirror"):
-        yield CHECKS.red(name, "it is a mirror, which takes no messages", "publish to the stream that it mirrors")
-    if not config.get("allow_atomic"):
-        yield CHECKS.red(name, "it lacks allow_atomic", f"nats stream edit {name} --allow-batch")
-    if config.get("persist_mode") == "async":
-        yield CHECKS.red(
-            name, "its persist_mode is async, which excludes atomic batches", f"re-create {name} without it"
-        )
-    if config.get("no_ack"):
-        yield CHECKS.red(name, "it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack")
+    for problem in of_stream(config):
+        yield CHECKS.red(name, problem.what, problem.remedy)
     if config.get("sealed"):
         yield CHECKS.red(name, "it is sealed", "use another stream")
     if config.get("sources"):
@@ -197,7 +198,7 @@ def _refused(config: dict[str, Any]) -> Iterator[Check]:
         )
 
 
-def _identity(info: dict[str, Any], known: Known) -> Iterator[Check]:
+def _identity(info: dict[str, Any], known: Facts) -> Iterator[Check]:
     name = info["config"]["name"]
     remembered = known.streams.get(name)
     if remembered is None:
@@ -213,7 +214,7 @@ def _identity(info: dict[str, Any], known: Known) -> Iterator[Check]:
         yield CHECKS.red(name, words, f"outbox rebase --stream {name}")
 
 
-def _sizes(config: dict[str, Any], max_payload: int, known: Known) -> Iterator[Check]:
+def _sizes(config: dict[str, Any], max_payload: int, known: Facts) -> Iterator[Check]:
     name, needed = config["name"], known.max_event_bytes + HEADER_ROOM
     largest = int(config.get("max_msg_size", -1))
     if 0 <= largest < needed:
@@ -225,9 +226,9 @@ def _sizes(config: dict[str, Any], max_payload: int, known: Known) -> Iterator[C
         yield CHECKS.yellow("server", words, "raise max_payload, or lower max_event_bytes in the table limits")
 
 
-def _fullness(config: dict[str, Any], state: dict[str, Any], known: Known) -> Iterator[Check]:
+def _fullness(config: dict[str, Any], state: dict[str, Any], known: Facts) -> Iterator[Check]:
     name = config["name"]
-    blocked = name in known.streams and FULL in (known.streams[name].blocked or "")
+    blocked = name in known.streams and code_of(known.streams[name].blocked or "") == STREAM_FULL
     for limit, used in (("max_bytes", "bytes"), ("max_msgs", "messages")):
         most, now = int(config.get(limit, -1)), int(state[used])
         if config.get("discard") == "new" and most > 0 and (blocked or now > NEARLY_SHARE * most):
@@ -282,17 +283,17 @@ def _copies(name: str, infos: Iterable[dict[str, Any]]) -> Iterator[Check]:
 
 async def _probed(jetstream: JetStream, name: str, subject: str) -> Check:
     match await jetstream.probe(subject):
-        case Rejected(code=code) if code == INCOMPLETE:
+        case Rejected(code=code) if code == BATCH_INCOMPLETE:
             return CHECKS.green(name, f"its leader takes atomic batches (probed on {subject})")
-        case Rejected(code=code) if code == NOT_ENABLED:
+        case Rejected(code=code) if code == BATCHES_DISABLED:
             return CHECKS.red(
                 name, "its leader says that atomic batches are off", f"nats stream edit {name} --allow-batch"
             )
-        case Rejected(code=code) if code == NOT_EXPECTED:
+        case Rejected(code=code) if code == OTHER_STREAM:
             remedy = "upgrade every nats-server of the cluster to 2.12.1 or later"
             return CHECKS.red(name, "the nats-server of its leader does not know atomic batches", remedy)
         case Rejected() as rejected if meaning(rejected) is Meaning.WEATHER:
-            words = f"it cannot take messages just now: {rejected.description} ({rejected.code})"
+            words = f"it cannot take messages just now: {rejected}"
             return CHECKS.yellow(name, words, f"nats stream info {name}")
         case Unknown(why=why):
             remedy = "look at the permissions of this user, and at the stream's leader: nats stream info"
@@ -301,11 +302,11 @@ async def _probed(jetstream: JetStream, name: str, subject: str) -> Check:
             return CHECKS.red(name, f"it answered a probe with {other}", f"nats stream info {name}")
 
 
-async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known: Known) -> Check:
+async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known: Facts) -> Check:
     last = int(info["state"]["last_seq"])
     first = max(int(info["state"]["first_seq"]), last - TAIL + 1, 1)
     try:
-        seen = await jetstream.look(name, range(first, last + 1))
+        seen = await jetstream.read(name, range(first, last + 1))
     except Weather as weather:
         words = f"its messages cannot be read: {weather.message}"
         return CHECKS.yellow(name, words, f"allow this user to publish to $JS.API.STREAM.MSG.GET.{name}")

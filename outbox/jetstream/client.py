@@ -20,17 +20,26 @@ from nats.aio.msg import Msg
 
 from outbox.config import Settings
 from outbox.core.batch import Batch, frames
-from outbox.core.outcome import MEANINGS, MESSAGE_TOO_LARGE, Meaning, Outcome, Rejected, Unknown, read_reply
+from outbox.core.outcome import (
+    MEANINGS,
+    MESSAGE_NOT_FOUND,
+    MESSAGE_TOO_LARGE,
+    STREAM_NOT_FOUND,
+    Meaning,
+    Outcome,
+    Rejected,
+    Unknown,
+    read_reply,
+)
 from outbox.core.plan import Seen
+from outbox.core.requirements import of_nats
 from outbox.errors import Misconfigured, Weather
 from outbox.jetstream.connect import Wary, close, dial
 from outbox.jetstream.credentials import options
 from outbox.jetstream.stream import StreamInfo, seen, stream_info
 
-OLDEST_NATS = (2, 12, 1)
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0
-LOOKS_AT_ONCE = 32  # each answer carries the whole message
-STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
+READ_AT_ONCE = 32  # each answer carries the whole message
 
 
 class Refused(Weather):
@@ -84,12 +93,8 @@ class JetStream:
         return self
 
     def _check_version(self) -> None:
-        if self.version < OLDEST_NATS:
-            version = ".".join(map(str, self.version))
-            raise Misconfigured(
-                f"nats-server {version} has no atomic batches: it would store every message by itself",
-                remedy="upgrade nats-server to 2.12.1 or later (2.12.14, 2.14.4 or 2.15 recommended)",
-            )
+        for problem in of_nats(self.version):
+            raise Misconfigured(problem.what, remedy=problem.remedy)
 
     async def _look_for_jetstream(self) -> None:
         """Raise `Weather` if nobody listens where JetStream should; who is only silent may lack a leader just now."""
@@ -189,11 +194,11 @@ class JetStream:
         """A subject to which we may not publish, and NATS' words, once: to the publisher it looks like silence."""
         return self._forbidden.popitem() if self._forbidden else None
 
-    async def look(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
+    async def read(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
         """The headers of these messages, read from the stream's leader; None for one that is gone."""
         found: dict[int, Seen | None] = {}
-        for start in range(0, len(sequences), LOOKS_AT_ONCE):
-            part = sequences[start : start + LOOKS_AT_ONCE]
+        for start in range(0, len(sequences), READ_AT_ONCE):
+            part = sequences[start : start + READ_AT_ONCE]
             found |= zip(part, await asyncio.gather(*(self._message(stream, place) for place in part)), strict=True)
         return found
 

@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import Any, Self
 
 from outbox.core.plan import Seen
+from outbox.core.requirements import Problem, of_stream
 from outbox.errors import Unusable
 
 MAX_DIGITS = 18  # a number of more is nobody's position
@@ -22,13 +23,13 @@ class StreamInfo:
     first_sequence: int
     last_sequence: int
     subjects: tuple[str, ...]
-    problem: tuple[str, str] | None
+    problem: Problem | None
     max_message_bytes: int | None
 
     def check(self) -> Self:
         """The stream itself; raises `Unusable`, with the remedy, if the relay cannot keep its promises with it."""
         if self.problem is not None:
-            raise Unusable(f"stream {self.name} cannot be used: {self.problem[0]}", remedy=self.problem[1])
+            raise Unusable(f"stream {self.name} cannot be used: {self.problem.what}", remedy=self.problem.remedy)
         return self
 
 
@@ -42,23 +43,9 @@ def stream_info(answer: dict[str, Any]) -> StreamInfo:
         first_sequence=max(1, int(answer["state"]["first_seq"])),
         last_sequence=int(answer["state"]["last_seq"]),
         subjects=tuple(config.get("subjects") or ()),
-        problem=_problem(config),
+        problem=next(of_stream(config), None),
         max_message_bytes=size if size >= 0 else None,
     )
-
-
-def _problem(config: dict[str, Any]) -> tuple[str, str] | None:
-    """Why the relay cannot keep its promises with a stream of this configuration, and the remedy; or None."""
-    name = config["name"]
-    if config.get("mirror"):
-        return "it is a mirror, which takes no messages", "publish to the stream that it mirrors"
-    if config.get("persist_mode") == "async":
-        return "its persist_mode is async, which excludes atomic batches", f"re-create stream {name} without it"
-    if not config.get("allow_atomic"):
-        return "it lacks allow_atomic", f"nats stream edit {name} --allow-batch"
-    if config.get("no_ack"):
-        return "it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack"
-    return None
 
 
 def seen(message: dict[str, Any]) -> Seen:

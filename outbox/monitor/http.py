@@ -74,7 +74,7 @@ class Answer(NamedTuple):
     body: bytes
 
 
-Page = Callable[[str], Answer]  # of the request's header Accept
+Respond = Callable[[str], Answer]  # of the request's header Accept
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def _json(status: int, value: object) -> Answer:
     return Answer(status, "application/json", json.dumps(value).encode() + b"\n")
 
 
-def _listening(listen: str, pages: Mapping[str, Page]) -> ThreadingHTTPServer:
+def _listening(listen: str, pages: Mapping[str, Respond]) -> ThreadingHTTPServer:
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
 

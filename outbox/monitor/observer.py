@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import psycopg
-from psycopg.rows import TupleRow
+from psycopg.rows import TupleRow, class_row, dict_row
 
 from outbox import schema
 from outbox.config import Settings
@@ -25,18 +25,20 @@ SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog
 OBSERVE = """
 SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
           AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
-       r.blocked IS NOT NULL, r.paused_at IS NOT NULL, p.transactions, p.events, p.oldest::float8,
-       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL),
-       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap),
-       least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places))
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS leader_present,
+       r.blocked IS NOT NULL AS blocked, r.paused_at IS NOT NULL AS paused, p.pending_transactions, p.pending_events,
+       p.oldest_pending_seconds::float8,
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_letters,
+       (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap)
+         AS open_positions,
+       least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places)) AS settled
   FROM {schema}.relay AS r CROSS JOIN (
-    SELECT count(*) AS transactions, coalesce(sum(event_count), 0) AS events,
-           extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest FROM {schema}.pending
+    SELECT count(*) AS pending_transactions, coalesce(sum(event_count), 0) AS pending_events,
+           extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest_pending_seconds FROM {schema}.pending
   ) AS p
 """
 
-OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL FROM {schema}.streams ORDER BY name"
+OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL AS blocked FROM {schema}.streams ORDER BY name"
 
 # How long it took those that were settled since the last look: all of them, or about 200 spread over them.
 OBSERVE_LAGS = """
@@ -96,20 +98,9 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
 
 async def _look(connection: psycopg.AsyncConnection[TupleRow], name: str, after: int | None) -> Observation:
     keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-    (row,) = await looked(connection, compose(OBSERVE, name), keys)
-    streams = await looked(connection, compose(OBSERVE_STREAMS, name))
-    since = {"after": row[8] if after is None else after, "to": row[8]}
+    (row,) = await looked(connection, compose(OBSERVE, name), keys, rows=dict_row)
+    streams = await looked(connection, compose(OBSERVE_STREAMS, name), rows=class_row(StreamObservation))
+    settled = row["settled"]
+    since = {"after": settled if after is None else after, "to": settled}
     lags = await looked(connection, compose(OBSERVE_LAGS, name), since)
-    return Observation(
-        leader_present=row[0],
-        blocked=row[1],
-        paused=row[2],
-        pending_transactions=row[3],
-        pending_events=row[4],
-        oldest_pending_seconds=row[5],
-        dead_letters=row[6],
-        open_positions=row[7],
-        settled=row[8],
-        streams=[StreamObservation(name=n, last_sequence=last, blocked=b) for n, last, b in streams],
-        lags=[seconds for (seconds,) in lags],
-    )
+    return Observation(**row, streams=streams, lags=[seconds for (seconds,) in lags])

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from psycopg.rows import class_row
+
+from outbox.core.transaction import reason_of
 from outbox.event import matches
 from outbox.operate import queries
 from outbox.postgres.queries import compose
@@ -45,7 +48,7 @@ class Selection:
         """True if this dead letter is meant."""
         return (
             (not self.positions or letter.position in self.positions)
-            and (self.reason is None or letter.reason.partition(":")[0] == self.reason)
+            and (self.reason is None or reason_of(letter.reason) == self.reason)
             and (self.subject is None or any(matches(subject, self.subject) for subject in letter.subjects))
             and (self.since is None or letter.dead_at >= self.since)
             and (self.until is None or letter.dead_at < self.until)
@@ -56,10 +59,8 @@ class Selection:
 def dead_letters(url: str, name: str, selection: Selection) -> list[DeadLetter]:
     """The dead letters that are meant, by position. Reads only."""
     with command_session(url) as connection:
-        names = ("position", "event_count", "subjects", "sealed_at", "dead_at", "reason", "discarded_at", "retried_at")
-        rows = connection.execute(compose(queries.DEAD_LETTERS, name))
-        found = (DeadLetter(**dict(zip(names, row, strict=True))) for row in rows)
-        return [letter for letter in found if selection.holds(letter)]
+        letters = connection.cursor(row_factory=class_row(DeadLetter)).execute(compose(queries.DEAD_LETTERS, name))
+        return [letter for letter in letters if selection.holds(letter)]
 
 
 def retry(url: str, name: str, positions: Sequence[int]) -> list[int]:
@@ -78,4 +79,4 @@ def discard(url: str, name: str, positions: Sequence[int]) -> list[int]:
 def _change(url: str, name: str, query: str, positions: Sequence[int]) -> list[int]:
     with command_session(url) as connection:
         rows = connection.execute(compose(query, name), {"positions": list(positions)}).fetchall()
-    return sorted(row[0] for row in rows)
+    return sorted(position for (position,) in rows)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg import sql
 
 from outbox import schema
 from outbox.errors import Misconfigured
 from outbox.operate import queries
+from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
 
     _known(to)
     with _connected(url) as connection:
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK}, {schema.lock_key(name)})")
+        keys = {"lock": MIGRATION_LOCK, "key": schema.lock_key(name)}
+        connection.exec_driver_sql(compose(queries.ONE_MIGRATION_AT_A_TIME, name).decode(), keys)
         before = installed(_raw(connection), name)
         if before and not _owns(_raw(connection), name):
             raise Misconfigured(
@@ -106,32 +107,26 @@ def grant(url: str, name: str, **roles: str | None) -> None:
 def installed(connection: psycopg.Connection[Any], name: str) -> int:
     """The schema version in the database, 0 if there is none."""
     events = f"{schema.checked_name(name)}.events"
-    row = connection.execute("SELECT obj_description(to_regclass(%s), 'pg_class')", [events]).fetchone()
-    return schema.version_of(row[0] if row else None)
+    ((comment,),) = connection.execute(compose(queries.INSTALLED, name), {"events": events})
+    return schema.version_of(comment)
 
 
 def _owns(connection: psycopg.Connection[Any], name: str) -> bool:
-    table = f"{name}.alembic_version"
-    row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table]).fetchone()
-    return bool(row and row[0])
+    ((own,),) = connection.execute(compose(queries.OWN_HISTORY, name), {"table": f"{name}.alembic_version"})
+    return bool(own)
 
 
 def _sweep(connection: psycopg.Connection[Any], name: str) -> None:
     """After the last downgrade: the version table, and the schema if nothing else is in it."""
-    names = {"schema": sql.Identifier(name)}
-    connection.execute(sql.SQL("DROP TABLE IF EXISTS {schema}.alembic_version").format(**names))
-    left = connection.execute(
-        "SELECT count(*) FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n' "
-        "AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
-        [name],
-    ).fetchone()
-    if left == (0,):
-        connection.execute(sql.SQL("DROP SCHEMA IF EXISTS {schema}").format(**names))
+    connection.execute(compose(queries.DROP_HISTORY, name))
+    ((left,),) = connection.execute(compose(queries.WHAT_IS_LEFT, name), {"schema": name})
+    if left == 0:
+        connection.execute(compose(queries.DROP_SCHEMA, name))
 
 
 def _fingerprint(connection: psycopg.Connection[Any], name: str) -> Iterator[str]:
-    for row in connection.execute(queries.FINGERPRINT, {"schema": name}):
-        yield row[0]
+    for (line,) in connection.execute(queries.FINGERPRINT, {"schema": name}):
+        yield line
 
 
 def _as_if(line: str, copy: str, name: str) -> str:

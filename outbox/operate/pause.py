@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from psycopg.rows import class_row
+
 from outbox import schema
 from outbox.operate import queries
 from outbox.postgres.queries import compose
@@ -35,7 +37,7 @@ def resume(url: str, name: str) -> Pause:
 
 def _order(url: str, name: str, query: str, **given: str) -> Pause:
     with command_session(url) as connection:
-        row = connection.execute(compose(query, name), given).fetchone()
-        assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-        connection.execute("SELECT pg_notify(%s, '')", [schema.channel(name)])
-    return Pause(paused_at=row[0], paused_why=row[1], changed=row[2])
+        found = connection.cursor(row_factory=class_row(Pause)).execute(compose(query, name), given).fetchone()
+        assert found is not None  # noqa: S101 - the table relay has one row, by its constraints
+        connection.execute(compose(queries.WAKE, name), {"channel": schema.channel(name)})
+    return found

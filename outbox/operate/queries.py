@@ -7,47 +7,50 @@ from __future__ import annotations
 
 # What `outbox status` shows. `pending` goes by the cursor, the plans and the open positions, not over sent rows.
 STATUS = """
-SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.blocked_since,
-       obj_description('{schema}.events'::regclass, 'pg_class'),
-       (SELECT count(*) FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.blocked_since, r.paused_at, r.paused_why,
+       obj_description('{schema}.events'::regclass, 'pg_class') AS comment,
+       (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
           AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())),
-       (SELECT count(*) FROM {schema}.pending), (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending),
-       (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending),
-       (SELECT min(position) FROM {schema}.pending),
-       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL), r.paused_at, r.paused_why, clock_timestamp()
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS led,
+       (SELECT count(*) FROM {schema}.pending) AS pending_transactions,
+       (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending) AS pending_events,
+       (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending)
+         AS oldest_pending_seconds,
+       (SELECT min(position) FROM {schema}.pending) AS oldest_pending_position,
+       (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_transactions,
+       clock_timestamp() AS observed_at
   FROM {schema}.relay AS r
 """
 
 STATUS_STREAMS = """
 SELECT name, mode, last_sequence, sent_transactions, sent_events,
-       (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places),
+       (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places) AS planned,
        blocked, blocked_since
   FROM {schema}.streams ORDER BY name
 """
 
 STATUS_DEAD = """
-SELECT position, event_count, dead_at, dead_reason FROM {schema}.dead
+SELECT position, event_count, dead_at, dead_reason AS reason FROM {schema}.dead
  WHERE discarded_at IS NULL ORDER BY position DESC LIMIT 10
 """
 
 # Dead letters, by transactions_dead, with the subjects of their events.
 DEAD_LETTERS = """
 SELECT d.position, d.event_count,
-       ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = d.txid ORDER BY subject),
-       d.sealed_at, d.dead_at, d.dead_reason, d.discarded_at, d.retried_at
+       ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = d.txid ORDER BY subject) AS subjects,
+       d.sealed_at, d.dead_at, d.dead_reason AS reason, d.discarded_at, d.retried_at
   FROM {schema}.dead AS d ORDER BY d.position
 """
 
 # One transaction, by transactions_pkey. Its replays are looked for in all that came behind it.
 SHOW = """
-SELECT r.former_ids || r.outbox_id, t.position, t.txid::text,
+SELECT r.former_ids || r.outbox_id AS outbox_ids, t.position, t.txid::text,
        CASE WHEN t.sent_at IS NOT NULL THEN 'sent' WHEN t.discarded_at IS NOT NULL THEN 'discarded'
-            WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END,
+            WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END AS state,
        t.event_count, t.sealed_at, t.attempts, t.stream, t.first_sequence, t.last_sequence, t.sent_at, t.dead_at,
        t.dead_reason, t.discarded_at, t.retried_at, t.replay_of,
        ARRAY(SELECT position FROM {schema}.transactions AS again
-              WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position)
+              WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position) AS replays
   FROM {schema}.transactions AS t CROSS JOIN {schema}.relay AS r WHERE t.position = %(position)s
 """
 
@@ -225,3 +228,30 @@ UNION ALL
 SELECT 'sequence ' || mine.relname || ' cache ' || s.seqcache || ' cycle ' || s.seqcycle
   FROM pg_sequence AS s JOIN mine ON mine.oid = s.seqrelid
 """
+
+PURGED = "SELECT purged FROM {schema}.relay"
+
+OUTBOX_ID = "SELECT outbox_id FROM {schema}.relay"
+
+# A sleeping relay reads its orders at once.
+WAKE = "SELECT pg_notify(%(channel)s, '')"
+
+# The leader's own lock, for as long as a rebase takes.
+LOCK_OUT_LEADERS = "SELECT pg_try_advisory_xact_lock(%(lock)s, %(key)s)"
+
+LOCK_OUT_WRITERS = "LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE"
+
+ONE_MIGRATION_AT_A_TIME = "SELECT pg_advisory_xact_lock(%(lock)s, %(key)s)"
+
+INSTALLED = "SELECT obj_description(to_regclass(%(events)s), 'pg_class')"
+
+OWN_HISTORY = "SELECT to_regclass(%(table)s) IS NOT NULL"
+
+DROP_HISTORY = "DROP TABLE IF EXISTS {schema}.alembic_version"
+
+WHAT_IS_LEFT = """
+SELECT count(*) FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
+   AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s)
+"""
+
+DROP_SCHEMA = "DROP SCHEMA IF EXISTS {schema}"

@@ -38,7 +38,7 @@ class Rebased:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Known:
+class _Remembered:
     name: str
     created: str
     last_sequence: int
@@ -89,7 +89,7 @@ async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
             async with connected(settings) as jetstream:
                 for known in await _all_streams(jetstream, connection, settings.schema):
                     await _adopt(jetstream, connection, settings.schema, outbox_id, known, found)
-        locked = compose("LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE", settings.schema)
+        locked = compose(queries.LOCK_OUT_WRITERS, settings.schema)
         connection.execute(locked)
         for statement in queries.REBASE:
             connection.execute(compose(statement, settings.schema))
@@ -100,9 +100,9 @@ async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
 
 async def _lock(connection: psycopg.Connection[TupleRow], name: str) -> None:
     """Keep relays from leading until the transaction ends."""
-    keys = [schema.LEADER_LOCK, schema.lock_key(name)]
+    keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name)}
     for _ in range(LOCK_TRIES):
-        if connection.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", keys).fetchone() == (True,):
+        if connection.execute(compose(queries.LOCK_OUT_LEADERS, name), keys).fetchone() == (True,):
             return
         await asyncio.sleep(LOCK_SECONDS)
     raise Misconfigured("a relay leads this outbox", remedy="stop every relay of it first")
@@ -113,7 +113,7 @@ async def _adopt(
     connection: psycopg.Connection[TupleRow],
     name: str,
     outbox_id: UUID,
-    known: _Known,
+    known: _Remembered,
     found: _Found,
 ) -> StreamInfo | None:
     """Mark what the stream holds whole and the database has as pending; the stream as it is, or None if it is gone."""
@@ -139,7 +139,7 @@ async def _adopt(
     return info
 
 
-async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Known]:
+async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Remembered]:
     """The streams that the outbox knows, and those that it may have known since the backup: to be read as a whole."""
     known = _streams(connection, name)
     others = {row[0] for row in connection.execute(compose(queries.RECEIPT_STREAMS, name))}
@@ -147,16 +147,16 @@ async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[Tupl
         if subject_problem(subject) is None and (stream := await jetstream.stream_of(subject)) is not None:
             others.add(stream)
     others -= {each.name for each in known}
-    return [*known, *(_Known(name=other, created="", last_sequence=0) for other in sorted(others))]
+    return [*known, *(_Remembered(name=other, created="", last_sequence=0) for other in sorted(others))]
 
 
 def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
-    row = connection.execute(compose("SELECT outbox_id FROM {schema}.relay", name)).fetchone()
+    row = connection.execute(compose(queries.OUTBOX_ID, name)).fetchone()
     if row is None:
         raise Misconfigured(f"the table {name}.relay is empty", remedy="restore its row from a backup")
     return UUID(str(row[0]))
 
 
-def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Known]:
+def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Remembered]:
     rows = connection.execute(compose(STREAMS, name))
-    return [_Known(name=row[0], created=row[1], last_sequence=row[3]) for row in rows]
+    return [_Remembered(name=row[0], created=row[1], last_sequence=row[3]) for row in rows]

@@ -23,7 +23,7 @@ PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
+class Wanted:
     """Which transactions: positions from `first` to `last`, both included, with an event on `subject` (wildcards)."""
 
     first: int
@@ -60,7 +60,7 @@ class _Sent:
 def replay(
     url: str,
     name: str,
-    wanted: Range,
+    wanted: Wanted,
     *,
     dry_run: bool = False,
     progress: Callable[[Replayed], None] = lambda _: None,
@@ -72,7 +72,7 @@ def replay(
     done = Replayed()
     with command_session(url) as connection:
         connection.autocommit = True
-        ((done.purged,),) = connection.execute(compose("SELECT purged FROM {schema}.relay", name)).fetchall()
+        ((done.purged,),) = connection.execute(compose(queries.PURGED, name)).fetchall()
         for each in _chosen(connection, name, wanted, done):
             if dry_run or _again(connection, name, each):
                 done.transactions += 1
@@ -83,7 +83,7 @@ def replay(
     return done
 
 
-def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Range, done: Replayed) -> Iterator[_Sent]:
+def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Wanted, done: Replayed) -> Iterator[_Sent]:
     # Only up to what is there now: a replay must not meet its own work.
     text = compose(queries.REPLAYABLE, name)
     ((highest,),) = connection.execute(compose(queries.HIGHEST, name)).fetchall()
@@ -96,7 +96,7 @@ def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Range, 
                 yield _Sent(position=position, txid=txid, count=count, rollup=rollup)
             done.dead += dead
             done.pending += not sent and not dead
-        after = rows[-1][0]
+        after, *_ = rows[-1]
 
 
 def _again(connection: psycopg.Connection[TupleRow], name: str, sent: _Sent) -> bool:

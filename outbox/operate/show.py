@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from psycopg.rows import dict_row
+
 from outbox.config import Settings
 from outbox.core.plan import Seen
 from outbox.errors import Misconfigured, OutboxError
@@ -64,29 +66,23 @@ async def show(settings: Settings, position: int) -> Shown:
     """Everything about one transaction. Raises `Misconfigured` if there is none at this position."""
     with command_session(settings.database_url) as connection:
         given = {"position": position}
-        row = connection.execute(compose(queries.SHOW, settings.schema), given).fetchone()
-        events = connection.execute(compose(queries.SHOW_EVENTS, settings.schema), given).fetchall()
+        rows = connection.cursor(row_factory=dict_row)
+        row = rows.execute(compose(queries.SHOW, settings.schema), given).fetchone()
+        events = rows.execute(compose(queries.SHOW_EVENTS, settings.schema), given).fetchall()
         if row is None:
-            ((purged,),) = connection.execute(compose("SELECT purged FROM {schema}.relay", settings.schema))
+            ((purged,),) = connection.execute(compose(queries.PURGED, settings.schema))
             raise _nothing_at(position, int(purged))
-    outbox_ids, stream, first = row[0], row[7], row[8]
-    seen, problem = await _look(settings, stream, first, len(events))
-    return Shown(
-        **dict(zip(Shown.__slots__[:-2], row[1:], strict=True)),
-        events=[
-            ShownEvent(
-                message_id=message_id,
-                subject=subject,
-                headers=headers,
-                payload=payload,
-                created_at=created_at,
-                sequence=first + number if first is not None else None,
-                in_stream=_place(seen, first + number, message_id, outbox_ids) if first is not None else None,
-            )
-            for number, (message_id, subject, headers, payload, created_at) in enumerate(events)
-        ],
-        problem=problem,
-    )
+    outbox_ids, first = row.pop("outbox_ids"), row["first_sequence"]
+    seen, problem = await _in_stream(settings, row["stream"], first, len(events))
+    shown = [
+        ShownEvent(
+            **event,
+            sequence=first + number if first is not None else None,
+            in_stream=_place(seen, first + number, event["message_id"], outbox_ids) if first is not None else None,
+        )
+        for number, event in enumerate(events)
+    ]
+    return Shown(**row, events=shown, problem=problem)
 
 
 def _nothing_at(position: int, purged: int) -> Misconfigured:
@@ -101,7 +97,7 @@ def _nothing_at(position: int, purged: int) -> Misconfigured:
     )
 
 
-async def _look(
+async def _in_stream(
     settings: Settings, stream: str | None, first: int | None, count: int
 ) -> tuple[dict[int, Seen | None] | None, str | None]:
     """What is at the places of the receipt; None, and why, if that cannot be known."""
@@ -111,7 +107,7 @@ async def _look(
         async with connected(settings) as jetstream:
             if await jetstream.stream(stream) is None:
                 return None, f"stream {stream} does not exist"
-            return await jetstream.look(stream, range(first, first + count)), None
+            return await jetstream.read(stream, range(first, first + count)), None
     except OutboxError as error:
         return None, error.message
 

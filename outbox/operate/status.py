@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
+import psycopg
+from psycopg.rows import class_row, dict_row
+
 from outbox import schema
 from outbox.operate import queries
 from outbox.postgres.queries import compose
@@ -31,8 +34,8 @@ class StreamStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetter:
-    """A transaction that was set aside."""
+class RecentDead:
+    """One of the transactions that were set aside last."""
 
     position: int
     event_count: int
@@ -63,48 +66,29 @@ class Status:
     sent_transactions: int
     sent_events: int
     dead_transactions: int
-    dead: list[DeadLetter]
+    dead: list[RecentDead]
     streams: list[StreamStatus]
 
 
 def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
     """Read the state; the cost grows with what is pending, not with what was sent. May raise `Weather`."""
     with command_session(url) as connection:
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        connection.read_only = True
         keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-        row = connection.execute(compose(queries.STATUS, name), keys).fetchone()
+        row = connection.cursor(row_factory=dict_row).execute(compose(queries.STATUS, name), keys).fetchone()
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-        schema.check_version(row[7], name)
-        streams = [
-            StreamStatus(**dict(zip(StreamStatus.__slots__, each, strict=True)))
-            for each in connection.execute(compose(queries.STATUS_STREAMS, name))
-        ]
-        dead = [
-            DeadLetter(position=position, event_count=count, dead_at=at, reason=reason)
-            for position, count, at, reason in connection.execute(compose(queries.STATUS_DEAD, name))
-        ]
+        comment, led = row.pop("comment"), row.pop("led")
+        schema.check_version(comment, name)
+        streams = connection.cursor(row_factory=class_row(StreamStatus)).execute(compose(queries.STATUS_STREAMS, name))
+        dead = connection.cursor(row_factory=class_row(RecentDead)).execute(compose(queries.STATUS_DEAD, name))
+        found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
     return Status(
         schema=name,
-        schema_version=schema.version_of(row[7]),
-        outbox_id=row[0],
-        epoch=row[1],
-        leader=row[2] if row[8] else None,
-        leader_since=row[3] if row[8] else None,
-        cursor=row[4],
-        blocked=row[5],
-        blocked_since=row[6],
-        paused_at=row[14],
-        paused_why=row[15],
-        observed_at=row[16],
-        pending_transactions=row[9],
-        pending_events=row[10],
-        oldest_pending_seconds=row[11],
-        oldest_pending_position=row[12],
-        sent_transactions=sum(stream.sent_transactions for stream in streams),
-        sent_events=sum(stream.sent_events for stream in streams),
-        dead_transactions=row[13],
-        dead=dead,
-        streams=streams,
+        schema_version=schema.version_of(comment),
+        sent_transactions=sum(stream.sent_transactions for stream in found["streams"]),
+        sent_events=sum(stream.sent_events for stream in found["streams"]),
+        **(found if led else {**found, "leader": None, "leader_since": None}),
     )
 
 

@@ -81,7 +81,7 @@ async def read(
     highest = 0
     for start in range(low, high + 1, READ_AT_ONCE):
         end = min(start + READ_AT_ONCE, high + 1)
-        seen = await jetstream.look(comparison.stream, range(start, end))
+        seen = await jetstream.read(comparison.stream, range(start, end))
         positions = {each.position for each in seen.values() if each is not None and each.position is not None}
         comparison.take(seen, rows(sorted(positions)))
         ours = [each.position for each in seen.values() if each is not None and comparison.knows(each.outbox_id)]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from outbox.schema import checked_name
+from outbox.schema import channel, checked_name
 
 
 def compose(text: str, schema: str) -> bytes:
-    """The statement for one schema, ready for psycopg."""
-    return sql.SQL(text).format(schema=sql.Identifier(checked_name(schema))).as_bytes()
+    """The statement for one schema, ready for psycopg: its name and its channel are put in as identifiers."""
+    names = {"schema": sql.Identifier(checked_name(schema)), "channel": sql.Identifier(channel(schema))}
+    return sql.SQL(text).format(**names).as_bytes()
 
 
 # What lies beyond the cursor and in the open positions, sorted by position, in ONE snapshot: in two statements a gap
@@ -268,3 +269,13 @@ SELECT e.txid::text, count(*) FROM (
  WHERE NOT EXISTS (SELECT FROM {schema}.transactions AS t WHERE t.txid = e.txid)
  GROUP BY e.txid ORDER BY e.txid LIMIT 10
 """
+
+# Host and process id of the last relay that took the lead.
+WHO_LEADS = "SELECT leader FROM {schema}.relay"
+
+LISTEN = "LISTEN {channel}"
+
+# The two locks of an outbox: the leader's, and that of a relay that is asleep. Neither call ever blocks.
+TRY_LOCK = "SELECT pg_try_advisory_lock(%(purpose)s::int, %(key)s::int)"
+
+UNLOCK = "SELECT pg_advisory_unlock(%(purpose)s::int, %(key)s::int)"

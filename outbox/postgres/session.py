@@ -10,15 +10,16 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import psycopg
-from psycopg.rows import TupleRow
+from psycopg.rows import AsyncRowFactory, TupleRow, tuple_row
 
 from outbox.errors import Halt, Misconfigured, Weather
 from outbox.postgres.denials import denial
 from outbox.text import masked
 
+Row = TypeVar("Row")
 # The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
 # and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
 SESSION = {
@@ -112,14 +113,34 @@ async def observer_session(url: str) -> AsyncIterator[psycopg.AsyncConnection[Tu
             yield connection
 
 
+@overload
 async def looked(
     connection: psycopg.AsyncConnection[TupleRow], text: bytes, given: Mapping[str, Any] | None = None
-) -> list[TupleRow]:
+) -> list[TupleRow]: ...
+
+
+@overload
+async def looked(
+    connection: psycopg.AsyncConnection[TupleRow],
+    text: bytes,
+    given: Mapping[str, Any] | None = None,
+    *,
+    rows: AsyncRowFactory[Row],
+) -> list[Row]: ...
+
+
+async def looked(
+    connection: psycopg.AsyncConnection[TupleRow],
+    text: bytes,
+    given: Mapping[str, Any] | None = None,
+    *,
+    rows: AsyncRowFactory[Any] = tuple_row,
+) -> list[Any]:
     """The rows of a statement in a transaction of its own, which may only read and takes half a minute at most."""
     async with connection.transaction():
         await connection.execute("SET TRANSACTION READ ONLY")
         await connection.execute("SET LOCAL statement_timeout = '30s'")
-        return await (await connection.execute(text, given)).fetchall()
+        return await (await connection.cursor(row_factory=rows).execute(text, given)).fetchall()
 
 
 async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:

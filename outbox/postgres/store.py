@@ -15,6 +15,7 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from outbox import schema
+from outbox.core import requirements
 from outbox.core.plan import Planned
 from outbox.core.positions import Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD, Transaction
@@ -35,7 +36,6 @@ from outbox.postgres.rows import (
 )
 from outbox.postgres.session import answered, open_session
 
-OLDEST_POSTGRES = 140005
 PURGE_PAGE = 500
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
@@ -81,30 +81,21 @@ class Store:
 
     async def preflight(self, max_batch_messages: int) -> Home:
         """Where the database is, when all that the relay builds on is true; else `Misconfigured`."""
-        rows = await self._all("PREFLIGHT")
-        row = rows[0]
-        if row[4] is None:
-            remedy = f"INSERT INTO {self._schema}.limits DEFAULT VALUES"
-            raise Misconfigured(f"the table {self._schema}.limits is empty", remedy=remedy)
-        number, cluster, max_prepared, standby, max_events, cache, comment, database, timeline = row
+        ((number, cluster, max_prepared, standby, max_events, cache, comment, database, timeline),) = await self._all(
+            queries.PREFLIGHT
+        )
         if standby:
             raise Weather("the database is in recovery: this server is a standby")
-        if number < OLDEST_POSTGRES:
-            raise Misconfigured(f"PostgreSQL {self.version} is too old", remedy="upgrade to 14.5 or later")
-        if cache != 1:
-            raise Misconfigured(
-                "an identity of the outbox has a cache, which breaks the commit order",
-                remedy=f"ALTER TABLE {self._schema}.transactions ALTER COLUMN position SET CACHE 1; same for events.id",
-            )
+        limits = requirements.of_outbox(
+            self._schema,
+            max_transaction_events=max_events,
+            identity_cache=cache,
+            max_batch_messages=max_batch_messages,
+        )
+        for problem in (*requirements.of_postgres(number), *limits):
+            raise Misconfigured(problem.what, remedy=problem.remedy)
         schema.check_version(comment, self._schema)
-        if max_events > max_batch_messages:
-            raise Misconfigured(
-                f"a transaction may add {max_events} events, and the relay's batch takes {max_batch_messages}",
-                remedy=f"start the relay with --max-batch-messages {max_events}, and raise "
-                f"jetstream.limits.batch.max_msgs of nats-server with it; or lower max_transaction_events "
-                f"in {self._schema}.limits",
-            )
-        if self._replicas and not (await self._all("MAY_MONITOR"))[0][0]:
+        if self._replicas and not (await self._all(queries.MAY_MONITOR))[0][0]:
             raise Misconfigured(
                 "this role cannot see how far the standbys are, which --durability replicas waits for",
                 remedy="GRANT pg_monitor TO the relay's role",
@@ -114,7 +105,7 @@ class Store:
 
     async def try_lock(self) -> bool:
         """Try to get the leader's lock; never blocks. It is held until the session ends."""
-        return await self._lock("pg_try_advisory_lock", schema.LEADER_LOCK)
+        return await self._lock(queries.TRY_LOCK, schema.LEADER_LOCK)
 
     async def lead(self, leader: str, home: Home) -> Lead:
         """Begin a new epoch; call it under the lock. Raises `Halt` if this is not the database the outbox knows.
@@ -122,7 +113,7 @@ class Store:
         `leader` names this process and no other one before or after it.
         """
         rows = await self._all(
-            "LEAD", leader=leader, cluster=home.cluster, database=home.database, timeline=home.timeline
+            queries.LEAD, leader=leader, cluster=home.cluster, database=home.database, timeline=home.timeline
         )
         if not rows:
             raise Halt(
@@ -144,37 +135,37 @@ class Store:
 
     async def alive(self, leader: str) -> None:
         """This process has led before and lives: what was counted as its death was none."""
-        await self._all("ALIVE", leader=leader)
+        await self._all(queries.ALIVE, leader=leader)
 
     async def who_leads(self) -> str:
         """Host and process id of the last relay that took the lead."""
-        rows = await self._rows(queries.compose("SELECT leader FROM {schema}.relay", self._schema), {})
+        rows = await self._all(queries.WHO_LEADS)
         return str(rows[0][0]) if rows and rows[0][0] else "unknown"
 
     async def pending(self) -> bool:
         """True if any transaction is committed and neither sent nor dead."""
-        return bool(await self._all("ANY_PENDING"))
+        return bool(await self._all(queries.ANY_PENDING))
 
     async def still_pending(self, position: int) -> bool:
         """False if somebody has settled this transaction by hand."""
-        return bool(await self._all("STILL_PENDING", position=position))
+        return bool(await self._all(queries.STILL_PENDING, position=position))
 
     async def first_dead(self) -> int | None:
         """The lowest position of a dead letter that nobody has discarded, or None."""
-        rows = await self._all("FIRST_DEAD")
+        rows = await self._all(queries.FIRST_DEAD)
         return int(rows[0][0]) if rows else None
 
     async def streams(self) -> list[StreamRow]:
         """Every stream that the outbox knows."""
         return [
             StreamRow(name=n, created=c, mode=m, last_sequence=last, plan=places(plan), blocked=b)
-            for n, c, m, last, plan, b in await self._all("STREAMS")
+            for n, c, m, last, plan, b in await self._all(queries.STREAMS)
         ]
 
     async def page(self, cursor: int, open_positions: Sequence[Range], *, messages: int, size: int) -> Page:
         """The next transactions, in one snapshot; `messages` and `size` (bytes) bound it, but for the first one."""
         rows = await self._all(
-            "PAGE",
+            queries.PAGE,
             cursor=cursor,
             lows=[low for low, _ in open_positions],
             highs=[high for _, high in open_positions],
@@ -186,12 +177,12 @@ class Store:
     async def head(self, cursor: int, open_positions: Sequence[Range]) -> tuple[int, int] | None:
         """Position and attempts of the next pending transaction, without loading it."""
         lows, highs = [low for low, _ in open_positions], [high for _, high in open_positions]
-        rows = await self._all("HEAD", cursor=cursor, lows=lows, highs=highs)
+        rows = await self._all(queries.HEAD, cursor=cursor, lows=lows, highs=highs)
         return (rows[0][0], rows[0][1]) if rows else None
 
     async def entries(self, positions: Sequence[int]) -> list[Planned]:
         """What a plan is judged by, in its order; raises `Halt` if a transaction is not there to be sent."""
-        rows = await self._all("ENTRIES", positions=list(positions))
+        rows = await self._all(queries.ENTRIES, positions=list(positions))
         found = {row[0]: row for row in rows}
         if missing := [position for position in positions if position not in found or not found[position][3]]:
             raise self._not_pending(missing[0])
@@ -203,7 +194,7 @@ class Store:
 
     async def planned(self, positions: Sequence[int]) -> list[Transaction]:
         """These transactions of a plan with all their events; raises `Halt` if one is not whole."""
-        page = read_page(await self._all("PLANNED", positions=list(positions)), self._schema)
+        page = read_page(await self._all(queries.PLANNED, positions=list(positions)), self._schema)
         if missing := set(positions) - {transaction.position for transaction in page.transactions}:
             raise self._not_pending(min(missing))
         return page.transactions
@@ -216,7 +207,7 @@ class Store:
 
     async def holders(self) -> list[Holder]:
         """Who may own a missing position now."""
-        return [Holder(id=row[0]) for row in await self._all("HOLDERS")]
+        return [Holder(id=row[0]) for row in await self._all(queries.HOLDERS)]
 
     async def commit(self, epoch: int, decisions: Decisions) -> None:
         """Write the decisions in one durable commit; raises `Deposed` if another relay has taken the lead.
@@ -229,7 +220,7 @@ class Store:
         wanted = [*positions, *(verdict.position for verdict in verdicts)]
         sent = array(positions)
         rows = await self._all(
-            "COMMIT",
+            queries.COMMIT,
             epoch=epoch,
             cursor=decisions.cursor,
             open=multirange(decisions.open_positions),
@@ -264,57 +255,57 @@ class Store:
 
     async def _replicated(self) -> None:
         """Wait until every streaming standby has flushed what is committed now; raises `Weather` after some seconds."""
-        lsn = (await self._all("WRITTEN"))[0][0]
+        lsn = (await self._all(queries.WRITTEN))[0][0]
         for _ in range(REPLICA_LOOKS):
-            if (await self._all("REPLICATED", lsn=lsn))[0][0]:
+            if (await self._all(queries.REPLICATED, lsn=lsn))[0][0]:
                 return
             await asyncio.sleep(REPLICA_SECONDS)
         raise Weather("no standby, or not every one, has confirmed what is to be published (--durability replicas)")
 
     async def add_stream(self, epoch: int, name: str, created: str, last: int) -> None:
         """Remember a stream at the first contact."""
-        await self._all("ADD_STREAM", epoch=epoch, name=name, created=created, last=last)
+        await self._all(queries.ADD_STREAM, epoch=epoch, name=name, created=created, last=last)
 
     async def ping(self, epoch: int) -> Wishes:
         """Keep the session alive; what operators want. Raises `Deposed` if another relay leads."""
-        current, paused, lows, highs = (await self._all("PING"))[0]
+        current, paused, lows, highs = (await self._all(queries.PING))[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
         return Wishes(retried=list(zip(lows, highs, strict=True)), paused=paused)
 
     async def resign(self, epoch: int, why: str | None = None) -> None:
         """Lay the lead down in an orderly way; `why` is left for `outbox status` until somebody leads again."""
-        await self._all("RESIGN", epoch=epoch, why=why)
+        await self._all(queries.RESIGN, epoch=epoch, why=why)
 
     async def suspect(self, epoch: int, position: int | None) -> None:
         """Note which transaction is being worked on: if this process dies now, it is a suspect."""
-        await self._all("SUSPECT", epoch=epoch, position=position)
+        await self._all(queries.SUSPECT, epoch=epoch, position=position)
 
     async def arrived(self, epoch: int, home: Home) -> None:
         """Every stream was settled after a promotion or a restore: the database is at home in this timeline."""
-        await self._all("ARRIVED", epoch=epoch, timeline=home.timeline)
+        await self._all(queries.ARRIVED, epoch=epoch, timeline=home.timeline)
 
     async def purge(self, after: int, seconds: float) -> tuple[int, int, bool]:
         """Delete a page of what was sent so many seconds ago, beyond a position: how many, how far, and if to go on."""
-        rows = await self._all("PURGE", after=after, seconds=seconds, page=PURGE_PAGE)
+        rows = await self._all(queries.PURGE, after=after, seconds=seconds, page=PURGE_PAGE)
         return rows[0][0], rows[0][1], rows[0][2]
 
     async def strays(self) -> list[tuple[str, int]]:
         """Transaction ids with events that no row of transactions counts, and how many events each has."""
-        return [(row[0], row[1]) for row in await self._all("STRAYS")]
+        return [(row[0], row[1]) for row in await self._all(queries.STRAYS)]
 
     async def fall_asleep(self) -> bool:
         """Ask to be notified of the next commit; False while somebody is between sealing and commit: read on."""
         if self.polls_only:
             return False
         if not self._listening:
-            await self._rows(f'LISTEN "{schema.channel(self._schema)}"'.encode(), {})
+            await self._all(queries.LISTEN)
             self._listening = True
-        return await self._lock("pg_try_advisory_lock", schema.AWAKE_LOCK)
+        return await self._lock(queries.TRY_LOCK, schema.AWAKE_LOCK)
 
     async def wake_up(self) -> None:
         """Stop being notified: commits are cheaper while the relay is busy."""
-        await self._lock("pg_advisory_unlock", schema.AWAKE_LOCK)
+        await self._lock(queries.UNLOCK, schema.AWAKE_LOCK)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -336,15 +327,14 @@ class Store:
         finally:
             loop.remove_reader(file)
 
-    async def _lock(self, function: str, purpose: int) -> bool:
-        statement = f"SELECT {function}(%(purpose)s::int, %(key)s::int)".encode()
-        rows = await self._rows(statement, {"purpose": purpose, "key": schema.lock_key(self._schema)})
+    async def _lock(self, query: str, purpose: int) -> bool:
+        rows = await self._all(query, purpose=purpose, key=schema.lock_key(self._schema))
         return bool(rows[0][0])
 
     async def _all(self, query: str, **parameters: Any) -> list[TupleRow]:
         text = self._sql.get(query)
         if text is None:
-            text = self._sql[query] = queries.compose(getattr(queries, query), self._schema)
+            text = self._sql[query] = queries.compose(query, self._schema)
         return await self._rows(text, parameters)
 
     async def _rows(self, text: bytes, parameters: dict[str, Any]) -> list[TupleRow]:

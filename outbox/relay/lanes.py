@@ -176,7 +176,7 @@ class Lane:
             self._take_in(jetstream, came)
             return True
         if jetstream is not None and not chain.verdicts and not self._settling.running and now >= self._settling.due:
-            known = recovery.Known(
+            known = recovery.Remembered(
                 stream=chain.stream,
                 created=chain.created,
                 shared=chain.shared,

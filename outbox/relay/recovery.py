@@ -22,7 +22,7 @@ SEARCHED = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Remembered:
     """What the outbox remembers of the stream, and the plan that is to be settled."""
 
     stream: str
@@ -44,7 +44,7 @@ class Settlement:
     info: StreamInfo
 
 
-async def settle(jetstream: JetStream, known: Known, outbox_id: str) -> Settlement:
+async def settle(jetstream: JetStream, known: Remembered, outbox_id: str) -> Settlement:
     """Read the stream back until it tells; raises `Weather` if it cannot be read, `Halt` if it contradicts the plan."""
     finding, info = await _look(jetstream, known, outbox_id)
     looks = 0
@@ -66,7 +66,7 @@ async def settle(jetstream: JetStream, known: Known, outbox_id: str) -> Settleme
     raise _halt(known, finding, info)
 
 
-async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Finding, StreamInfo]:
+async def _look(jetstream: JetStream, known: Remembered, outbox_id: str) -> tuple[Finding, StreamInfo]:
     info = await jetstream.stream(known.stream)
     if info is None:
         raise Weather(f"stream {known.stream} does not exist")
@@ -78,7 +78,7 @@ async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Fin
         )
     info.check()
     places = wanted(known.base, known.plan, info.last_sequence)
-    seen = await jetstream.look(known.stream, places)
+    seen = await jetstream.read(known.stream, places)
     finding = judge(
         outbox_id=outbox_id,
         shared=known.shared,
@@ -91,7 +91,7 @@ async def _look(jetstream: JetStream, known: Known, outbox_id: str) -> tuple[Fin
     return finding, info
 
 
-async def _search(jetstream: JetStream, known: Known, outbox_id: str, finding: Finding, info: StreamInfo) -> None:
+async def _search(jetstream: JetStream, known: Remembered, outbox_id: str, finding: Finding, info: StreamInfo) -> None:
     """After a promotion or a restore of the database, what lies beyond its plan is read message by message.
 
     Raises `Halt` if there is a message of this outbox, or one is gone that could have been.
@@ -99,7 +99,7 @@ async def _search(jetstream: JetStream, known: Known, outbox_id: str, finding: F
     end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
     for low in range(end + 1, info.last_sequence + 1, SEARCHED):
         places = range(low, min(low + SEARCHED, info.last_sequence + 1))
-        for place, message in (await jetstream.look(known.stream, places)).items():
+        for place, message in (await jetstream.read(known.stream, places)).items():
             if message is None and known.shared:
                 continue  # others write here: what is gone was most likely theirs
             ours = message is not None and (
@@ -113,7 +113,7 @@ async def _search(jetstream: JetStream, known: Known, outbox_id: str, finding: F
                 )
 
 
-def _halt(known: Known, finding: Finding, info: StreamInfo) -> Halt:
+def _halt(known: Remembered, finding: Finding, info: StreamInfo) -> Halt:
     found = {
         Look.WENT_BACK: f"it ends at {info.last_sequence}, before the last receipt at {known.base}",
         Look.APPLYING: f"it ends inside a transaction at {info.last_sequence}: the server lost a part of the batch",

@@ -68,7 +68,7 @@ class Routes:
                 if info is None:
                     raise Weather(f"stream {name} has just gone")
                 end = info.last_sequence
-                self._tails[name] = (await jetstream.look(name, [end]))[end] if end else None
+                self._tails[name] = (await jetstream.read(name, [end]))[end] if end else None
                 self._infos[name] = info.check()
             if name is not None:
                 self._remember(subject, name)

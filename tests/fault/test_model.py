@@ -153,7 +153,7 @@ class World(RuleBasedStateMachine):
 
     @rule(low=strategies.integers(1, 20), count=strategies.integers(1, 5))
     def replay(self, low: int, count: int) -> None:
-        replay.replay(self.url, "outbox", replay.Range(first=low, last=low + count))
+        replay.replay(self.url, "outbox", replay.Wanted(first=low, last=low + count))
 
     @rule()
     def pause(self) -> None:

@@ -25,7 +25,7 @@ def test_replay_and_pause_while_relays_are_killed(
         for turn in range(4):
             more_sent(database, 40)
             first = 10 * turn + 1
-            asked += replay.replay(database, "outbox", replay.Range(first=first, last=first + 30)).transactions
+            asked += replay.replay(database, "outbox", replay.Wanted(first=first, last=first + 30)).transactions
             relays[turn].kill()
             pause.pause(database, "outbox", f"turn {turn}")
             relays.append(ends.enter_context(ProcessRelay(workplace, environment)))

@@ -69,7 +69,7 @@ def filled(large: str) -> Iterator[psycopg.Connection[Any]]:
 
 def touched(connection: psycopg.Connection[Any], query: str, **parameters: Any) -> int:
     """Buffers that the statement touches, planned generically as a prepared statement is in the end."""
-    text = b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + queries.compose(getattr(queries, query), "outbox")
+    text = b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + queries.compose(query, "outbox")
     plan = connection.execute(text, parameters, prepare=True).fetchall()[0][0][0]["Plan"]
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
@@ -89,13 +89,13 @@ def test_page(filled: psycopg.Connection[Any]) -> None:
         "messages": 300,
         "bytes": 1 << 26,
     }
-    assert touched(filled, "PAGE", **page) < 1500
-    assert touched(filled, "PAGE", **{**page, "cursor": cursor * 2 + 10_000}) < 60
+    assert touched(filled, queries.PAGE, **page) < 1500
+    assert touched(filled, queries.PAGE, **{**page, "cursor": cursor * 2 + 10_000}) < 60
 
 
 def test_plan_of_a_new_leader(filled: psycopg.Connection[Any]) -> None:
     cursor = middle(filled)
-    assert touched(filled, "PLANNED", positions=list(range(cursor + 1, cursor + 101))) < 1500
+    assert touched(filled, queries.PLANNED, positions=list(range(cursor + 1, cursor + 101))) < 1500
 
 
 def test_commit(filled: psycopg.Connection[Any]) -> None:
@@ -120,7 +120,7 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
         "taken": "{}",
         "sound": True,
     }
-    assert touched(filled, "COMMIT", **parameters) < 5000
+    assert touched(filled, queries.COMMIT, **parameters) < 5000
     row = filled.execute("SELECT count(*) FROM outbox.transactions WHERE dead_at IS NOT NULL").fetchone()
     assert row == (10,)
 
@@ -128,13 +128,13 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
 def test_purge_goes_no_further_than_what_is_old(filled: psycopg.Connection[Any]) -> None:
     """Nothing is old; then the first hundred are."""
     page = {"after": 0, "seconds": 3600, "page": 100}
-    assert touched(filled, "PURGE", **page) < 150
+    assert touched(filled, queries.PURGE, **page) < 150
     filled.execute("UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position IN "
                    "(SELECT position FROM outbox.transactions ORDER BY position LIMIT 100)")  # fmt: skip
-    assert touched(filled, "PURGE", **page) < 4000
+    assert touched(filled, queries.PURGE, **page) < 4000
 
 
 def test_pending_view_does_not_read_what_was_sent(filled: psycopg.Connection[Any]) -> None:
     cursor = middle(filled)
     filled.execute("UPDATE outbox.relay SET cursor = %s", [cursor * 2 + 10_000])
-    assert touched(filled, "ANY_PENDING") < 60
+    assert touched(filled, queries.ANY_PENDING) < 60

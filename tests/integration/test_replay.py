@@ -10,12 +10,12 @@ import pytest
 from outbox.config import Settings
 from outbox.errors import Misconfigured
 from outbox.operate import migrate, replay, show
-from outbox.operate.replay import Range
+from outbox.operate.replay import Wanted
 from tests.support.bed import Broker, Stored, ThreadRelay, rows, value, wait_until_sent
 from tests.support.servers import Stream
 from tests.support.workload import check
 
-ALL = Range(first=1, last=1 << 60)
+ALL = Wanted(first=1, last=1 << 60)
 
 
 def add(url: str, *events: tuple[str, str]) -> None:
@@ -35,7 +35,7 @@ def test_replay_is_new_messages_that_say_what_they_repeat(settings: Settings, br
     add(url, (f"{subject}.a", "4"))
     with ThreadRelay(settings):
         wait_until_sent(url)
-        done = replay.replay(url, "outbox", Range(first=1, last=2))
+        done = replay.replay(url, "outbox", Wanted(first=1, last=2))
         assert (done.transactions, done.events, done.last) == (2, 3, 2)
         wait_until_sent(url)
     stored = broker.read(stream.name)
@@ -63,9 +63,9 @@ def test_replay_chooses_by_subject_and_passes_over_what_was_not_sent(
     add(url, (f"{subject}.a", "pending"))
     rows(url, "UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'by hand' WHERE position = 3")
     add(url, (f"{subject}.a", "pending"))
-    chosen = Range(first=1, last=100, subject=f"{subject}.*.>")
+    chosen = Wanted(first=1, last=100, subject=f"{subject}.*.>")
     assert replay.replay(url, "outbox", chosen).transactions == 0
-    chosen = Range(first=1, last=100, subject="*.a")
+    chosen = Wanted(first=1, last=100, subject="*.a")
     counted = replay.replay(url, "outbox", chosen, dry_run=True)
     assert value(url, "SELECT count(*) FROM outbox.transactions") == 4
     done = replay.replay(url, "outbox", chosen)

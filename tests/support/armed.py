@@ -110,7 +110,7 @@ def in_recovery(act: Act) -> None:
     """The stream was read back, and what that told is not written down."""
     settle = recovery.settle
 
-    async def armed(jetstream: JetStream, known: recovery.Known, outbox_id: str) -> recovery.Settlement:
+    async def armed(jetstream: JetStream, known: recovery.Remembered, outbox_id: str) -> recovery.Settlement:
         found = await settle(jetstream, known, outbox_id)
         act()
         return found
