@@ -183,7 +183,7 @@ MUTATIONS = [
     ),
     Mutation(
         "relay/caution.py",
-        "            await self.suspect(None)",
+        "            await self._note(None)",
         "            pass",
         "test_dead_letters.py::test_kills_that_are_nobodys_fault_convict_nobody",
     ),

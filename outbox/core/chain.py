@@ -89,6 +89,16 @@ class Chain:
                 return
             yield each
 
+    def block(self, why: str) -> None:
+        """Say what holds this stream back, for the status."""
+        self.dirty = self.dirty or self.blocked != why
+        self.blocked = why
+
+    def unblock(self) -> None:
+        """Nothing holds it back any more."""
+        self.dirty = self.dirty or self.blocked is not None
+        self.blocked = None
+
     def join(self, transaction: Transaction) -> None:
         """One more that waits."""
         self.waiting.append(transaction)
@@ -204,7 +214,7 @@ class Chain:
                 self.receipts += batch.receipts()
                 self._gone(batch.transactions)
                 self._careful = False
-                self.blocked = None
+                self.unblock()
                 self.dirty = True
                 self._crossed = 0 if 2 * self._crossed > self.packing.max_messages else 2 * self._crossed
                 if self.shared:
@@ -230,8 +240,7 @@ class Chain:
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
         if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
-            self.dirty = True
-            self.blocked = str(outcome)
+            self.block(str(outcome))
         if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
             self._crossed = batch.count
         self.doubt(str(outcome))

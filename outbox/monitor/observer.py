@@ -86,7 +86,7 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
         try:
             async with observer_session(settings.database_url) as connection:
                 while True:
-                    seen = await _look(connection, settings.schema, settled)
+                    seen = await _observed(connection, settings.schema, settled)
                     settled = max(settled or 0, seen.settled)
                     take(seen)
                     await asyncio.sleep(min(LONGEST, max(SECONDS, (clock() - began) / SHARE)))
@@ -96,7 +96,7 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
             await asyncio.sleep(SECONDS)  # the relay meets the same, and says so
 
 
-async def _look(connection: psycopg.AsyncConnection[TupleRow], name: str, after: int | None) -> Observation:
+async def _observed(connection: psycopg.AsyncConnection[TupleRow], name: str, after: int | None) -> Observation:
     keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
     (row,) = await looked(connection, compose(OBSERVE, name), keys, rows=dict_row)
     streams = await looked(connection, compose(OBSERVE_STREAMS, name), rows=class_row(StreamObservation))

@@ -105,7 +105,7 @@ SELECT DISTINCT virtualtransaction FROM pg_locks
 COMMIT = """
 WITH lead AS (
   UPDATE {schema}.relay SET cursor = %(cursor)s, open_positions = %(open)s::int8multirange,
-         retried = retried - %(taken)s::int8multirange, deaths = CASE WHEN %(sound)s THEN 0 ELSE deaths END,
+         retried = retried - %(retried)s::int8multirange, deaths = CASE WHEN %(sound)s THEN 0 ELSE deaths END,
          blocked = %(blocked)s, blocked_since = CASE WHEN %(blocked)s::text IS NULL THEN NULL
            WHEN blocked IS NULL THEN now() ELSE blocked_since END
    WHERE epoch = %(epoch)s AND cardinality(%(settling)s::bigint[]) = (

@@ -81,7 +81,7 @@ class Decisions:
     verdicts: Sequence[Verdict]
     streams: Sequence[StreamRow]
     blocked: str | None
-    taken: Sequence[Range] = ()  # retried dead letters that are among the open positions now
+    retried: Sequence[Range] = ()  # dead letters that are among the open positions now
     sound: bool = False  # the leader has shown that it lives
 
 

@@ -224,7 +224,7 @@ class Store:
             epoch=epoch,
             cursor=decisions.cursor,
             open=multirange(decisions.open_positions),
-            taken=multirange(decisions.taken),
+            retried=multirange(decisions.retried),
             sound=decisions.sound,
             blocked=decisions.blocked,
             settling=array(wanted) if verdicts else sent,

@@ -14,7 +14,7 @@ from outbox.jetstream.client import JetStream
 from outbox.relay.background import Errand
 
 
-class Link:
+class Connection:
     """`jetstream` is the connection, or None while there is none. `news` is called when something has changed."""
 
     def __init__(

@@ -20,16 +20,22 @@ PAUSE_SECONDS = 0.1  # between two pages, so that a purge is never the outage
 
 
 class Pulse:
-    """`heard` says that the session's socket has something to read, which only a statement takes in. `paused` is why an
-    operator has paused the outbox, or None.
-    """
+    """The word, and what comes back with it. `paused` is why an operator has paused the outbox, or None."""
 
     def __init__(self, store: Store, lead: Lead, *, now: float, tell: Listener) -> None:
-        self.heard = False
+        self._heard = False
         self.paused: str | None = None
         self._store, self._epoch, self._tell = store, lead.epoch, tell
         self._spoke, self._strays_looked = 0.0, now
         self._pause(lead.paused)
+
+    def hear(self) -> None:
+        """The session's socket has something to read, which only a statement takes in: speak at the next occasion."""
+        self._heard = True
+
+    def attended(self) -> None:
+        """A statement is on its way: it takes in what was heard."""
+        self._heard = False
 
     async def run_once(self, now: float) -> list[Range]:
         """Speak if it is time; the dead letters that are to be retried. Raises `Deposed` if another relay leads."""
@@ -38,9 +44,9 @@ class Pulse:
             if strays := await self._store.strays():
                 txid, count = strays[0]
                 self._tell(Strayed(txid=txid, events=count))
-        if not self.heard and now - self._spoke < PING_SECONDS:
+        if not self._heard and now - self._spoke < PING_SECONDS:
             return []
-        self.heard, self._spoke = False, now
+        self._heard, self._spoke = False, now
         wishes = await self._store.ping(self._epoch)
         self._pause(wishes.paused)
         return wishes.retried

@@ -49,14 +49,14 @@ class Lane:
         packing = Packing(
             max_messages=settings.max_batch_messages,
             max_bytes=settings.max_batch_bytes,
-            one_transaction=lead.careful or settings.batch is BatchMode.TRANSACTION,
+            one_transaction=settings.batch is BatchMode.TRANSACTION,
         )
         self.chain = Chain(
             stream=row.name,
             created=row.created,
             packing=packing,
             base=row.last_sequence,
-            window=1 if lead.careful else settings.window,
+            window=settings.window,
             shared=row.mode == SHARED,
             blocked=row.blocked,
         )
@@ -148,7 +148,7 @@ class Lane:
         self._retry = self._retry.failed()
         self._settling.due = now + self._retry.delay(random.random())
         if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
-            chain.blocked, chain.dirty = chain.in_doubt, True
+            chain.block(chain.in_doubt or "")
 
     def lost(self, why: str) -> None:
         """The connection is gone: what was in flight is in doubt."""
@@ -170,8 +170,7 @@ class Lane:
         if isinstance(came, Unusable) and not self.proven:
             raise Misconfigured(came.message, remedy=came.remedy)
         if isinstance(came, Weather):
-            if chain.blocked != came.message:
-                chain.blocked, chain.dirty = came.message, True
+            chain.block(came.message)
         elif came is not None:
             self._take_in(jetstream, came)
             return True
@@ -193,8 +192,8 @@ class Lane:
         self.moved = False
         self._settling.reset()
         chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
-        if chain.blocked is not None and not chain.planned:
-            chain.blocked, chain.dirty = None, True
+        if not chain.planned:
+            chain.unblock()
         self.limit(settlement.info, jetstream)
         if chain.shared and not was_shared:
             self._tell(Shared(stream=chain.stream, sequence=settlement.last))
@@ -274,25 +273,29 @@ class Lanes(dict[str, Lane]):
             lane.chain.extend()
 
     @property
+    def chains(self) -> Iterator[Chain]:
+        """Their chains."""
+        return (lane.chain for lane in self.values())
+
+    @property
     def waiting(self) -> Iterator[Transaction]:
         """What was read and is not planned."""
-        return (transaction for lane in self.values() for transaction in lane.chain.waiting)
+        return (transaction for chain in self.chains for transaction in chain.waiting)
 
     @property
     def planned(self) -> Iterator[Planned | Transaction]:
         """What is planned or in flight."""
-        return (transaction for lane in self.values() for transaction in lane.chain.plan)
+        return (transaction for chain in self.chains for transaction in chain.plan)
 
     @property
     def read_ahead(self) -> tuple[int, int]:
         """Messages and bytes of all that waits, is planned or is in flight."""
-        chains = [lane.chain for lane in self.values()]
-        return sum(chain.messages for chain in chains), sum(chain.size for chain in chains)
+        return sum(chain.messages for chain in self.chains), sum(chain.size for chain in self.chains)
 
     @property
     def idle(self) -> bool:
         """True if nothing waits, flies or needs to be written down."""
-        return all(lane.chain.idle for lane in self.values())
+        return all(chain.idle for chain in self.chains)
 
     @property
     def flying(self) -> bool:
@@ -329,19 +332,10 @@ class Lanes(dict[str, Lane]):
             lane.close()
 
     async def load(self, store: Store, caution: Caution, *, busy: bool) -> None:
-        """Load what a former leader planned and what is known not to be stored.
-
-        With caution it is one transaction at a time, and none while the leader is `busy` with another one.
-        """
-        for chain in [lane.chain for lane in self.values() if lane.chain.unloaded]:
-            positions = [each.position for each in chain.unloaded]
-            if caution.active:
-                head = chain.planned[0]
-                if busy or not isinstance(head, Planned):
-                    continue
-                if offence := caution.verdict(head.position, head.attempts):
-                    chain.condemn(offence)
-                    continue
-                await caution.suspect(head.position)
-                positions, busy = [head.position], True
-            chain.load(await store.planned(positions))
+        """Load what a former leader planned and what is known not to be stored; `busy` as in `Caution.load`."""
+        chains = [chain for chain in self.chains if chain.unloaded]
+        if caution.active:
+            await caution.load(chains, busy=busy)
+            return
+        for chain in chains:
+            chain.load(await store.planned([each.position for each in chain.unloaded]))

@@ -22,7 +22,7 @@ from outbox.jetstream.client import JetStream
 from outbox.postgres.rows import Decisions, Lead
 from outbox.postgres.store import Store
 from outbox.relay.caution import Caution
-from outbox.relay.connection import Link
+from outbox.relay.connection import Connection
 from outbox.relay.duties import PING_SECONDS, Pulse, Purger
 from outbox.relay.lanes import Lanes
 from outbox.relay.reader import Reader
@@ -49,6 +49,8 @@ class Leader:
     ) -> None:
         """`proven` says that this process has published before: what cannot be used now is weather, not set-up."""
         store.notified = self._heard
+        self._caution = Caution(store, lead, settings)
+        settings = self._caution.settings
         self._store, self._lead, self._settings = store, lead, settings
         self._tell, self._stop, self._drain = tell, stop, drain
         self._news = asyncio.Event()
@@ -56,10 +58,9 @@ class Leader:
         self._reader = Reader(store, lead, settings, tell=tell, news=self._news.set)
         self._written = lead.cursor  # the highest position that was planned or settled: the cursor in the database
         self._router = Router(store, lead, settings, news=self._news.set)
-        self._caution = Caution(store, lead, settings.read_ahead_messages)
         self._lanes = Lanes(settings, lead, proven=proven, tell=tell, news=self._news.set)
-        self._taken: list[Range] = []
-        self._link = Link(connect, tell=tell, news=self._news.set)
+        self._retried: list[Range] = []
+        self._connection = Connection(connect, tell=tell, news=self._news.set)
         self._purger = Purger(store, settings.retention, tell)
         self._told: str | None = None
         self._began = self._clock()
@@ -75,7 +76,7 @@ class Leader:
 
     @property
     def _jetstream(self) -> JetStream | None:
-        return self._link.jetstream
+        return self._connection.jetstream
 
     @property
     def proven(self) -> bool:
@@ -136,10 +137,10 @@ class Leader:
     # --- NATS: the connection and what came over it
 
     def _reach_nats(self, now: float) -> None:
-        if (why := self._link.lost()) is not None:
+        if (why := self._connection.lost()) is not None:
             self._router.lost()
             self._lanes.lost(why)
-        self._link.reach(now)
+        self._connection.reach(now)
 
     def _learn(self, now: float) -> bool:
         forbidden = self._jetstream.forbidden() if self._jetstream else None
@@ -156,8 +157,8 @@ class Leader:
         sent = False
         if self._jetstream is not None and not self._held_back:
             for lane in self._lanes.values():
-                if self._caution.active and not lane.chain.in_flight and (head := next(lane.chain.ready, None)):
-                    await self._caution.suspect(head.position)
+                if self._caution.active:
+                    await self._caution.send(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids, now)
         return sent
 
@@ -183,30 +184,30 @@ class Leader:
 
     async def _read(self, now: float) -> bool:
         """Take in the page that was asked for, and ask for the next one if there is room; True if it held anything."""
-        page = await self._reader.taken(now, quiet=self._quiet and not self._held_back)
-        self._router.incoming.extend(page or ())
-        if page is not None and not self._reader.full:
-            return True  # a short page is on its way before anybody asks for more
-        if self._reader.reading or now < self._reader.due or self._held_back or min(room := self._room()) <= 0:
-            return page is not None
-        messages, size = room
-        if self._caution.active:
-            if self._jetstream is None or not self._quiet or self._caution.over:
-                return page is not None
-            if (head := await self._reader.head()) is not None:
-                if offence := self._caution.verdict(*head):
-                    self._reader.skip(offence.position)
-                    self._router.verdicts.append(offence)
-                    return True
-                await self._caution.suspect(head[0])
-                messages = 1
-            else:
-                self._caution.left = 0
-                return False
-        self._reader.begin(messages=messages, size=size)
-        self._pulse.heard = False
-        await asyncio.sleep(0)  # so that the question is on its way
+        page = await self._reader.page(now, quiet=self._quiet and not self._held_back)
+        self._router.take(page or ())
+        # A short page is on its way before anybody asks for more.
+        may_ask = now >= self._reader.due and (page is None or self._reader.full)
+        if may_ask and (room := self._next_page()) is not None:
+            messages, size = room
+            if not self._caution.active:
+                self._reader.begin(messages=messages, size=size)
+            elif (verdict := await self._caution.read(self._reader, size=size)) is not None:
+                self._router.set_aside(verdict)
+                return True
+            if self._reader.reading:
+                self._pulse.attended()
+                await asyncio.sleep(0)  # so that the question is on its way
         return page is not None
+
+    def _next_page(self) -> tuple[int, int] | None:
+        """How many messages and bytes may be asked for now; None if nothing may be."""
+        if self._reader.reading or self._held_back:
+            return None
+        if self._caution.active and (self._jetstream is None or not self._quiet or self._caution.over):
+            return None
+        room = self._room()
+        return room if min(room) > 0 else None
 
     def _held(self) -> Iterable[Transaction]:
         """What was read and is neither planned nor settled."""
@@ -230,7 +231,7 @@ class Leader:
         """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
         dirty = self._lanes.dirty
         verdicts = self._router.verdicts + [each for lane in dirty for each in lane.chain.verdicts]
-        if not dirty and not verdicts and not self._taken and self._router.blocked == self._told:
+        if not dirty and not verdicts and not self._retried and self._router.blocked == self._told:
             return False
         receipts = list(itertools.chain.from_iterable(lane.chain.receipts for lane in dirty))
         planned = itertools.chain.from_iterable(lane.chain.planned for lane in dirty)
@@ -244,16 +245,17 @@ class Leader:
                 verdicts=verdicts,
                 streams=[lane.row() for lane in dirty],
                 blocked=self._router.blocked,
-                taken=self._taken,
+                retried=self._retried,
                 sound=bool(receipts) and not self._caution.active and self._clock() - self._began > SOUND_SECONDS,
             ),
         )
-        self._router.verdicts, self._taken = [], []
+        self._router.written()
+        self._retried = []
         for lane in dirty:
             self._marked(lane.chain.written())
         if receipts:
             self._purger.marked()
-            self._reader.due = 0.0  # room was made, or there is time to look for more
+            self._reader.hurry()
         self._report(verdicts)
         return True
 
@@ -261,7 +263,7 @@ class Leader:
         if receipts:
             _, _, firsts, lasts = zip(*receipts, strict=True)
             events = sum(lasts) - sum(firsts) + len(receipts)
-            self._caution.left -= events
+            self._caution.through(events)
             stream, last = receipts[-1].stream, receipts[-1].position
             self._tell(Marked(stream=stream, transactions=len(receipts), events=events, last_position=last))
 
@@ -283,7 +285,7 @@ class Leader:
         before = self._pulse.paused
         if retried := await self._pulse.run_once(now):
             self._reader.reopen(retried)
-            self._taken = retried
+            self._retried = retried
             self._news.set()
         if before is None and self._pulse.paused is not None:
             await self._reader.rouse()
@@ -312,16 +314,15 @@ class Leader:
     def _heard(self) -> None:
         # Ask something in any case: what makes the socket readable must be taken in, or the wait spins.
         self._reader.look_again()
-        self._pulse.heard = True
+        self._pulse.hear()
         self._news.set()
 
     def _dues(self) -> Iterator[float]:
         yield self._purger.due
-        may_read = not self._caution.active or (self._jetstream is not None and self._quiet)
-        if may_read and not self._held_back and not self._reader.reading and min(self._room()) > 0:
+        if self._next_page() is not None:
             yield self._reader.due
         if self._jetstream is None:
-            yield from self._link.dues()
+            yield from self._connection.dues()
             return
         if (due := self._router.due(self._clock())) is not None:
             yield due
@@ -346,4 +347,4 @@ class Leader:
         await self._reader.close()
         self._router.close()
         self._lanes.close()
-        await self._link.close()
+        await self._connection.close()

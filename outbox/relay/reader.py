@@ -54,8 +54,8 @@ class Reader:
     def reopen(self, ranges: list[Range]) -> None:
         """Look again at positions that were passed: retried dead letters."""
         self._positions.reopen(ranges)
-        self._empty_pages, self.due = 0, 0.0
-        self._stale = self._stale or self.reading
+        self._empty_pages = 0
+        self.look_again()
 
     async def head(self) -> tuple[int, int] | None:
         """Position and attempts of the next pending transaction, which is not loaded; None if there is none."""
@@ -63,8 +63,12 @@ class Reader:
 
     def look_again(self) -> None:
         """A commit was heard of: a page that is on its way may have been too early for it."""
-        self.due = 0.0
+        self.hurry()
         self._stale = self._stale or self.reading
+
+    def hurry(self) -> None:
+        """There is room for more, or time to look for it: read as soon as the loop may."""
+        self.due = 0.0
 
     async def rouse(self) -> None:
         """Commits need not notify for now: nothing will be read for long."""
@@ -98,7 +102,7 @@ class Reader:
             gaps = self._positions.open
             return await self._store.page(self._positions.cursor, gaps, messages=messages, size=size)
 
-    async def taken(self, now: float, *, quiet: bool) -> list[Transaction] | None:
+    async def page(self, now: float, *, quiet: bool) -> list[Transaction] | None:
         """The page that was asked for, once it is there; None if it is not, or if there was nothing, settled or not.
 
         `quiet` says that the leader has nothing else to do, so that an empty outbox may be slept on.

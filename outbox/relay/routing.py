@@ -9,7 +9,7 @@ conflict with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.core.plan import Seen
@@ -99,6 +99,18 @@ class Router:
         self._asking: Errand[dict[str, str | None]] = Errand(news)
         self._asked_again = 0  # the head for whose sake JetStream was asked again
 
+    def take(self, transactions: Iterable[Transaction]) -> None:
+        """What was read, in commit order."""
+        self.incoming.extend(transactions)
+
+    def set_aside(self, verdict: Verdict) -> None:
+        """One that can never be sent."""
+        self.verdicts.append(verdict)
+
+    def written(self) -> None:
+        """The verdicts are committed."""
+        self.verdicts = []
+
     def forget(self) -> None:
         """Subjects may have moved: ask again."""
         self._routes.clear()
@@ -150,7 +162,7 @@ class Router:
             elif self._settings.on_dead is OnDead.HALT and not settled():
                 return  # all before it goes out first, then the relay halts behind it
             else:
-                self.verdicts.append(offence)
+                self.set_aside(offence)
             self._next_head()
 
     def close(self) -> None:
@@ -215,7 +227,7 @@ class Router:
 
     async def _unrouted(self, head: Transaction, why: str, now: float) -> None:
         if self._settings.on_unrouted is OnUnrouted.DEAD:
-            self.verdicts.append(Verdict(position=head.position, reason=DeadReason.UNROUTED, detail=why))
+            self.set_aside(Verdict(position=head.position, reason=DeadReason.UNROUTED, detail=why))
         elif await self._store.still_pending(head.position):
             self.blocked = f"transaction {head.position}: {why}"
             self._asking.fail(now)

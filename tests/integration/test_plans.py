@@ -117,7 +117,7 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
         "bases": [1],
         "plans": [ranges([1, 2, 5])],
         "blocks": [None],
-        "taken": "{}",
+        "retried": "{}",
         "sound": True,
     }
     assert touched(filled, queries.COMMIT, **parameters) < 5000
