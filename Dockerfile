@@ -14,7 +14,7 @@ FROM python:3.12-slim
 
 LABEL org.opencontainers.image.title="outbox-relay" \
       org.opencontainers.image.description="Transactional outbox relay from PostgreSQL to NATS JetStream" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --system --gid 10001 outbox \
  && useradd --system --uid 10001 --gid 10001 --no-create-home outbox
