@@ -1,4 +1,4 @@
-"""`outbox dead`: list, show, retry and discard dead dead. Parse, call one function, print, exit."""
+"""`outbox dead`: list, show, retry and discard dead letters. Parse, call one function, print, exit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from outbox.operate import dead
 from outbox.operate.dead import DeadLetter, Selection
 from outbox.text import counted, to_json
 
-app = typer.Typer(help="List, show, retry and discard dead dead.", no_args_is_help=True)
+app = typer.Typer(help="List, show, retry and discard dead letters.", no_args_is_help=True)
 
-Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead dead.")]
+Positions = Annotated[list[int] | None, typer.Argument(help="Positions of dead letters.")]
 Reason = Annotated[
     DeadReason | None, typer.Option(metavar="REASON", help="Only those with this reason, as the list names it.")
 ]

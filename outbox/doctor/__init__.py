@@ -1,4 +1,5 @@
 """`outbox doctor`: what is wrong at both servers and in the outbox, and what settles it.
 
-Knows every requirement, and how each looks when it does not hold. Must not change anything, on either server.
+Knows every requirement, and how each looks when it does not hold. Must not know a relay's memory, and must not change
+anything, on either server.
 """

@@ -1,4 +1,7 @@
-"""Every statement of `outbox doctor`, as constant text, composed by `outbox.postgres.queries.compose`. Text only."""
+"""The doctor's own statements, as constant text, composed by `outbox.postgres.queries.compose`.
+
+What the relay or a command asks too is in their `queries`, and the schema's fingerprint with `outbox migrate`.
+"""
 
 from __future__ import annotations
 

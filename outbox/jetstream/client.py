@@ -1,6 +1,6 @@
 """The relay's only hand on NATS: one connection, stream facts, single messages, and batches with windowed acks.
 
-Built on nats-py's public calls, but for one function that writes frames, and `dialing`'s look at TLS and its end of a
+Built on nats-py's public calls, but for one function that writes frames, and `connect`'s look at TLS and its end of a
 connection. nats-py buffers what is published while it reconnects and sends it later, even what its caller has given up:
 so this connection never reconnects. When it is lost, every batch in flight has the outcome `Unknown`, and the leader
 opens a new one.

@@ -1,6 +1,6 @@
-"""Every statement of the operator's commands, as constant text, composed by `outbox.postgres.queries.compose`.
+"""The statements of the operator's commands, as constant text, composed by `outbox.postgres.queries.compose`.
 
-Text only. They run in sessions of their own, with the planner as it is.
+Those that the relay runs too are there. They run in sessions of their own, with the planner as it is.
 """
 
 from __future__ import annotations

@@ -210,18 +210,19 @@ def test_batch_of_a_former_leader_arrives_late(
         with ThreadRelay(impatient.model_copy(update={"ack_timeout": 60})) as former:
             add(database, "LATE.warm", 2)
             former.wait_for(Marked)
-            proxy.change(proxy.up, stalled=True)
+            proxy.change(proxy.up, holding=True)
             before, after = proxy.up.bytes, len(former.happenings)
             for number in range(4):
                 add(database, f"LATE.{number}", 250, size=300)
             former.wait_for(BatchSent, after=after)
+            until(lambda: proxy.up.held > 250 * 500, what="a batch to be on its way")
         if when == "before":
             proxy.heal()
         with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
             wait_until_sent(database)
             threading.Event().wait(0.3)
             proxy.heal()
-            until(lambda: proxy.up.bytes - before > 250 * 300)
+            until(lambda: proxy.up.bytes - before > 250 * 500)
             add(database, "LATE.last", 2)
             wait_until_sent(database)
         stored = broker.read("LATE")

@@ -22,12 +22,17 @@ STREAM_ACK = re.compile(rb'\{"stream":"[^"]+", ?"seq":\d+')
 
 @dataclass
 class Flow:
-    """One direction of all connections. `bytes` counts what was let through."""
+    """One direction of all connections. `bytes` counts what was let through.
+
+    What comes while it is `holding` is taken in (`held` bytes of it) and delivered later, though its sender be gone.
+    """
 
     stalled: bool = False
     swallowed: bool = False
+    holding: bool = False
     delay: float = 0.0
     bytes: int = 0
+    held: int = 0
 
 
 @dataclass(eq=False)
@@ -36,6 +41,7 @@ class _Pair:
     server: socket.socket
     rest: bytes = b""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    owes: bool = False  # something held is not delivered yet
 
     def reset(self) -> None:
         for each in (self.client, self.server):
@@ -60,7 +66,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def change(self, flow: Flow, **values: bool | float) -> None:
-        """Change how a direction fails: `stalled`, `swallowed`, `delay` in seconds."""
+        """Change how a direction fails: `stalled`, `swallowed`, `holding`, `delay` in seconds."""
         with self._changed:
             for name, value in values.items():
                 setattr(flow, name, value)
@@ -70,7 +76,7 @@ class Proxy:
         """Let everything through again; what was stalled goes on."""
         self.refusing = False
         for flow in (self.up, self.down):
-            self.change(flow, stalled=False, swallowed=False, delay=0.0)
+            self.change(flow, stalled=False, swallowed=False, holding=False, delay=0.0)
 
     def cut(self) -> None:
         """Reset every connection."""
@@ -114,6 +120,8 @@ class Proxy:
         source, target = (pair.client, pair.server) if flow is self.up else (pair.server, pair.client)
         try:
             while data := source.recv(65536):
+                if flow.holding:
+                    data = self._hold(pair, source, flow, data)
                 with self._changed:
                     if flow.delay:
                         self._changed.wait_for(lambda: not flow.delay or self._closed, flow.delay)
@@ -127,7 +135,38 @@ class Proxy:
             pass
         with self._changed:  # who swallows packets swallows the end of a connection too
             self._changed.wait_for(lambda: not (self.up.swallowed or self.down.swallowed) or self._closed)
+            self._changed.wait_for(lambda: not pair.owes or self._closed)
         pair.reset()
+
+    def _hold(self, pair: _Pair, source: socket.socket, flow: Flow, data: bytes) -> bytes:
+        """Take in what comes until the flow heals, and return it; if its sender is gone by then, deliver it here."""
+        pair.owes, flow.held = True, flow.held + len(data)
+        source.settimeout(0.02)
+        gone = False
+        while flow.holding and not self._closed and not gone:
+            try:
+                more = source.recv(65536)
+                gone = not more
+                data, flow.held = data + more, flow.held + len(more)
+            except TimeoutError:
+                continue
+            except OSError:
+                gone = True
+        with self._changed:
+            self._changed.wait_for(lambda: not flow.holding or self._closed)
+        if gone:
+            pair.server.sendall(data)
+            flow.bytes += len(data)
+            pair.server.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                while pair.server.recv(65536):  # until the server has read all, and hangs up
+                    pass
+        else:
+            source.settimeout(None)
+        with self._changed:
+            pair.owes = False
+            self._changed.notify_all()
+        return b"" if gone else data
 
     def passed(self, _: _Pair, data: bytes) -> bytes:
         """What of the server's answer goes on."""
