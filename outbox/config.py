@@ -1,6 +1,7 @@
 """What the settings are: their names, types, defaults and bounds, and what goes together. A `Settings` is a value.
 
-Pure: where they come from is `outbox.sources`. No mistake quotes a value, which may be a password.
+Where they come from is `outbox.sources`; files that they name are opened when a connection is made. No mistake quotes
+a value, which may be a password.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Measured = tuple[dict[str, Any], Callable[[], Figures]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Sizes:
     """The sizes that were asked for."""
 
     events: list[int]
@@ -25,30 +25,30 @@ class Wanted:
     say: Say
 
 
-def _drain(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _drain(there: Site, wanted: Sizes) -> Iterator[Measured]:
     for events in wanted.events:
         given = {"events": events, "payload": wanted.payload}
         yield given, partial(drain.with_ceilings, there, transactions=wanted.total // events, **given)
 
 
-def _sustained(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _sustained(there: Site, wanted: Sizes) -> Iterator[Measured]:
     given: dict[str, Any] = {"events": 3, "payload": wanted.payload, "share": 0.5, "seconds": wanted.seconds}
     yield given, partial(load.sustained, there, say=wanted.say, **given)
 
 
-def _latency(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _latency(there: Site, wanted: Sizes) -> Iterator[Measured]:
     for events, share in ((1, 0.0), (3, 0.0), (3, 0.25), (3, 0.5)):
         given: dict[str, Any] = {"events": events, "payload": wanted.payload, "share": share, "seconds": wanted.seconds}
         yield given, partial(load.latency, there, **given)
 
 
-def _writer(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _writer(there: Site, wanted: Sizes) -> Iterator[Measured]:
     for clients in (1, 4, 16):
         given = {"clients": clients, "events": 3, "payload": wanted.payload}
         yield given, partial(load.writer, there, seconds=min(wanted.seconds, 10), **given)
 
 
-def _flat(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _flat(there: Site, wanted: Sizes) -> Iterator[Measured]:
     batch, say = wanted.total // 3, wanted.say
     yield {"pending": 1_000_000}, partial(flat.pending, there, transactions=batch, backlog=1_000_000, say=say)
     yield {"sent": 10_000_000}, partial(flat.sent, there, transactions=batch, rows=10_000_000, say=say)
@@ -56,13 +56,13 @@ def _flat(there: Site, wanted: Wanted) -> Iterator[Measured]:
     yield {"statistics": "four states"}, partial(flat.statistics, there, transactions=batch)
 
 
-def _memory(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _memory(there: Site, wanted: Sizes) -> Iterator[Measured]:
     for transactions, payload in ((1_000_000, wanted.payload), (400, 900_000)):
         given = {"transactions": transactions, "events": 1, "payload": payload}
         yield given, partial(rest.memory, there, seconds=wanted.seconds, **given)
 
 
-def _idle(there: Site, wanted: Wanted) -> Iterator[Measured]:
+def _idle(there: Site, wanted: Sizes) -> Iterator[Measured]:
     yield {}, partial(rest.idle, there, seconds=wanted.seconds)
 
 

@@ -38,14 +38,14 @@ def command(
 
     Example: outbox bench drain --events 1 --events 3 --json bench.json
     """
-    from outbox.bench.cases import CASES, Wanted
+    from outbox.bench.cases import CASES, Sizes
     from outbox.bench.site import site
 
     chosen = kinds or [kind for kind in Kind if kind is not Kind.FLAT]
     cases: list[Case] = []
     with site(database_url, nats_url, storage) as there, console.status("starting") as status:
         versions = {"postgres": there.value("SHOW server_version"), "nats": there.nats_version()}
-        wanted = Wanted(events=events or [1, 3], payload=payload, total=total, seconds=seconds, say=status.update)
+        wanted = Sizes(events=events or [1, 3], payload=payload, total=total, seconds=seconds, say=status.update)
         for kind in chosen:
             measured = list(CASES[kind](there, wanted))
             found: list[list[Figures]] = [[] for _ in measured]

@@ -1,6 +1,6 @@
 """`outbox`: the entry point, what all commands have in common, and the commands of a deployment: migrate, relay.
 
-A command loads what it needs when it is called: `outbox dead` must not wait for nats-py.
+A command loads both servers' libraries, the relay and the migrations only when it needs them.
 """
 
 from __future__ import annotations

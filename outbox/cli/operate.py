@@ -208,7 +208,7 @@ def pause(
     schema_name: Schema = None,
     why: Annotated[str, typer.Option(help="The reason, which status shows.")] = "by an operator",
 ) -> None:
-    """Have nothing more published until `outbox resume`; what is in flight is settled. Applications go on adding.
+    """Have nothing more published until `outbox resume`; what is in flight is finished. Applications go on adding.
 
     Example: outbox pause --why 'the stream is being moved'
     """

@@ -11,7 +11,7 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from outbox.core.plan import Seen
 from outbox.core.positions import Range, merged
@@ -192,8 +192,7 @@ class Comparison:
 
     def summary(self) -> Summary:
         """Counts and anomalies, for machines."""
-        counts = {name: getattr(self, name) for name in Summary.__slots__[1:-1]}
-        return Summary(stream=self.stream, anomalies=self.anomalies, **counts)
+        return Summary(**{each.name: getattr(self, each.name) for each in fields(Summary)})
 
     def _add(self, kind: str, position: int | None, sequence: int | None, what: str) -> None:
         self.anomalies.append(Anomaly(kind=kind, position=position, sequence=sequence, what=what))

@@ -128,7 +128,7 @@ def verdict(transaction: Transaction, streams: Mapping[str, str | None], limits:
         return Verdict(position=transaction.position, reason=DeadReason.SPANS_STREAMS, detail=detail)
     if fits(transaction, limits) and not transaction.rollups:
         return None  # as nearly all are; the others are looked at event by event
-    return _offence(transaction, limits)
+    return _problem(transaction, limits)
 
 
 def fits(transaction: Transaction, limits: Limits) -> bool:
@@ -141,7 +141,7 @@ def fits(transaction: Transaction, limits: Limits) -> bool:
     )
 
 
-def _offence(transaction: Transaction, limits: Limits) -> Verdict | None:
+def _problem(transaction: Transaction, limits: Limits) -> Verdict | None:
     def dead(reason: DeadReason, detail: str) -> Verdict:
         return Verdict(position=transaction.position, reason=reason, detail=detail)
 

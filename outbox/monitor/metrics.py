@@ -69,7 +69,9 @@ class Metrics:
         self._connected = gauge("connected", "1 while this relay is connected.", "server")
         self._blocked = gauge("blocked", "1 while something holds the head of the outbox back.")
         self._stream_blocked = gauge("stream_blocked", "1 while something holds this stream back.", "stream")
-        self._sequence = gauge("stream_last_sequence", "Last settled sequence of this stream.", "stream")
+        self._sequence = gauge(
+            "stream_last_sequence", "Sequence of this stream up to which everything is known and marked.", "stream"
+        )
         self._flying = gauge("batches_in_flight", "Batches that are sent and not yet acked.")
         self._paused = gauge("paused", "1 while an operator has paused the outbox.")
         self._observed = gauge(

@@ -229,8 +229,10 @@ SELECT 'sequence ' || mine.relname || ' cache ' || s.seqcache || ' cycle ' || s.
   FROM pg_sequence AS s JOIN mine ON mine.oid = s.seqrelid
 """
 
+# Up to where transactions may be purged.
 PURGED = "SELECT purged FROM {schema}.relay"
 
+# The id that the outbox has now.
 OUTBOX_ID = "SELECT outbox_id FROM {schema}.relay"
 
 # A sleeping relay reads its orders at once.
@@ -239,19 +241,26 @@ WAKE = "SELECT pg_notify(%(channel)s, '')"
 # The leader's own lock, for as long as a rebase takes.
 LOCK_OUT_LEADERS = "SELECT pg_try_advisory_xact_lock(%(lock)s, %(key)s)"
 
+# Nobody adds or marks while transaction ids are moved; readers go on.
 LOCK_OUT_WRITERS = "LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE"
 
+# The first statement of a migration: a second one waits for its end.
 ONE_MIGRATION_AT_A_TIME = "SELECT pg_advisory_xact_lock(%(lock)s, %(key)s)"
 
+# The comment on the table events, which has the version; null where there is no such table.
 INSTALLED = "SELECT obj_description(to_regclass(%(events)s), 'pg_class')"
 
+# Whether `outbox migrate` made the schema: then its version table is there.
 OWN_HISTORY = "SELECT to_regclass(%(table)s) IS NOT NULL"
 
+# After the last downgrade, when nothing is left that it tells of.
 DROP_HISTORY = "DROP TABLE IF EXISTS {schema}.alembic_version"
 
+# How much else is in the schema, of whomever.
 WHAT_IS_LEFT = """
 SELECT count(*) FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND deptype = 'n'
    AND refobjid = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s)
 """
 
+# Only when nothing is left in it.
 DROP_SCHEMA = "DROP SCHEMA IF EXISTS {schema}"

@@ -38,7 +38,7 @@ class Rebased:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Remembered:
+class _Place:
     name: str
     created: str
     last_sequence: int
@@ -113,7 +113,7 @@ async def _adopt(
     connection: psycopg.Connection[TupleRow],
     name: str,
     outbox_id: UUID,
-    known: _Remembered,
+    known: _Place,
     found: _Found,
 ) -> StreamInfo | None:
     """Mark what the stream holds whole and the database has as pending; the stream as it is, or None if it is gone."""
@@ -139,7 +139,7 @@ async def _adopt(
     return info
 
 
-async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Remembered]:
+async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Place]:
     """The streams that the outbox knows, and those that it may have known since the backup: to be read as a whole."""
     known = _streams(connection, name)
     others = {row[0] for row in connection.execute(compose(queries.RECEIPT_STREAMS, name))}
@@ -147,7 +147,7 @@ async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[Tupl
         if subject_problem(subject) is None and (stream := await jetstream.stream_of(subject)) is not None:
             others.add(stream)
     others -= {each.name for each in known}
-    return [*known, *(_Remembered(name=other, created="", last_sequence=0) for other in sorted(others))]
+    return [*known, *(_Place(name=other, created="", last_sequence=0) for other in sorted(others))]
 
 
 def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
@@ -157,6 +157,6 @@ def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
     return UUID(str(row[0]))
 
 
-def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Remembered]:
+def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Place]:
     rows = connection.execute(compose(STREAMS, name))
-    return [_Remembered(name=row[0], created=row[1], last_sequence=row[3]) for row in rows]
+    return [_Place(name=name, created=created, last_sequence=last) for name, created, _, last, *_ in rows]

@@ -12,6 +12,7 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from outbox.config import Settings
+from outbox.core.chain import SHARED
 from outbox.core.comparison import Comparison, Row
 from outbox.core.positions import HIGHEST
 from outbox.errors import Misconfigured
@@ -108,7 +109,7 @@ class _Outbox:
 
     def streams(self, only: str | None) -> list[tuple[str, bool]]:
         """Name and mode of each stream that the outbox knows, or in which a receipt says that something is."""
-        known = {row[0]: row[2] == "shared" for row in self._all(STREAMS)}
+        known = {name: mode == SHARED for name, _, mode, *_ in self._all(STREAMS)}
         known |= {name: True for (name,) in self._all(queries.RECEIPT_STREAMS) if name not in known}
         if only is not None and only not in known:
             raise Misconfigured(f"the outbox does not know a stream {only!r}", remedy="outbox status lists them")

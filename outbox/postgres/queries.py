@@ -1,4 +1,4 @@
-"""Every statement that the relay runs, as constant text; identifiers are composed.
+"""Every statement that the leader and its standbys run on the outbox, as constant text; identifiers are composed.
 
 Text only. Each has a head comment: which rows, which index, why this form. The relay's session has
 `enable_seqscan`, `enable_bitmapscan` and `enable_nestloop` off: an outbox is analysed while it is empty, and the
@@ -273,9 +273,11 @@ SELECT e.txid::text, count(*) FROM (
 # Host and process id of the last relay that took the lead.
 WHO_LEADS = "SELECT leader FROM {schema}.relay"
 
+# Once, before the relay sleeps for the first time.
 LISTEN = "LISTEN {channel}"
 
 # The two locks of an outbox: the leader's, and that of a relay that is asleep. Neither call ever blocks.
 TRY_LOCK = "SELECT pg_try_advisory_lock(%(purpose)s::int, %(key)s::int)"
 
+# Gives back the lock of a relay that is asleep: commits need not notify any more.
 UNLOCK = "SELECT pg_advisory_unlock(%(purpose)s::int, %(key)s::int)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import psycopg
@@ -86,15 +86,16 @@ class Store:
         )
         if standby:
             raise Weather("the database is in recovery: this server is a standby")
-        limits = requirements.of_outbox(
-            self._schema,
-            max_transaction_events=max_events,
-            identity_cache=cache,
-            max_batch_messages=max_batch_messages,
-        )
-        for problem in (*requirements.of_postgres(number), *limits):
-            raise Misconfigured(problem.what, remedy=problem.remedy)
+        _refuse(requirements.of_postgres(number))
         schema.check_version(comment, self._schema)
+        _refuse(
+            requirements.of_outbox(
+                self._schema,
+                max_transaction_events=max_events,
+                identity_cache=cache,
+                max_batch_messages=max_batch_messages,
+            )
+        )
         if self._replicas and not (await self._all(queries.MAY_MONITOR))[0][0]:
             raise Misconfigured(
                 "this role cannot see how far the standbys are, which --durability replicas waits for",
@@ -348,3 +349,8 @@ class Store:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
         if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
+
+
+def _refuse(problems: Iterable[requirements.Problem]) -> None:
+    for problem in problems:
+        raise Misconfigured(problem.what, remedy=problem.remedy)

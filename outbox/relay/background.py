@@ -82,6 +82,10 @@ class Errand(Generic[T]):
         """It has served its end: the next one starts at once."""
         self._backoff, self.due = self._backoff.reset(), 0.0
 
+    def postpone(self, due: float) -> None:
+        """Do not start it before this time of the loop."""
+        self.due = due
+
     def fail(self, now: float) -> None:
         """What it came to did not help: wait longer before the next time."""
         self._backoff = self._backoff.failed()

@@ -23,7 +23,10 @@ ATTEMPTS = 3
 
 
 class Caution:
-    """The care of one term. `active` says that it is taken; what it then does stands in for the leader's quick way."""
+    """The care of one term. `active` says that it is taken; what it then does stands in for the leader's quick way.
+
+    `settings` are what the whole term goes by: with care one transaction a batch, and one batch in flight.
+    """
 
     def __init__(self, store: Store, lead: Lead, settings: Settings) -> None:
         self._store, self._epoch = store, lead.epoch
@@ -44,7 +47,7 @@ class Caution:
         """So many are marked: that many fewer are suspicious."""
         self._left -= messages
 
-    async def read(self, reader: Reader, *, size: int) -> Verdict | None:
+    async def next_alone(self, reader: Reader, *, size: int) -> Verdict | None:
         """Ask for the next transaction alone, after its position was noted; or the verdict on it, unread."""
         head = await reader.head()
         if head is None:
@@ -70,7 +73,7 @@ class Caution:
             chain.load(await self._store.planned([head.position]))
             busy = True
 
-    async def send(self, chain: Chain) -> None:
+    async def note_head(self, chain: Chain) -> None:
         """Note what goes out next, before it does."""
         if not chain.in_flight and (head := next(chain.ready, None)) is not None:
             await self._note(head.position)

@@ -42,10 +42,14 @@ class Lane:
         lead: Lead,
         *,
         moved: bool = False,
+        proven: bool = False,
         tell: Listener,
         news: Callable[[], None],
     ) -> None:
-        """`moved` says that the database was promoted or restored since its streams were settled last."""
+        """`moved` says that the database was promoted or restored since its streams were settled last.
+
+        `proven` says that this process has published before: what fails from here on is weather, not set-up.
+        """
         packing = Packing(
             max_messages=settings.max_batch_messages,
             max_bytes=settings.max_batch_bytes,
@@ -61,7 +65,7 @@ class Lane:
             blocked=row.blocked,
         )
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
-        self.proven = False  # something was stored in this term: what fails from here on is weather, not set-up
+        self.proven = proven
         self.moved = moved
         self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
         self._settling: Errand[recovery.Settlement] = Errand(news)
@@ -146,7 +150,7 @@ class Lane:
         if crossed or said is Meaning.OFFENCE:
             return
         self._retry = self._retry.failed()
-        self._settling.due = now + self._retry.delay(random.random())
+        self._settling.postpone(now + self._retry.delay(random.random()))
         if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
             chain.block(chain.in_doubt or "")
 
@@ -256,8 +260,7 @@ class Lanes(dict[str, Lane]):
 
     def add(self, row: StreamRow, *, moved: bool = False) -> Lane:
         """A lane for this stream; `moved` as in `Lane`."""
-        lane = Lane(row, self._settings, self._lead, moved=moved, tell=self._tell, news=self._news)
-        lane.proven = self._proven
+        lane = Lane(row, self._settings, self._lead, moved=moved, proven=self._proven, tell=self._tell, news=self._news)
         self[row.name] = lane
         return lane
 

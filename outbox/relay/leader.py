@@ -158,7 +158,7 @@ class Leader:
         if self._jetstream is not None and not self._held_back:
             for lane in self._lanes.values():
                 if self._caution.active:
-                    await self._caution.send(lane.chain)
+                    await self._caution.note_head(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids, now)
         return sent
 
@@ -192,7 +192,7 @@ class Leader:
             messages, size = room
             if not self._caution.active:
                 self._reader.begin(messages=messages, size=size)
-            elif (verdict := await self._caution.read(self._reader, size=size)) is not None:
+            elif (verdict := await self._caution.next_alone(self._reader, size=size)) is not None:
                 self._router.set_aside(verdict)
                 return True
             if self._reader.reading:

@@ -84,7 +84,7 @@ def test_failover_that_loses_transactions_loses_none_that_is_published(
                 _not_durable(relay, url, 1)
                 written, published = int(value(url, COUNT)), len(broker.read(stream.name))
                 until(lambda: value(url, CANCEL) + 1 and value(url, COUNT) > written + 50)
-                _not_durable(relay, url, 2)
+                _not_durable(relay, url, 4)
                 assert len(broker.read(stream.name)) == published
                 written = int(value(url, COUNT))
                 writers._stop.set()

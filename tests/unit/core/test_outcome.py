@@ -19,10 +19,12 @@ from outbox.core.outcome import (
     Rejected,
     Stored,
     Unknown,
+    code_of,
     meaning,
     read_reply,
 )
-from outbox.core.transaction import Transaction
+from outbox.core.transaction import DeadReason, Transaction, Verdict, reason_of
+from outbox.errors import OutboxError, told
 from outbox.event import Event
 
 
@@ -83,3 +85,13 @@ def test_what_an_unanswered_attempt_stored_is_not_convicted() -> None:
     chain.settle(1, 1)
     assert chain.verdicts == []
     assert [receipt.position for receipt in chain.receipts] == [1]
+
+
+def test_what_is_written_down_is_read_back() -> None:
+    assert code_of(str(Rejected(code=10077, description="maximum bytes exceeded"))) == 10077
+    assert code_of("no answer within the time limit") is None
+    for reason in DeadReason:
+        assert reason_of(str(Verdict(position=1, reason=reason, detail="a: b"))) == reason
+    error = OutboxError("what is wrong", remedy="what settles it")
+    assert told(str(error)) == ("what is wrong", "what settles it")
+    assert told(str(OutboxError("only words"))) == ("only words", "")

@@ -1,4 +1,4 @@
-"""Which filter takes which subject, and that what is remembered is bounded without forgetting what is needed."""
+"""What is remembered of subjects is bounded, without forgetting what is needed."""
 
 from __future__ import annotations
 
@@ -7,28 +7,9 @@ from uuid import uuid4
 import pytest
 
 from outbox.core.transaction import Transaction
-from outbox.event import Event, matches
+from outbox.event import Event
 from outbox.jetstream.stream import StreamInfo
 from outbox.relay.routing import Routes
-
-
-@pytest.mark.parametrize(
-    ("subject", "pattern", "fits"),
-    [
-        ("a", "a", True),
-        ("a.b", "a", False),
-        ("a", "a.b", False),
-        ("a.b", "a.*", True),
-        ("a.b.c", "a.*", False),
-        ("a.b.c", "a.*.c", True),
-        ("a.b.c", "a.>", True),
-        ("a", "a.>", False),
-        ("a", ">", True),
-        ("ab", "a>", False),
-    ],
-)
-def test_matches(subject: str, pattern: str, fits: bool) -> None:
-    assert matches(subject, pattern) is fits
 
 
 def test_more_subjects_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
