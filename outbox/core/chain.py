@@ -21,7 +21,6 @@ from outbox.core.outcome import (
     CUT,
     DUPLICATE_ID,
     REASONS,
-    STREAM_FULL,
     Duplicate,
     Meaning,
     Outcome,
@@ -61,8 +60,7 @@ class Chain:
     unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, even late
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
-    squeezed: bool = False  # the last refusal was of a pack: half of it may go out at once
-    _too_many: int = 0  # messages of a batch: for the stream's room, for an offender in it, or between two foreign ones
+    _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones
     _suspected: Verdict | None = None
     _unloaded: int = 0  # how many planned transactions have no events yet
 
@@ -198,8 +196,8 @@ class Chain:
         return messages / self.packing.max_messages
 
     def _packing(self) -> Packing:
-        """Half a batch after one that was refused as a whole, or that a foreign message has crossed."""
-        return replace(self.packing, max_messages=max(1, self._too_many // 2)) if self._too_many else self.packing
+        """In a shared stream a smaller batch, which is quicker, after one that a foreign message has crossed."""
+        return replace(self.packing, max_messages=max(1, self._crossed // 2)) if self._crossed else self.packing
 
     def _may_pipeline(self) -> bool:
         """True if a batch may be sent behind the last one in flight; see `Packing.pipeline_behind`."""
@@ -209,7 +207,6 @@ class Chain:
     def learn(self, outcome: Outcome) -> None:
         """Take in the outcome of the oldest batch in flight."""
         batch = self.in_flight[0]
-        self.squeezed = False
         match outcome:
             case Stored() if outcome.stream == self.stream and outcome.sequence == batch.last_sequence:
                 self.in_flight.popleft()
@@ -219,7 +216,7 @@ class Chain:
                 self._careful = False
                 self.unblock()
                 self.dirty = True
-                self._too_many = 0 if 2 * self._too_many > self.packing.max_messages else 2 * self._too_many
+                self._crossed = 0 if 2 * self._crossed > self.packing.max_messages else 2 * self._crossed
                 if self.shared:
                     self.doubt("the stream has other writers: look before each batch")
             case Stored():
@@ -242,17 +239,11 @@ class Chain:
             self.unanswered |= {each.position for each in batch.transactions}
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
-        if outcome.code == STREAM_FULL and len(batch.transactions) > 1:
-            self._squeeze(batch)  # there may be room for a part of it
-        elif meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
+        if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
             self.block(str(outcome))
         if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
-            self._too_many = batch.count
+            self._crossed = batch.count
         self.doubt(str(outcome))
-
-    def _squeeze(self, batch: Batch) -> None:
-        """A pack was refused, and nobody knows for whose sake: the next batch has half as many messages."""
-        self._too_many, self.squeezed = batch.count, True
 
     def learn_nothing(self, why: str) -> None:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
@@ -311,14 +302,12 @@ class Chain:
         self.unanswered -= positions
 
     def _offence(self, batch: Batch, rejected: Rejected) -> None:
-        # A packed batch convicts nobody: it is halved until the offender is alone, which is tried on a fresh chain.
+        # A packed batch convicts nobody: its transactions go one by one, each on a fresh chain.
         if len(batch.transactions) > 1 and rejected.code == BATCH_TOO_LARGE:
             half = max(1, batch.count // 2)
             self.packing = replace(self.packing, max_messages=min(half, self.packing.max_messages))
-        elif len(batch.transactions) > 1:
-            self._squeeze(batch)
-        elif batch.transactions[0].position not in self._alone:
-            self._alone.add(batch.transactions[0].position)
+        elif not {t.position for t in batch.transactions} <= self._alone:
+            self._alone |= {t.position for t in batch.transactions}
         else:
             # Convicted when the stream was read back: an unanswered attempt may have stored it, and look like that.
             (guilty,) = batch.transactions

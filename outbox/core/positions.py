@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
 
 Range = tuple[int, int]  # both ends belong to it
 HIGHEST = (1 << 63) - 1  # no position is above it: a bigint
@@ -38,23 +37,6 @@ def without(ranges: Iterable[Range], positions: Sequence[int]) -> list[Range]:
                     result.append((low, positions[index] - 1))
                 low = positions[index] + 1
             index += 1
-        if low <= high:
-            result.append((low, high))
-    return result
-
-
-def outside(ranges: Iterable[Range], others: Sequence[Range]) -> list[Range]:
-    """What of the ranges lies in none of the others; both are sorted and do not overlap."""
-    result: list[Range] = []
-    index = 0
-    for first, high in ranges:
-        low = first
-        while index < len(others) and others[index][1] < low:
-            index += 1
-        for other_low, other_high in takewhile(lambda other: other[0] <= high, islice(others, index, None)):  # noqa: B023
-            if other_low > low:
-                result.append((low, other_low - 1))
-            low = other_high + 1
         if low <= high:
             result.append((low, high))
     return result
@@ -118,9 +100,11 @@ class Positions:
 
     def reopen(self, ranges: Iterable[Range]) -> None:
         """Look again at positions that were passed: retried dead letters. What lies beyond the cursor comes anyway."""
-        passed = merged((low, min(high, self.cursor)) for low, high in ranges if low <= self.cursor)
-        if again := outside(passed, self.open):
-            self._cohorts.append(_Cohort(ranges=again))
+        known = self.open
+        passed = (place for low, high in ranges for place in range(low, min(high, self.cursor) + 1))
+        again = [(place, place) for place in passed if not any(low <= place <= high for low, high in known)]
+        if again:
+            self._cohorts.append(_Cohort(ranges=merged(again)))
 
     def observe(self, holders: Iterable[Holder]) -> None:
         """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap."""

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from outbox.config import BatchMode, Settings
 from outbox.core.batch import POSITION, Batch, Packing, trace_contexts
 from outbox.core.chain import CHAINED, SHARED, Chain
-from outbox.core.outcome import STREAM_FULL, Meaning, Outcome, Rejected, Stored, Unknown, code_of, meaning, word
+from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
-from outbox.core.transaction import NO_LIMIT, Limits, Transaction, never_fits
+from outbox.core.transaction import Limits, Transaction
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.event import matches
 from outbox.jetstream.client import JetStream
@@ -28,6 +28,7 @@ from outbox.relay import recovery
 from outbox.relay.background import Backoff, Errand
 from outbox.relay.caution import Caution
 
+NO_LIMIT = 1 << 62
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status
 
 
@@ -146,7 +147,7 @@ class Lane:
         crossed = chain.shared and said is Meaning.CHAIN_BROKEN
         if not crossed:
             self._tell(InDoubt(stream=chain.stream, why=chain.in_doubt or ""))
-        if crossed or chain.squeezed or said is Meaning.OFFENCE:
+        if crossed or said is Meaning.OFFENCE:
             return
         self._retry = self._retry.failed()
         self._settling.postpone(now + self._retry.delay(random.random()))
@@ -198,7 +199,6 @@ class Lane:
         if not chain.planned:
             chain.unblock()
         self.limit(settlement.info, jetstream)
-        self._judge_head()
         if chain.shared and not was_shared:
             self._tell(Shared(stream=chain.stream, sequence=settlement.last))
         if not was_shared or settlement.stored:
@@ -211,16 +211,6 @@ class Lane:
                 )
             )
 
-    def _judge_head(self) -> None:
-        """A stream that was made smaller may have no room for what waits at the head, however empty it is."""
-        chain = self.chain
-        if not chain.planned or code_of(chain.blocked or "") != STREAM_FULL:
-            return
-        head = chain.planned[0]
-        if isinstance(head, Transaction) and (verdict := never_fits(head, self.limits.room)) is not None:
-            chain.condemn(verdict)
-            chain.unblock()
-
     def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
         """Take in what the stream and its server accept."""
         self._subjects = info.subjects
@@ -228,7 +218,6 @@ class Lane:
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,
             max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
-            room=info.room,
         )
 
     def send(self, jetstream: JetStream, ids: Iterable[str], now: float) -> bool:

@@ -24,8 +24,7 @@ from outbox.relay.background import Errand
 from outbox.relay.lanes import Lane
 
 REMEMBERED_SUBJECTS = 10_000
-# Judged by what JetStream said once.
-REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE, DeadReason.TOO_LARGE_FOR_STREAM)
+REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE)  # judged by what JetStream said once
 
 
 class Routes:
