@@ -130,6 +130,8 @@ def test_watch_prints_a_line_a_look_and_ends_with_0(environment: dict[str, str],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background has them ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads of ours run yet
     )
     with watching:
         assert watching.stdout
