@@ -10,6 +10,7 @@ import pytest
 
 from outbox import InvalidEvent, Outbox, event
 from outbox.event import header_bytes, header_problem, subject_problem
+from tests.support.bed import rows
 
 SUBJECTS = [
     "",
