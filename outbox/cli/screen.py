@@ -108,6 +108,7 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
     for each in found.streams:
         if each.blocked:
             yield f"blocked {each.name}", f"{each.blocked}\nsince {each.blocked_since:%F %T}", BAD
+    yield from _troubles(found)
     yield "sent", _both(found.sent_transactions, found.sent_events), ""
     if rates is not None:
         yield "sent per second", _both(rates.sent_transactions, rates.sent_events), ""
@@ -119,6 +120,16 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
             f"{letter.reason} ({counted(letter.event_count, 'event')}, {letter.dead_at:%F %T})",
             BAD,
         )
+
+
+def _troubles(found: Status) -> Iterator[tuple[str, str, str]]:
+    """What does not stop the others: what the schema lacks, events that nobody counts, and housekeeping."""
+    if found.drift:
+        yield "drift", f"missing or disabled: {found.drift}: events may never be sent; outbox doctor", BAD
+    if found.stray_events:
+        yield "stray events", f"{counted(found.stray_events, 'event')} of no transaction; outbox doctor", BAD
+    if found.housekeeping_failing:
+        yield "housekeeping", f"{found.housekeeping_failing}\nsince {found.housekeeping_failing_since:%F %T}", WARN
 
 
 def _both(transactions: float, events: float) -> str:

@@ -66,6 +66,7 @@ class Chain:
     no_room: int = 0  # the position of a transaction that was refused alone just now, because the stream is full
     _too_many: int = 0  # messages of a batch: for the stream's room, for an offender in it, or between two foreign ones
     _suspected: Verdict | None = None
+    _spoiled: dict[int, Verdict] = field(default_factory=dict)  # planned ones whose events do not fit
     _unloaded: int = 0  # how many planned transactions have no events yet
 
     @property
@@ -78,7 +79,7 @@ class Chain:
         """What a former leader planned and this one is to load next, now that it is known not to be stored."""
         if self.in_doubt or not self._unloaded:
             return []
-        planned = [each for each in self.planned if isinstance(each, Planned)]
+        planned = [each for each in self.planned if isinstance(each, Planned) and each.position not in self._spoiled]
         sizes = accumulate(map(SIZE, planned))
         most = self.packing.max_bytes
         return [each for each, size in zip(planned, sizes, strict=True) if each is planned[0] or size <= most]
@@ -117,8 +118,9 @@ class Chain:
         self.unanswered = {each.position for each in plan}
         self._replan()
 
-    def load(self, transactions: Iterable[Transaction]) -> None:
-        """Take in planned transactions with their events."""
+    def load(self, transactions: Iterable[Transaction], spoiled: Iterable[Verdict] = ()) -> None:
+        """Take in planned transactions with their events, and verdicts on those that cannot be loaded."""
+        self._spoiled |= {verdict.position: verdict for verdict in spoiled}
         loaded = {transaction.position: transaction for transaction in transactions}
         before, self.planned = self.planned, deque(loaded.get(each.position, each) for each in self.planned)
         self._unloaded = sum(isinstance(each, Planned) for each in self.planned)
@@ -129,6 +131,13 @@ class Chain:
         self.verdicts.append(verdict)
         self._gone([self.planned.popleft()])
         self._replan()
+
+    def condemn_spoiled(self) -> bool:
+        """Take the head out of the plan if it could not be loaded, and nothing is in flight before it; True if so."""
+        if self.in_doubt or self.in_flight or not self.planned or self.planned[0].position not in self._spoiled:
+            return False
+        self.condemn(self._spoiled.pop(self.planned[0].position))
+        return True
 
     @property
     def suspects(self) -> bool:

@@ -262,6 +262,40 @@ class Strayed(Happening):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drifted(Happening):
+    """Parts of the schema are missing or switched off, or are there again where `what` is empty."""
+
+    level: ClassVar[Level] = Level.ERROR
+    what: str
+
+    def __str__(self) -> str:
+        if not self.what:
+            return "the schema is whole again"
+        return f"the schema has drifted, and events may never be sent: missing or disabled: {self.what}: outbox doctor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HousekeepingFailed(Happening):
+    """Old transactions could not be deleted, or strays and drift not be looked for; it is tried again, for ever."""
+
+    level: ClassVar[Level] = Level.WARNING
+    why: str
+
+    def __str__(self) -> str:
+        return f"housekeeping fails, publishing goes on: {self.why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HousekeepingWorks(Happening):
+    """Housekeeping works, for the first time in a term or again."""
+
+    level: ClassVar[Level] = Level.DEBUG
+
+    def __str__(self) -> str:
+        return "housekeeping works"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unblocked(Happening):
     """What held transactions back does so no more; `stream` as in `Blocked`."""
 

@@ -29,6 +29,7 @@ class DeadReason(StrEnum):
     TTL_NOT_PERMITTED = "ttl-not-permitted"
     INVALID_TTL = "invalid-ttl"
     INVALID_EVENT = "invalid-event"
+    WRONG_COUNT = "wrong-count"
     KILLS_RELAY = "kills-relay"
 
 

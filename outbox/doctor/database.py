@@ -18,7 +18,7 @@ from outbox.doctor import queries
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Misconfigured, OutboxError
 from outbox.operate import migrate
-from outbox.postgres.queries import STRAYS, compose
+from outbox.postgres.queries import PARTS, STRAYS, compose
 from outbox.postgres.session import looked, refuse_pooler
 
 CHECKS = Checks("database")
@@ -50,7 +50,7 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
     except Misconfigured as error:
         yield CHECKS.red("schema", error.message, error.remedy)
         return
-    lost = [row[0] for row in await _rows(connection, queries.PARTS, name, schema=name)]
+    lost = [row[0] for row in await _rows(connection, PARTS, name, schema=name)]
     yield _lost(lost) if lost and not may_create else _drift(settings, may_create=may_create)
     missing = [each async for each in _not_granted(connection, name)]
     yield _missing(name, role, missing) if missing else CHECKS.green("privileges", f"role {role} may all")

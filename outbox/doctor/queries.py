@@ -15,23 +15,6 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), current_
        has_schema_privilege((SELECT oid FROM pg_namespace WHERE nspname = %(schema)s), 'USAGE')
 """
 
-# What of the schema is missing or switched off, as far as any role can see it.
-PARTS = """
-SELECT what FROM (
-  SELECT 'trigger ' || name AS what, EXISTS (
-           SELECT FROM pg_trigger AS t
-            WHERE t.tgname = name AND t.tgenabled IN ('O', 'A') AND t.tgrelid = c.oid) AS there
-    FROM unnest(ARRAY['check_event', 'seal']) AS name, pg_class AS c
-   WHERE c.relname = 'events' AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s)
-  UNION ALL
-  SELECT 'index ' || name, EXISTS (
-           SELECT FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
-            WHERE c.relname = name AND i.indisvalid
-              AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s))
-    FROM unnest(ARRAY['events_pkey', 'transactions_pkey', 'transactions_txid', 'transactions_dead']) AS name
-) AS parts WHERE NOT there
-"""
-
 # Whether this role may: one row for each privilege on each table, with columns where the privilege is on columns.
 MAY = """
 SELECT CASE WHEN %(columns)s::text[] = ARRAY[]::text[] THEN has_table_privilege(%(table)s, %(privilege)s)

@@ -74,6 +74,9 @@ class Metrics:
         )
         self._flying = gauge("batches_in_flight", "Batches that are sent and not yet acked.")
         self._paused = gauge("paused", "1 while an operator has paused the outbox.")
+        self._strays = gauge("stray_events", "Events lately added that belong to no transaction, and are never sent.")
+        self._drift = gauge("schema_drift", "1 while a part of the schema is missing or disabled.")
+        self._failing = gauge("housekeeping_failing", "1 while what is old cannot be deleted, or not be looked for.")
         self._observed = gauge(
             "observed_timestamp_seconds", "When the database was looked at last, in seconds since 1970."
         )
@@ -154,6 +157,9 @@ class Metrics:
         self._dead.set(seen.dead_letters)
         self._open.set(seen.open_positions)
         self._present.set(seen.leader_present)
+        self._strays.set(seen.stray_events)
+        self._drift.set(seen.drift)
+        self._failing.set(seen.housekeeping_failing)
         self._blocked.set(seen.blocked)
         self._paused.set(seen.paused)
         for each in seen.streams:

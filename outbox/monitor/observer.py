@@ -31,8 +31,9 @@ SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_letters,
        (SELECT coalesce(sum(upper(gap) - lower(gap)), 0)::bigint FROM unnest(r.open_positions) AS gap)
          AS open_positions,
+       h.stray_events, h.drift IS NOT NULL AS drift, h.failing IS NOT NULL AS housekeeping_failing,
        least(r.cursor, (SELECT min(lower(places)) - 1 FROM {schema}.streams, unnest(plan) AS places)) AS settled
-  FROM {schema}.relay AS r CROSS JOIN (
+  FROM {schema}.relay AS r CROSS JOIN {schema}.housekeeping AS h CROSS JOIN (
     SELECT count(*) AS pending_transactions, coalesce(sum(event_count), 0) AS pending_events,
            extract(epoch FROM clock_timestamp() - min(sealed_at)) AS oldest_pending_seconds FROM {schema}.pending
   ) AS p
@@ -69,6 +70,9 @@ class Observation:
     oldest_pending_seconds: float | None
     dead_letters: int
     open_positions: int
+    stray_events: int
+    drift: bool
+    housekeeping_failing: bool
     settled: int
     streams: list[StreamObservation]
     lags: list[float]

@@ -18,8 +18,9 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
          AS oldest_pending_seconds,
        (SELECT min(position) FROM {schema}.pending) AS oldest_pending_position,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_transactions,
+       h.stray_events, h.drift, h.failing AS housekeeping_failing, h.failing_since AS housekeeping_failing_since,
        clock_timestamp() AS observed_at
-  FROM {schema}.relay AS r
+  FROM {schema}.relay AS r CROSS JOIN {schema}.housekeeping AS h
 """
 
 STATUS_STREAMS = """
@@ -141,7 +142,9 @@ SELECT DISTINCT e.subject FROM {schema}.pending AS p JOIN {schema}.events AS e O
 
 # What there is to verify. One row.
 EXTENT = """
-SELECT outbox_id, former_ids, purged, (SELECT coalesce(max(position), 0) FROM {schema}.transactions) FROM {schema}.relay
+SELECT outbox_id, former_ids, greatest(purged, (SELECT h.purged FROM {schema}.housekeeping AS h)),
+       (SELECT coalesce(max(position), 0) FROM {schema}.transactions)
+  FROM {schema}.relay
 """
 
 SENT_RANGE = """
@@ -230,7 +233,7 @@ SELECT 'sequence ' || mine.relname || ' cache ' || s.seqcache || ' cycle ' || s.
 """
 
 # Up to where transactions may be purged.
-PURGED = "SELECT purged FROM {schema}.relay"
+PURGED = "SELECT greatest(purged, (SELECT h.purged FROM {schema}.housekeeping AS h)) FROM {schema}.relay"
 
 # The id that the outbox has now.
 OUTBOX_ID = "SELECT outbox_id FROM {schema}.relay"

@@ -45,7 +45,11 @@ class RecentDead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """The state of an outbox. Ages are in seconds, by the database's clock."""
+    """The state of an outbox. Ages are in seconds, by the database's clock.
+
+    `stray_events` belong to no transaction and are never sent, `drift` is what of the schema is missing or disabled, as
+    the last leader saw them.
+    """
 
     schema: str
     schema_version: int
@@ -65,6 +69,10 @@ class Status:
     oldest_pending_position: int | None
     sent_transactions: int
     sent_events: int
+    stray_events: int
+    drift: str | None
+    housekeeping_failing: str | None
+    housekeeping_failing_since: datetime | None
     dead_transactions: int
     dead: list[RecentDead]
     streams: list[StreamStatus]

@@ -100,6 +100,9 @@ SELECT DISTINCT virtualtransaction FROM pg_locks
 # The barrier, the mark and the verdicts in one commit, under the leader's epoch. Nothing happens unless the epoch is
 # ours and every transaction to settle is still pending, so the count that comes back tells which of the two failed.
 # Runs with synchronous_commit = on: when it returns, all WAL before it is flushed. transactions_pkey throughout.
+# The rows of `relay` and `streams` are told by their place (ctid): an index would lead over every dead version of them,
+# and while a stranger holds a snapshot each commit leaves one. Nothing happens if the leader's row has moved; if a
+# stream's has, all of it fails (1 / 0).
 # The positions are sorted: width_bucket finds each one's place among them, which costs less than to join them.
 # Long arrays come as text, which is quicker to make; a plan is ranges in its order, or it would be toasted each time.
 COMMIT = """
@@ -108,10 +111,10 @@ WITH lead AS (
          retried = retried - %(retried)s::int8multirange, deaths = CASE WHEN %(sound)s THEN 0 ELSE deaths END,
          blocked = %(blocked)s, blocked_since = CASE WHEN %(blocked)s::text IS NULL THEN NULL
            WHEN blocked IS NULL THEN now() ELSE blocked_since END
-   WHERE epoch = %(epoch)s AND cardinality(%(settling)s::bigint[]) = (
+   WHERE ctid = %(place)s::text::tid AND epoch = %(epoch)s AND cardinality(%(settling)s::bigint[]) = (
      SELECT count(*) FROM {schema}.transactions
       WHERE position = ANY (%(settling)s::bigint[]) AND sent_at IS NULL AND dead_at IS NULL)
-  RETURNING epoch
+  RETURNING ctid
 ), marked AS (
   UPDATE {schema}.transactions AS t
      SET sent_at = clock_timestamp(),
@@ -137,12 +140,18 @@ WITH lead AS (
          AS p (name, mode, base, plan, blocked)
     LEFT JOIN (SELECT stream, count(*) AS transactions, sum(event_count) AS events FROM marked GROUP BY stream) AS done
          ON done.stream = p.name
-   WHERE s.name = p.name
-  RETURNING s.name
+   WHERE s.name = p.name AND s.ctid = ANY (%(places)s::text[]::tid[])
+  RETURNING s.name, s.ctid
 )
 SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count(*) FROM buried),
-       (SELECT count(*) FROM planned)
+       (SELECT count(*) FROM planned), (SELECT ctid::text FROM lead), (SELECT array_agg(name) FROM planned),
+       (SELECT array_agg(ctid::text) FROM planned),
+       1 / (NOT EXISTS (SELECT FROM lead)
+            OR (SELECT count(*) FROM planned) = cardinality(%(names)s::text[]))::int
 """
+
+# Where the rows are that each commit updates.
+PLACES = "SELECT '', ctid::text FROM {schema}.relay UNION ALL SELECT name, ctid::text FROM {schema}.streams"
 
 MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 
@@ -224,7 +233,7 @@ PING = """
 SELECT epoch, suits_from, paused_why,
        (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
        (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(retried) AS g)
-  FROM {schema}.relay
+  FROM {schema}.relay WHERE ctid = coalesce(%(place)s::text::tid, (SELECT r.ctid FROM {schema}.relay AS r))
 """
 
 # Facts that the relay needs to be true before it starts. One row. `suits_from` came with schema version 2.
@@ -242,24 +251,64 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
             ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint END
 """
 
-# One page of old sent transactions with their events, beyond the position `after`: by transactions_pkey and
-# events_pkey. It says whether there may be more behind it: not behind one that is sent and not old (unless it was
-# retried), so the cost does not grow with what is kept. Never a pending or a dead one. `purged` tells `verify` up to
-# where rows may be missing.
+# Sent transactions beyond the position `after`, by transactions_pkey, and how old each is: old goes, young ends the
+# page, and what is pending, or was retried late, is passed by. So the cost does not grow with what is kept.
+OLD = """
+SELECT position, event_count,
+       CASE WHEN sent_at <= now() - make_interval(secs => %(seconds)s) THEN 'old'
+            WHEN sent_at IS NOT NULL AND retried_at IS NULL THEN 'young' ELSE 'passed' END
+  FROM {schema}.transactions WHERE position > %(after)s AND dead_at IS NULL ORDER BY position LIMIT %(most)s
+"""
+
+# Old sent transactions with their events, by transactions_pkey and events_pkey, but for those whose row somebody has
+# locked. Events go by their txid: were there more of them than are counted, some would be another transaction's, and
+# the whole statement fails (1 / 0). `purged` tells `verify` up to where rows may be missing. Its row is told by its
+# place (ctid): an index would lead over every dead version of it that a stranger's snapshot keeps.
 PURGE = """
-WITH page AS MATERIALIZED (
-  SELECT position, txid, sent_at <= now() - make_interval(secs => %(seconds)s) AS old, retried_at IS NOT NULL AS late
-    FROM {schema}.transactions
-   WHERE position > %(after)s AND dead_at IS NULL ORDER BY position LIMIT %(page)s
+WITH going AS MATERIALIZED (
+  SELECT position, txid, event_count FROM {schema}.transactions
+   WHERE position = ANY (%(positions)s::bigint[]) AND dead_at IS NULL
+     AND sent_at <= now() - make_interval(secs => %(seconds)s) FOR UPDATE SKIP LOCKED
 ), events AS (
-  DELETE FROM {schema}.events WHERE txid = ANY (ARRAY(SELECT txid FROM page WHERE old))
+  DELETE FROM {schema}.events WHERE txid = ANY (ARRAY(SELECT txid FROM going)) RETURNING txid
 ), gone AS (
-  DELETE FROM {schema}.transactions WHERE position = ANY (ARRAY(SELECT position FROM page WHERE old)) RETURNING position
+  DELETE FROM {schema}.transactions WHERE position = ANY (ARRAY(SELECT position FROM going)) RETURNING position
 ), told AS (
-  UPDATE {schema}.relay SET purged = greatest(purged, (SELECT max(position) FROM gone)) WHERE EXISTS (SELECT FROM gone)
+  UPDATE {schema}.housekeeping SET purged = greatest(purged, (SELECT max(position) FROM going))
+   WHERE ctid = coalesce(%(place)s::text::tid, (SELECT h.ctid FROM {schema}.housekeeping AS h)) RETURNING ctid
 )
-SELECT (SELECT count(*) FROM gone), coalesce(max(position), 0),
-       count(*) = %(page)s AND bool_and(late OR coalesce(old, true)) FROM page
+SELECT (SELECT count(*) FROM gone), (SELECT ctid::text FROM told),
+       1 / ((SELECT count(*) FROM events) <= (SELECT coalesce(sum(event_count), 0) FROM going)
+            AND EXISTS (SELECT FROM told))::int
+"""
+
+# What housekeeping has found, for the status.
+NOTE = """
+UPDATE {schema}.housekeeping SET stray_events = %(strays)s, drift = %(drift)s, failing = %(failing)s,
+       failing_since = CASE WHEN %(failing)s::text IS NULL THEN NULL ELSE coalesce(failing_since, now()) END
+RETURNING ctid::text
+"""
+
+# The same where it has no session of its own: written by the leader.
+FAILS = """
+UPDATE {schema}.housekeeping SET failing = %(why)s, failing_since = coalesce(failing_since, now())
+"""
+
+# What of the schema is missing or switched off, as far as any role can see it.
+PARTS = """
+SELECT what FROM (
+  SELECT 'trigger ' || name AS what, EXISTS (
+           SELECT FROM pg_trigger AS t
+            WHERE t.tgname = name AND t.tgenabled IN ('O', 'A') AND t.tgrelid = c.oid) AS there
+    FROM unnest(ARRAY['check_event', 'seal']) AS name, pg_class AS c
+   WHERE c.relname = 'events' AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s)
+  UNION ALL
+  SELECT 'index ' || name, EXISTS (
+           SELECT FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
+            WHERE c.relname = name AND i.indisvalid
+              AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s))
+    FROM unnest(ARRAY['events_pkey', 'transactions_pkey', 'transactions_txid', 'transactions_dead']) AS name
+) AS parts WHERE NOT there
 """
 
 # Events that no transaction row counts: the application forged the settings of the trigger. Newest ones, by

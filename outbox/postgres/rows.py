@@ -15,8 +15,7 @@ from uuid import UUID
 from psycopg.types.range import Range as NumberRange
 
 from outbox.core.positions import Range
-from outbox.core.transaction import EVENT_OVERHEAD, NO_ROLLUPS, Receipt, Transaction, Verdict
-from outbox.errors import Halt
+from outbox.core.transaction import EVENT_OVERHEAD, NO_ROLLUPS, DeadReason, Receipt, Transaction, Verdict
 from outbox.event import NO_HEADERS, Event
 
 
@@ -65,10 +64,14 @@ class StreamRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """Transactions in commit order, and all positions that the page covers, settled ones included."""
+    """Transactions in commit order, and all positions that the page covers, settled ones included.
+
+    `verdicts` are on those that are not whole: their events do not fit their count.
+    """
 
     transactions: list[Transaction]
     positions: list[int]
+    verdicts: list[Verdict]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +89,9 @@ class Decisions:
 
 
 def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
-    """A page from the rows of PAGE or PLANNED; raises `Halt` if a pending transaction is not whole."""
+    """A page from the rows of PAGE or PLANNED, of the schema of this name."""
     transactions: list[Transaction] = []
+    verdicts: list[Verdict] = []
     positions: list[int] = []
     start, total = 0, len(rows)
     places, counts, replayed, ids, subjects, headers, payloads = zip(*rows, strict=True) if rows else [()] * 7
@@ -105,7 +109,9 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
         if replay_of is not None:
             found = end - start if ids[start] is not None else 0
             if found != count:
-                raise _not_whole(position, count, found, name)
+                verdicts.append(_not_whole(position, count, found, name))
+                start = end
+                continue
             columns = ids[start:end], subjects[start:end], payloads[start:end]
             if plain or not any(headers[start:end]):
                 size = EVENT_OVERHEAD * count + sizes[end] - sizes[start]
@@ -115,7 +121,7 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
                 events = list(map(Event, *columns, given))
                 transactions.append(Transaction.of(position, events, replay_of))
         start = end
-    return Page(transactions=transactions, positions=positions)
+    return Page(transactions=transactions, positions=positions, verdicts=verdicts)
 
 
 def _decoded(headers: str) -> Any:
@@ -126,13 +132,10 @@ def _decoded(headers: str) -> Any:
         return None
 
 
-def _not_whole(position: int, count: int, found: int, name: str) -> Halt:
-    return Halt(
-        f"transaction {position} has {count} events, but {'only ' if found < count else ''}{found} are in "
-        f"{name}.events: it is never published in part",
-        remedy=f"find out who changed the table; to set the transaction aside, set dead_at and dead_reason of "
-        f"position {position} in {name}.transactions",
-    )
+def _not_whole(position: int, count: int, found: int, name: str) -> Verdict:
+    """It is never published in part, and it holds nobody up. One more is read than are counted, and not more."""
+    detail = f"{count} events are counted, but {'only ' if found < count else ''}{found} are in {name}.events"
+    return Verdict(position=position, reason=DeadReason.WRONG_COUNT, detail=detail)
 
 
 def multirange(ranges: Sequence[Range]) -> str:

@@ -49,14 +49,14 @@ PROBES = 5
 ANSWER_SECONDS = 20.0  # more than statement_timeout: the server's own word comes first
 
 
-async def open_session(url: str) -> psycopg.AsyncConnection[TupleRow]:
-    """The relay's session, in autocommit mode, set as it must be; raises `Weather`, and `Denied` of it.
+async def open_session(url: str, application: str = "outbox relay") -> psycopg.AsyncConnection[TupleRow]:
+    """A session of the relay, in autocommit mode, set as it must be; raises `Weather`, and `Denied` of it.
 
     `url` is all that libpq reads: a URL, or words such as `service=shop`.
     """
     with connecting():
         connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, prepare_threshold=0, application_name="outbox relay", **_kept(url)
+            url, autocommit=True, prepare_threshold=0, application_name=application, **_kept(url)
         )
     settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
     async with contextlib.AsyncExitStack() as undo:
@@ -196,7 +196,7 @@ def translated() -> Iterator[None]:
         raise Locked(_masked(error), remedy=remedy) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         raise Weather(_masked(error)) from error
-    except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:
+    except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_, psycopg.DataError) as error:
         raise Weather(_masked(error)) from error
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
         raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error

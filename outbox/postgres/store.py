@@ -18,7 +18,7 @@ from outbox import schema
 from outbox.core import requirements
 from outbox.core.plan import Planned
 from outbox.core.positions import Holder, Range
-from outbox.core.transaction import EVENT_OVERHEAD, Transaction
+from outbox.core.transaction import EVENT_OVERHEAD
 from outbox.errors import Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.postgres import queries
 from outbox.postgres.rows import (
@@ -36,7 +36,6 @@ from outbox.postgres.rows import (
 )
 from outbox.postgres.session import answered, open_session
 
-PURGE_PAGE = 500
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
 
@@ -53,6 +52,7 @@ class Store:
         self._whose: asyncio.Task[Any] | None = None
         self._warnings: list[str] = []
         self._listening = False
+        self._places: dict[str, str | None] = {}  # of the row of `relay`, as "", and of those of `streams`
         self.polls_only = False
         self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
@@ -188,20 +188,20 @@ class Store:
         """What a plan is judged by, in its order; raises `Halt` if a transaction is not there to be sent."""
         rows = await self._all(queries.ENTRIES, positions=list(positions))
         found = {row[0]: row for row in rows}
-        if missing := [position for position in positions if position not in found or not found[position][3]]:
+        if missing := [position for position in positions if position not in found]:
             raise self._not_pending(missing[0])
         ordered = (found[position] for position in positions)
         return [
-            Planned(position=p, count=n, attempts=a, last_message_id=str(last), size=EVENT_OVERHEAD * n + size)
+            Planned(position=p, count=n, attempts=a, last_message_id=str(last or ""), size=EVENT_OVERHEAD * n + size)
             for p, n, a, last, size in ordered
         ]
 
-    async def planned(self, positions: Sequence[int]) -> list[Transaction]:
-        """These transactions of a plan with all their events; raises `Halt` if one is not whole."""
+    async def planned(self, positions: Sequence[int]) -> Page:
+        """These transactions of a plan with all their events; raises `Halt` if one is not there to be sent."""
         page = read_page(await self._all(queries.PLANNED, positions=list(positions)), self._schema)
-        if missing := set(positions) - {transaction.position for transaction in page.transactions}:
+        if missing := set(positions).difference(page.positions):
             raise self._not_pending(min(missing))
-        return page.transactions
+        return page
 
     def _not_pending(self, position: int) -> Halt:
         return Halt(
@@ -223,8 +223,10 @@ class Store:
         positions, names, _, lasts = zip(*receipts, strict=True) if receipts else ((), (), (), ())
         wanted = [*positions, *(verdict.position for verdict in verdicts)]
         sent = array(positions)
-        rows = await self._all(
+        rows = await self._at_its_place(
             queries.COMMIT,
+            lambda: {"place": self._places.get(""), "places": [self._places.get(row.name) for row in streams]},
+            lambda found: bool(found[0][0]),
             epoch=epoch,
             cursor=decisions.cursor,
             open=multirange(decisions.open_positions),
@@ -245,14 +247,16 @@ class Store:
         )
         if self._warnings:
             raise Weather(f"the commit is not known to be durable: {self._warnings.pop()}")
-        if rows[0] == (0, 0, 0, 0):
+        *written, place, names, places, _ = rows[0]
+        self._places |= {"": place, **dict(zip(names or (), places or (), strict=True))}
+        if written == [0, 0, 0, 0]:
             await self.ping(epoch)
             raise Halt(
                 f"transactions {min(wanted)} to {max(wanted)} were to be marked, but not all are pending",
                 remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",
             )
-        if rows[0] != (1, len(receipts), len(verdicts), len(streams)):
-            raise Halt(f"a commit wrote {rows[0]} rows", remedy="run: outbox status, and report this with its output")
+        if written != [1, len(receipts), len(verdicts), len(streams)]:
+            raise Halt(f"a commit wrote {written} rows", remedy="run: outbox status, and report this with its output")
 
         if self._replicas and any(row.plan for row in streams):
             await self._replicated()
@@ -269,10 +273,12 @@ class Store:
     async def add_stream(self, epoch: int, name: str, created: str, last: int) -> None:
         """Remember a stream at the first contact."""
         await self._all(queries.ADD_STREAM, epoch=epoch, name=name, created=created, last=last)
+        self._places.clear()
 
     async def ping(self, epoch: int) -> Wishes:
         """Keep the session alive; what operators want. Raises `Deposed` if another relay leads, or a newer one must."""
-        current, suits_from, paused, lows, highs = (await self._all(queries.PING))[0]
+        rows = await self._at_its_place(queries.PING, lambda: {"place": self._places.get("")}, bool)
+        current, suits_from, paused, lows, highs = rows[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
         if suits_from > schema.VERSION:
@@ -291,14 +297,9 @@ class Store:
         """Every stream was settled after a promotion or a restore: the database is at home in this timeline."""
         await self._all(queries.ARRIVED, epoch=epoch, timeline=home.timeline)
 
-    async def purge(self, after: int, seconds: float) -> tuple[int, int, bool]:
-        """Delete a page of what was sent so many seconds ago, beyond a position: how many, how far, and if to go on."""
-        rows = await self._all(queries.PURGE, after=after, seconds=seconds, page=PURGE_PAGE)
-        return rows[0][0], rows[0][1], rows[0][2]
-
-    async def strays(self) -> list[tuple[str, int]]:
-        """Transaction ids with events that no row of transactions counts, and how many events each has."""
-        return [(row[0], row[1]) for row in await self._all(queries.STRAYS)]
+    async def housekeeping_fails(self, why: str) -> None:
+        """Note for the status that housekeeping has no session of its own, and why."""
+        await self._all(queries.FAILS, why=why)
 
     async def fall_asleep(self) -> bool:
         """Ask to be notified of the next commit; False while somebody is between sealing and commit: read on."""
@@ -332,6 +333,20 @@ class Store:
             yield
         finally:
             loop.remove_reader(file)
+
+    async def _at_its_place(
+        self,
+        query: str,
+        places: Callable[[], dict[str, Any]],
+        found: Callable[[list[TupleRow]], bool],
+        **parameters: Any,
+    ) -> list[TupleRow]:
+        """The rows of a statement that knows rows by their place; once more if one of them has moved."""
+        rows = await self._all(query, **places(), **parameters) if self._places else []
+        if not rows or not found(rows):
+            self._places = dict(await self._all(queries.PLACES))
+            rows = await self._all(query, **places(), **parameters)
+        return rows
 
     async def _lock(self, query: str, purpose: int) -> bool:
         rows = await self._all(query, purpose=purpose, key=schema.lock_key(self._schema))

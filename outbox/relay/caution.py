@@ -70,7 +70,8 @@ class Caution:
                 chain.condemn(verdict)
                 continue
             await self._note(head.position)
-            chain.load(await self._store.planned([head.position]))
+            page = await self._store.planned([head.position])
+            chain.load(page.transactions, page.verdicts)
             busy = True
 
     async def note_head(self, chain: Chain) -> None:

@@ -177,7 +177,7 @@ class Lane:
         """
         chain = self.chain
         if chain.in_doubt is None:
-            return False
+            return now >= self._frames_gone and chain.condemn_spoiled()
         came = self._settling.taken(now)
         if isinstance(came, Unusable) and not self.proven:
             raise Misconfigured(came.message, remedy=came.remedy)
@@ -375,4 +375,5 @@ class Lanes(dict[str, Lane]):
             await caution.load(chains, busy=busy)
             return
         for chain in chains:
-            chain.load(await store.planned([each.position for each in chain.unloaded]))
+            page = await store.planned([each.position for each in chain.unloaded])
+            chain.load(page.transactions, page.verdicts)

@@ -23,7 +23,8 @@ from outbox.postgres.rows import Decisions, Lead
 from outbox.postgres.store import Store
 from outbox.relay.caution import Caution
 from outbox.relay.connection import Connection
-from outbox.relay.duties import PING_SECONDS, Pulse, Purger
+from outbox.relay.duties import PING_SECONDS, Pulse
+from outbox.relay.housekeeping import Housekeeper
 from outbox.relay.lanes import Lanes
 from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
@@ -61,10 +62,10 @@ class Leader:
         self._lanes = Lanes(settings, lead, proven=proven, tell=tell, news=self._news.set)
         self._retried: list[Range] = []
         self._connection = Connection(connect, tell=tell, news=self._news.set)
-        self._purger = Purger(store, settings.retention, tell)
+        self._housekeeper = Housekeeper(store, settings, tell=tell, news=self._news.set)
         self._told: str | None = None
         self._began = self._clock()
-        self._pulse = Pulse(store, lead, now=self._began, tell=tell)
+        self._pulse = Pulse(store, lead, tell=tell)
         self._arrived = False
         term = f"{str(lead.outbox_id)[:8]}-{secrets.token_hex(6)}"
         self._batch_ids = (f"{term}-{number}" for number in itertools.count(1))
@@ -91,6 +92,7 @@ class Leader:
         self._tell(TookLead(epoch=self._lead.epoch))
         if self._caution.active:
             self._tell(Careful())
+        self._housekeeper.start()
         try:
             for row in await self._store.streams():
                 await self._lanes.restore(row, self._store)
@@ -130,7 +132,7 @@ class Leader:
         moved |= await self._commit()
         moved |= await self._send(now)
         moved |= await self._read(now)
-        await self._purger.run_once(now)
+        self._housekeeper.check()
         await self._keep_alive(now)
         return moved
 
@@ -185,7 +187,8 @@ class Leader:
     async def _read(self, now: float) -> bool:
         """Take in the page that was asked for, and ask for the next one if there is room; True if it held anything."""
         page = await self._reader.page(now, quiet=self._quiet and not self._held_back)
-        self._router.take(page or ())
+        if page is not None:
+            self._router.take(page)
         # A short page is on its way before anybody asks for more.
         may_ask = now >= self._reader.due and (page is None or self._reader.full)
         if may_ask and (room := self._next_page()) is not None:
@@ -254,7 +257,7 @@ class Leader:
         for lane in dirty:
             self._marked(lane.chain.written())
         if receipts:
-            self._purger.marked()
+            self._housekeeper.marked()
             self._reader.hurry()
         self._report(verdicts)
         return True
@@ -318,7 +321,6 @@ class Leader:
         self._news.set()
 
     def _dues(self) -> Iterator[float]:
-        yield self._purger.due
         if self._next_page() is not None:
             yield self._reader.due
         if self._jetstream is None:
@@ -344,6 +346,7 @@ class Leader:
         await self._commit()
 
     async def _close(self) -> None:
+        await self._housekeeper.close()
         await self._reader.close()
         self._router.close()
         self._lanes.close()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from outbox.config import Settings
 from outbox.core.positions import Positions, Range
 from outbox.core.telemetry import Listener, PageRead, Slept
-from outbox.core.transaction import Transaction
 from outbox.postgres.rows import Lead, Page
 from outbox.postgres.store import Store
 
@@ -102,7 +101,7 @@ class Reader:
             gaps = self._positions.open
             return await self._store.page(self._positions.cursor, gaps, messages=messages, size=size)
 
-    async def page(self, now: float, *, quiet: bool) -> list[Transaction] | None:
+    async def page(self, now: float, *, quiet: bool) -> Page | None:
         """The page that was asked for, once it is there; None if it is not, or if there was nothing, settled or not.
 
         `quiet` says that the leader has nothing else to do, so that an empty outbox may be slept on.
@@ -122,7 +121,7 @@ class Reader:
         self.full = 2 * events > self._asked
         if page.transactions:
             self._tell(PageRead(transactions=len(page.transactions), events=events))
-        return page.transactions
+        return page
 
     async def close(self) -> None:
         """Stop what was asked for; idempotent."""

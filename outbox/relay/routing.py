@@ -9,16 +9,17 @@ conflict with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.core.batch import POSITION
 from outbox.core.plan import Seen
-from outbox.core.transaction import DeadReason, Transaction, Verdict, fits, invalid, verdict
+from outbox.core.transaction import NO_ROLLUPS, DeadReason, Transaction, Verdict, fits, invalid, verdict
 from outbox.errors import Halt, Misconfigured, Unusable, Weather
 from outbox.event import matches
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.stream import StreamInfo
-from outbox.postgres.rows import Lead, StreamRow
+from outbox.postgres.rows import Lead, Page, StreamRow
 from outbox.postgres.store import Store
 from outbox.relay.background import Errand
 from outbox.relay.lanes import Lane
@@ -97,12 +98,15 @@ class Router:
         self.blocked: str | None = None
         self._store, self._lead, self._settings = store, lead, settings
         self._routes = Routes()
+        self._spoiled: dict[int, Verdict] = {}
         self._asking: Errand[dict[str, str | None]] = Errand(news)
         self._asked_again = 0  # the head for whose sake JetStream was asked again
 
-    def take(self, transactions: Iterable[Transaction]) -> None:
-        """What was read, in commit order."""
-        self.incoming.extend(transactions)
+    def take(self, page: Page) -> None:
+        """What was read, in commit order; what is not whole takes its place in it."""
+        self._spoiled |= {verdict.position: verdict for verdict in page.verdicts}
+        spoiled = [Transaction(each.position, (), (), (), (), 0, 0, 0, NO_ROLLUPS) for each in page.verdicts]
+        self.incoming.extend(sorted([*page.transactions, *spoiled], key=POSITION) if spoiled else page.transactions)
 
     def set_aside(self, verdict: Verdict) -> None:
         """One that can never be sent."""
@@ -142,7 +146,7 @@ class Router:
         await self._take_answers(now, proven=proven)
         while self._pass_on(lanes):
             head = self.incoming[0]
-            if (offence := invalid(head)) is None:
+            if (offence := self._spoiled.get(head.position) or invalid(head)) is None:
                 streams = self._routes.streams(head)
                 if None in streams.values():
                     self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], now)
@@ -194,7 +198,7 @@ class Router:
 
     def _next_head(self, passed: int = 1) -> None:
         for _ in range(passed):
-            self.incoming.popleft()
+            self._spoiled.pop(self.incoming.popleft().position, None)
         self._asked_again = 0
         if self._asking.due or self.blocked is not None:
             self._asking.reset()

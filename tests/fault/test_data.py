@@ -11,6 +11,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
 from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.proxy import NatsProxy
 from tests.support.servers import Stream, numbers
 from tests.support.workload import Writers, check
 
@@ -210,3 +211,60 @@ def test_server_is_not_asked_by_hostile_subjects(database: str, nats: Nats, stre
     write_around(database, (f"$JS.API.STREAM.DELETE.{stream.name}", None))
     assert ThreadRelay(settings, drain=True).ended() is None
     assert [each.payload for each in Broker(nats.url).read(stream.name)] == [b"kept"]
+
+
+SPOIL = {
+    "an event is gone": "DELETE FROM outbox.events WHERE id = (SELECT min(id) + 1 FROM outbox.events)",
+    "all events are gone": "DELETE FROM outbox.events WHERE txid = (SELECT min(txid) FROM outbox.events)",
+    "one more than is counted": "UPDATE outbox.transactions SET event_count = 2 WHERE position = 1",
+    "one less than is counted": "UPDATE outbox.transactions SET event_count = 4 WHERE position = 1",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_transaction_with_a_wrong_count_is_set_aside(
+    database: str, settings: Settings, broker: Broker, stream: Stream, spoil: str
+) -> None:
+    """Fault: somebody changes the rows by hand. Promise 1: no part of it is published; 7: the others go out."""
+    for _ in range(2):
+        rows(database, "SELECT outbox.add(%s, n::text) FROM generate_series(1, 3) AS n", f"{stream.prefix}.x")
+    rows(database, SPOIL[spoil])
+    assert ThreadRelay(settings, drain=True).ended() is None
+    assert rows(database, "SELECT position, split_part(dead_reason, ':', 1) FROM outbox.dead") == [(1, "wrong-count")]
+    assert [each.position for each in broker.read(stream.name)] == [2, 2, 2]
+
+
+def test_wrong_count_of_what_a_former_leader_planned_is_set_aside(
+    database: str, settings: Settings, nats: Nats, broker: Broker, stream: Stream
+) -> None:
+    """Fault: as before, after it was planned and before it was stored. Its followers move up."""
+    with NatsProxy(nats.port) as proxy:
+        through = settings.model_copy(update={"nats_url": proxy.url})
+        rows(database, "SELECT outbox.add(%s, 'first')", f"{stream.prefix}.x")
+        with ThreadRelay(through) as leader:
+            wait_until_sent(database)
+            proxy.change(proxy.up, swallowed=True)
+            for _ in range(3):
+                rows(database, "SELECT outbox.add(%s, n::text) FROM generate_series(1, 3) AS n", f"{stream.prefix}.x")
+            until(lambda: value(database, "SELECT cardinality(plan) FROM outbox.streams") > 0)
+            leader.kill()
+    rows(database, "DELETE FROM outbox.events WHERE id = (SELECT max(id) - 6 FROM outbox.events)")
+    assert ThreadRelay(settings, drain=True).ended() is None
+    assert rows(database, "SELECT position, split_part(dead_reason, ':', 1) FROM outbox.dead") == [(2, "wrong-count")]
+    assert [each.position for each in broker.read(stream.name)] == [1, 3, 3, 3, 4, 4, 4]
+
+
+def test_counts_that_were_cleared_behind_an_early_seal(
+    database: str, settings: Settings, broker: Broker, stream: Stream
+) -> None:
+    """Fault: a session is reset after its events were sealed early, and adds more: two counts, and neither fits."""
+    with psycopg.connect(database) as connection:
+        connection.execute("SELECT outbox.add(%s, 'a')", [f"{stream.prefix}.x"])
+        connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        connection.execute("RESET ALL")
+        connection.execute("SELECT outbox.add(%s, 'b')", [f"{stream.prefix}.x"])
+    rows(database, "SELECT outbox.add(%s, 'c')", f"{stream.prefix}.x")
+    assert ThreadRelay(settings, drain=True).ended() is None
+    found = rows(database, "SELECT position, split_part(dead_reason, ':', 1) FROM outbox.dead ORDER BY position")
+    assert found == [(1, "wrong-count"), (2, "wrong-count")]
+    assert [each.payload for each in broker.read(stream.name)] == [b"c"]

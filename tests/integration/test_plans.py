@@ -44,6 +44,19 @@ STATES = {
 }
 
 
+KEEPS = {"relay": "epoch = epoch", "streams": "last_sequence = last_sequence", "housekeeping": "purged = purged"}
+NOTHING: dict[str, Any] = {
+    "cursor": 0,
+    "open": "{}",
+    "retried": "{}",
+    "sound": True,
+    "blocked": None,
+    "epoch": 0,
+    **dict.fromkeys(("settling", "positions", "lanes", "lasts"), "{}"),
+    **{each: [] for each in ("dead", "reasons", "names", "modes", "bases", "plans", "blocks", "places")},
+}
+
+
 @pytest.fixture(scope="session", params=list(STATES))
 def large(request: pytest.FixtureRequest, two_phase_postgres: Postgres) -> str:
     """URL of a large outbox, in one of the states; half of it is pending."""
@@ -74,6 +87,12 @@ def touched(connection: psycopg.Connection[Any], query: str, **parameters: Any) 
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 
+def place(connection: psycopg.Connection[Any], table: str) -> str:
+    """Where the one row of this table is."""
+    rows = connection.execute(f"SELECT ctid::text FROM outbox.{table}".encode()).fetchall()
+    return str(rows[0][0])
+
+
 def middle(connection: psycopg.Connection[Any]) -> int:
     row = connection.execute("SELECT max(position) FROM outbox.transactions WHERE sent_at IS NOT NULL").fetchone()
     assert row is not None
@@ -99,17 +118,16 @@ def test_plan_of_a_new_leader(filled: psycopg.Connection[Any]) -> None:
 
 
 def test_commit(filled: psycopg.Connection[Any]) -> None:
+    filled.execute("INSERT INTO outbox.streams (name, created, last_sequence) VALUES ('S', 'x', 0)")
     cursor = middle(filled)
     some = list(range(cursor + 1, cursor + 101))
     parameters: dict[str, Any] = {
+        **NOTHING,
         "cursor": cursor + 200,
-        "open": "{}",
-        "blocked": None,
-        "epoch": 0,
         "settling": array(some),
         "positions": array(some[:90]),
         "lanes": array([1] * 90),
-        "lasts": array(place * 3 for place in some[:90]),
+        "lasts": array(end * 3 for end in some[:90]),
         "dead": some[90:],
         "reasons": ["too-many-events: x"] * 10,
         "names": ["S"],
@@ -117,21 +135,46 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
         "bases": [1],
         "plans": [ranges([1, 2, 5])],
         "blocks": [None],
-        "retried": "{}",
-        "sound": True,
+        "place": place(filled, "relay"),
+        "places": [place(filled, "streams")],
     }
     assert touched(filled, queries.COMMIT, **parameters) < 5000
     row = filled.execute("SELECT count(*) FROM outbox.transactions WHERE dead_at IS NOT NULL").fetchone()
     assert row == (10,)
 
 
-def test_purge_goes_no_further_than_what_is_old(filled: psycopg.Connection[Any]) -> None:
-    """Nothing is old; then the first hundred are."""
-    page = {"after": 0, "seconds": 3600, "page": 100}
-    assert touched(filled, queries.PURGE, **page) < 150
+def test_purge_touches_only_what_goes(filled: psycopg.Connection[Any]) -> None:
+    assert touched(filled, queries.OLD, after=0, seconds=3600, most=100) < 150
     filled.execute("UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position IN "
                    "(SELECT position FROM outbox.transactions ORDER BY position LIMIT 100)")  # fmt: skip
-    assert touched(filled, queries.PURGE, **page) < 4000
+    old = [row[0] for row in filled.execute(queries.compose(queries.OLD, "outbox"),
+                                            {"after": 0, "seconds": 3600, "most": 100})]  # fmt: skip
+    assert len(old) == 100
+    assert touched(filled, queries.PURGE, positions=old, seconds=3600, place=place(filled, "housekeeping")) < 4000
+    assert filled.execute("SELECT count(*) FROM outbox.transactions").fetchone() == (ROWS - 100,)
+
+
+def test_what_each_commit_updates_is_found_past_every_dead_version(filled: psycopg.Connection[Any]) -> None:
+    """A stranger holds a snapshot, and each commit leaves versions of these rows that nobody can remove."""
+    filled.execute("INSERT INTO outbox.streams (name, created, last_sequence) VALUES ('S', 'x', 0)")
+    filled.commit()
+    with psycopg.connect(filled.info.dsn) as stranger, psycopg.connect(filled.info.dsn, autocommit=True) as writer:
+        stranger.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        stranger.execute("SELECT txid_current()")
+        for table, keeps in KEEPS.items():
+            update = f"UPDATE outbox.{table} SET {keeps}"
+            writer.execute(f"DO $$ BEGIN FOR n IN 1 .. 2000 LOOP {update}; END LOOP; END $$".encode())
+        ping = {"place": place(filled, "relay")}
+        assert touched(filled, queries.PING, **ping) < 10
+        assert touched(filled, queries.PING, place=None) > 20  # without it they are all looked at
+        given = {**NOTHING, **ping, "names": ["S"], "modes": ["chained"], "bases": [1], "plans": ["{}"],
+                 "blocks": [None], "places": [place(filled, "streams")]}  # fmt: skip
+        assert touched(filled, queries.COMMIT, **given) < 40
+        there = place(filled, "housekeeping")
+        assert touched(filled, queries.PURGE, positions=[], seconds=3600, place=there) < 40
+    filled.execute("DELETE FROM outbox.streams")
+    filled.commit()
+    rows(filled.info.dsn, "VACUUM outbox.relay, outbox.streams, outbox.housekeeping")
 
 
 def test_pending_view_does_not_read_what_was_sent(filled: psycopg.Connection[Any]) -> None:

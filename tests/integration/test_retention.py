@@ -57,7 +57,7 @@ def test_only_what_is_old_enough_goes(database: str, stream: Stream, settings: S
     with ThreadRelay(settings) as relay:
         assert relay.wait_for(Purged).transactions == 2
     assert rows(database, "SELECT position FROM outbox.transactions ORDER BY 1") == [(3,), (4,), (5,)]
-    assert value(database, "SELECT purged FROM outbox.relay") == 2
+    assert value(database, "SELECT purged FROM outbox.housekeeping") == 2
 
 
 def test_purge_by_hand_goes_past_what_is_pending(database: str, stream: Stream, settings: Settings) -> None:

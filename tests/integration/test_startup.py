@@ -151,17 +151,6 @@ def test_least_privilege_of_the_relay(database: str, nats: Nats, broker: Broker,
     broker.api(f"STREAM.DELETE.{stream.name}B")
 
 
-def test_transaction_with_a_wrong_count_halts(
-    database: str, settings: Settings, broker: Broker, stream: Stream
-) -> None:
-    rows(database, "SELECT outbox.add(%s, n::text) FROM generate_series(1, 3) AS n", f"{stream.prefix}.x")
-    rows(database, "DELETE FROM outbox.events WHERE id = 2")
-    error = ThreadRelay(settings).ended()
-    assert isinstance(error, Halt)
-    assert "has 3 events, but only 2" in error.message
-    assert broker.read(stream.name) == []
-
-
 def test_standby_that_nats_denies_ends_at_its_start(settings: Settings, workplace: Path) -> None:
     """Not at the failover, when nobody else is there to lead."""
     users = "authorization { users: [ { user: relay, password: right } ] }"

@@ -135,7 +135,7 @@ def replayable(
 
 def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schema: str) -> Comparison:
     """What `outbox verify` says of these messages, all of one stream."""
-    statement = f'SELECT outbox_id::text, purged FROM "{schema}".relay'
+    statement = f'SELECT outbox_id::text, h.purged FROM "{schema}".relay, "{schema}".housekeeping AS h'
     (outbox_id, purged) = connection.execute(statement.encode()).fetchall()[0]
     sent = 'SELECT position, stream, first_sequence, last_sequence FROM "{}".transactions WHERE sent_at IS NOT NULL'
     receipts = [
