@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice
 from typing import assert_never
 
-from outbox.core.batch import COUNT, SIZE, Batch, Packing, receipts, take
+from outbox.core.batch import COUNT, POSITION, SIZE, Batch, Packing, receipts, take
 from outbox.core.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
@@ -32,6 +32,7 @@ from outbox.core.outcome import (
     meaning,
 )
 from outbox.core.plan import Planned
+from outbox.core.positions import Range, merged
 from outbox.core.transaction import Receipt, Transaction, Verdict
 
 CHAINED, SHARED = "chained", "shared"
@@ -66,6 +67,8 @@ class Chain:
     no_room: int = 0  # the position of a transaction that was refused alone just now, because the stream is full
     _too_many: int = 0  # messages of a batch: for the stream's room, for an offender in it, or between two foreign ones
     _suspected: Verdict | None = None
+    _held: list[Range] = field(default_factory=list)
+    _held_of: tuple[int, int, int] | None = None
     _spoiled: dict[int, Verdict] = field(default_factory=dict)  # planned ones whose events do not fit
     _unloaded: int = 0  # how many planned transactions have no events yet
 
@@ -153,6 +156,18 @@ class Chain:
     def idle(self) -> bool:
         """True if nothing waits, flies or needs to be written down."""
         return not (self.waiting or self.planned or self.in_flight or self.dirty)
+
+    def held(self) -> list[Range]:
+        """The positions that wait, as ranges; told anew only when one has come or gone."""
+        known = (len(self.waiting), self.waiting[0].position, self.waiting[-1].position) if self.waiting else None
+        if known != self._held_of:
+            self._held_of, self._held = known, merged((each.position, each.position) for each in self.waiting)
+        return self._held
+
+    def planned_between(self) -> list[Range]:
+        """Between which positions all lies that is planned or in flight; none if nothing is."""
+        positions = list(map(POSITION, self.plan))
+        return [(min(positions), max(positions))] if positions else []
 
     def entries(self) -> list[Planned]:
         """The plan as it is judged against the stream."""

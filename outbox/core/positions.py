@@ -61,22 +61,32 @@ def outside(ranges: Iterable[Range], others: Sequence[Range]) -> list[Range]:
     return result
 
 
-def below(cursor: int, open_positions: Iterable[Range], held: Iterable[int]) -> list[Range]:
-    """Positions up to the cursor that are neither settled nor planned: open ones, and what is held."""
-    gaps = ((low, min(high, cursor)) for low, high in open_positions if low <= cursor)
-    return merged([*gaps, *[(position, position) for position in held if position <= cursor]])
+def below(cursor: int, ranges: Iterable[Range]) -> list[Range]:
+    """What of the ranges is not beyond the cursor, sorted and joined."""
+    return merged((low, min(high, cursor)) for low, high in ranges if low <= cursor)
+
+
+def coarse(ranges: Sequence[Range], most: int, apart: Sequence[Range]) -> list[Range]:
+    """The ranges, joined over their smallest gaps until they are at most so many, but over nothing of `apart`.
+
+    What lies in a gap was settled: to look at it again costs a row, to write many ranges with each commit costs more.
+    """
+    if len(ranges) <= most:
+        return list(ranges)
+    gaps = [(ranges[n + 1][0] - ranges[n][1], n) for n in range(len(ranges) - 1)]
+    kept = {n for _, n in sorted(gaps, reverse=True)[: most - 1]}
+    kept |= {n for _, n in gaps if any(ranges[n][1] < high and low < ranges[n + 1][0] for low, high in apart)}
+    starts = [0, *(n + 1 for n in sorted(kept))]
+    ends = [*sorted(kept), len(ranges) - 1]
+    return [(ranges[first][0], ranges[last][1]) for first, last in zip(starts, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A transaction that holds a write lock on `transactions`: a virtual transaction id, -1/… when prepared."""
+    """A transaction that holds a write lock on `transactions`: its virtual transaction id, which PREPARE may change."""
 
     id: str
-
-    @property
-    def prepared(self) -> bool:
-        """True for a prepared transaction."""
-        return self.id.startswith("-1/")
+    prepared: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,13 +98,15 @@ class _Cohort:
     prepared_too: bool = False
     ended: bool = False
 
-    def observe(self, holders: frozenset[Holder]) -> None:
+    def observe(self, holders: frozenset[Holder], drawn: dict[Holder, int]) -> None:
         # An owner took its lock before it drew the position, so the first look sees it, or it has ended.
         if self.owners is None:
             self.owners = frozenset(holder for holder in holders if not holder.prepared)
         if not self.owners & holders and not self.prepared_too:
-            # PREPARE gives a transaction a new virtual id: those prepared by now are the second set.
-            self.owners = frozenset(holder for holder in holders if holder.prepared)
+            # PREPARE may give a transaction a new virtual id: those prepared by now are the second set. But one that
+            # was prepared before a position was drawn cannot own it: a forgotten one would keep every gap open.
+            lowest = min(low for low, _ in self.ranges)
+            self.owners = frozenset(holder for holder in holders if holder.prepared and drawn[holder] >= lowest)
             self.prepared_too = True
         self.ended = not self.owners & holders
 
@@ -105,6 +117,7 @@ class Positions:
 
     cursor: int = 0
     _cohorts: list[_Cohort] = field(default_factory=list)
+    _drawn: dict[Holder, int] = field(default_factory=dict)  # no position of a prepared one is above that
 
     @classmethod
     def restored(cls, cursor: int, open_positions: Sequence[Range]) -> Positions:
@@ -123,11 +136,15 @@ class Positions:
         if again := outside(passed, self.open):
             self._cohorts.append(_Cohort(ranges=again))
 
-    def observe(self, holders: Iterable[Holder]) -> None:
-        """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap."""
+    def observe(self, holders: Iterable[Holder], drawn: int = HIGHEST) -> None:
+        """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap.
+
+        `drawn` is the highest position that was drawn, asked for after the holders.
+        """
         now = frozenset(holders)
+        self._drawn = {holder: self._drawn.get(holder, drawn) for holder in now if holder.prepared}
         for cohort in self._cohorts:
-            cohort.observe(now)
+            cohort.observe(now, self._drawn)
 
     def read(self, positions: Iterable[int], through: int | None = None) -> None:
         """Take in a page: sorted, open positions included, read in one snapshot younger than the last `observe`.

@@ -88,13 +88,19 @@ SELECT p.position, t.event_count, t.replays, e.message_id::text, e.subject, e.he
 """
 
 # Who holds a write lock on transactions: whoever owns a missing position is among them, or has ended. A transaction
-# takes its lock before it draws the position and keeps it to its end; a prepared one appears as -1/xid.
+# takes its lock before it draws the position and keeps it to its end; a prepared one has no process.
 HOLDERS = """
-SELECT DISTINCT virtualtransaction FROM pg_locks
+SELECT DISTINCT virtualtransaction, pid IS NULL FROM pg_locks
  WHERE locktype = 'relation' AND relation = '{schema}.transactions'::regclass AND granted
    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
    AND pid IS DISTINCT FROM pg_backend_pid()
+"""
+
+# The highest position that was drawn, by whomever; null where this role may not see it.
+DRAWN = """
+SELECT CASE WHEN has_sequence_privilege(name::regclass, 'SELECT') THEN pg_sequence_last_value(name::regclass) END
+  FROM pg_get_serial_sequence('{schema}.transactions', 'position') AS name
 """
 
 # The barrier, the mark and the verdicts in one commit, under the leader's epoch. Nothing happens unless the epoch is

@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow
 from outbox import schema
 from outbox.core import requirements
 from outbox.core.plan import Planned
-from outbox.core.positions import Holder, Range
+from outbox.core.positions import HIGHEST, Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD
 from outbox.errors import Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.postgres import queries
@@ -209,9 +209,13 @@ class Store:
             remedy=f"look at position {position} in {self._schema}.transactions: who changed it?",
         )
 
-    async def holders(self) -> list[Holder]:
-        """Who may own a missing position now."""
-        return [Holder(id=row[0]) for row in await self._all(queries.HOLDERS)]
+    async def holders(self) -> tuple[list[Holder], int]:
+        """Who may own a missing position now, and, if any of them is prepared, the highest position drawn by then."""
+        holders = [Holder(id=row[0], prepared=row[1]) for row in await self._all(queries.HOLDERS)]
+        if not any(holder.prepared for holder in holders):
+            return holders, HIGHEST
+        # Not in the same statement: it might be read first, and one of them draw and prepare in between.
+        return holders, (await self._all(queries.DRAWN))[0][0] or HIGHEST
 
     async def commit(self, epoch: int, decisions: Decisions) -> None:
         """Write the decisions in one durable commit; raises `Deposed` if another relay has taken the lead.

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 from outbox.config import OnDead, Settings
 from outbox.core.batch import COUNT, POSITION, SIZE
-from outbox.core.positions import Range, below
+from outbox.core.positions import Range, below, coarse
 from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
 from outbox.core.transaction import Receipt, Transaction, Verdict
 from outbox.errors import Halt, Misconfigured
@@ -29,6 +29,7 @@ from outbox.relay.lanes import Lanes
 from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
 
+OPEN_RANGES = 20
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STOP_SECONDS = 3.0  # less than idle_session_timeout: the last mark needs the session
 
@@ -243,7 +244,7 @@ class Leader:
             self._lead.epoch,
             Decisions(
                 cursor=self._written,
-                open_positions=below(self._written, self._reader.open_positions, map(POSITION, self._held())),
+                open_positions=self._open_positions(),
                 receipts=receipts,
                 verdicts=verdicts,
                 streams=[lane.row() for lane in dirty],
@@ -261,6 +262,18 @@ class Leader:
             self._reader.hurry()
         self._report(verdicts)
         return True
+
+    def _open_positions(self) -> list[Range]:
+        """Positions up to the cursor that are neither settled nor planned, in few words: what a blocked stream holds
+        may lie scattered among thousands that others have sent.
+        """
+        incoming = ((each.position, each.position) for each in self._router.incoming)
+        held = itertools.chain.from_iterable(chain.held() for chain in self._lanes.chains)
+        found = below(self._written, [*self._reader.open_positions, *incoming, *held])
+        if len(found) <= OPEN_RANGES:
+            return found
+        apart = itertools.chain.from_iterable(chain.planned_between() for chain in self._lanes.chains)
+        return coarse(found, OPEN_RANGES, list(apart))
 
     def _marked(self, receipts: Sequence[Receipt]) -> None:
         if receipts:

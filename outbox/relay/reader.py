@@ -97,7 +97,7 @@ class Reader:
             if self._positions.open:
                 # Who may own a gap is asked before the page whose snapshot may prove it empty. What is reopened from
                 # here on was not asked for, and so cannot be proven by this page.
-                self._positions.observe(await self._store.holders())
+                self._positions.observe(*await self._store.holders())
             gaps = self._positions.open
             return await self._store.page(self._positions.cursor, gaps, messages=messages, size=size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.core.positions import Holder, Positions, merged, outside, without
+from outbox.core.positions import Holder, Positions, coarse, merged, outside, without
 
 STEPS = st.lists(
     st.tuples(
@@ -14,6 +14,10 @@ STEPS = st.lists(
         st.integers(1, 4),
     ),
     max_size=80,
+)
+
+RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)), max_size=8).map(
+    lambda drawn: merged((low, low + length) for low, length in drawn)
 )
 
 
@@ -42,7 +46,8 @@ def test_every_committed_position_is_read_once_and_no_gap_is_forgotten_early(
             case "prepare" if mine is not None:
                 running[mine] = f"-1/{mine}"
             case "observe":
-                positions.observe(Holder(id=each) for each in running.values())
+                holders = (Holder(id=each, prepared=each.startswith("-1/")) for each in running.values())
+                positions.observe(holders, drawn)
             case "read":
                 gaps = [p for low, high in positions.open for p in range(low, high + 1)]
                 page = sorted(p for p in visible - set(read) if p > positions.cursor or p in gaps)[:limit]
@@ -80,12 +85,50 @@ def test_gap_outlives_an_owner_that_prepares() -> None:
     positions = Positions()
     positions.read([2], 2)
     positions.observe([Holder(id="3/1")])
-    positions.observe([Holder(id="-1/700")])
+    positions.observe([Holder(id="-1/700", prepared=True)])
     positions.read([], None)
     assert positions.open == [(1, 1)]
     positions.observe([])
     positions.read([1], 1)
     assert positions.open == []
+
+
+def test_gap_that_was_drawn_after_a_forgotten_one_was_prepared_is_not_its() -> None:
+    """A forgotten prepared transaction kept every position open whose commit failed after its seal."""
+    positions = Positions()
+    forgotten = Holder(id="-1/700", prepared=True)
+    positions.read([2], 2)
+    positions.observe([forgotten], 2)
+    for number in range(3, 3000, 2):
+        positions.read([number + 1], number + 1)  # the one before has failed
+        positions.observe([forgotten], number + 1)
+    positions.read([], None)
+    assert positions.open == [(1, 1)]
+
+
+def test_the_last_position_before_it_was_seen_prepared_may_be_its_own() -> None:
+    positions = Positions()
+    prepared = Holder(id="-1/700", prepared=True)
+    positions.observe([prepared], 1)
+    positions.read([2], 2)
+    positions.observe([prepared], 2)
+    positions.read([], None)
+    assert positions.open == [(1, 1)]
+
+
+@given(RANGES, RANGES, st.integers(1, 10))
+def test_coarse_covers_all_and_nothing_that_is_apart(
+    ranges: list[tuple[int, int]], others: list[tuple[int, int]], most: int
+) -> None:
+    def places(of: list[tuple[int, int]]) -> set[int]:
+        return {place for low, high in of for place in range(low, high + 1)}
+
+    apart = outside(others, ranges)
+    found = coarse(ranges, most, apart)
+    assert places(ranges) <= places(found)
+    assert not places(found) & places(apart)
+    assert found == merged(found)
+    assert len(found) <= most + len(apart)
 
 
 def test_proven_gap_is_kept_while_a_cut_page_does_not_cover_it() -> None:
@@ -105,11 +148,6 @@ def test_ranges_are_sets(pieces: list[tuple[int, int]], positions: set[int]) -> 
     assert {p for low, high in merged(ranges) for p in range(low, high + 1)} == wanted
     left = {p for low, high in without(merged(ranges), sorted(positions)) for p in range(low, high + 1)}
     assert left == wanted - positions
-
-
-RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)), max_size=8).map(
-    lambda drawn: merged((low, low + length) for low, length in drawn)
-)
 
 
 @given(RANGES, RANGES)
