@@ -163,10 +163,13 @@ MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 
 WRITTEN = "SELECT pg_current_wal_insert_lsn()::text"
 
-# How far the standbys are that could take over; needs pg_monitor. A base backup under way is none of them.
+# How far the standbys are that could take over; needs pg_monitor. Who only receives (pg_receivewal, a base backup under
+# way) replays nothing, and a subscriber, which has a logical slot, has no copy of this database.
 REPLICATED = """
-SELECT count(*) > 0 AND coalesce(bool_and(coalesce(flush_lsn >= %(lsn)s::text::pg_lsn, false)), false)
-  FROM pg_stat_replication WHERE state IN ('streaming', 'catchup')
+SELECT count(*) > 0 AND coalesce(bool_and(coalesce(r.flush_lsn >= %(lsn)s::text::pg_lsn, false)), false)
+  FROM pg_stat_replication AS r
+ WHERE r.state IN ('streaming', 'catchup') AND r.replay_lsn IS NOT NULL
+   AND NOT EXISTS (SELECT FROM pg_replication_slots AS s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
 """
 
 # The lead is laid down in an orderly way; after a halt with a word of why.

@@ -37,7 +37,6 @@ from outbox.postgres.rows import (
 from outbox.postgres.session import answered, open_session
 
 DEATHS = 2  # leaders in a row that died before they had shown that they live
-REPLICA_LOOKS, REPLICA_SECONDS = 500, 0.01
 
 
 class Store:
@@ -63,7 +62,7 @@ class Store:
     async def connect(cls, url: str, name: str = schema.DEFAULT_SCHEMA, *, replicas: bool = False) -> Self:
         """Open a session; raises `Weather` if the server cannot be reached.
 
-        With `replicas` a commit of a plan waits until every streaming standby, of which there must be one, has it.
+        With `replicas` a plan is not to be carried out before every standby, of which there must be one, has it.
         """
         return cls(await open_session(url), name, replicas=replicas)
 
@@ -262,17 +261,13 @@ class Store:
         if written != [1, len(receipts), len(verdicts), len(streams)]:
             raise Halt(f"a commit wrote {written} rows", remedy="run: outbox status, and report this with its output")
 
-        if self._replicas and any(row.plan for row in streams):
-            await self._replicated()
+    async def written(self) -> str | None:
+        """Up to where the standbys must have the WAL before what is planned may be sent; None if they need not."""
+        return str((await self._all(queries.WRITTEN))[0][0]) if self._replicas else None
 
-    async def _replicated(self) -> None:
-        """Wait until every streaming standby has flushed what is committed now; raises `Weather` after some seconds."""
-        lsn = (await self._all(queries.WRITTEN))[0][0]
-        for _ in range(REPLICA_LOOKS):
-            if (await self._all(queries.REPLICATED, lsn=lsn))[0][0]:
-                return
-            await asyncio.sleep(REPLICA_SECONDS)
-        raise Weather("no standby, or not every one, has confirmed what is to be published (--durability replicas)")
+    async def replicated(self, lsn: str) -> bool:
+        """True if every standby that could take over has flushed it; there must be one."""
+        return bool((await self._all(queries.REPLICATED, lsn=lsn))[0][0])
 
     async def add_stream(self, epoch: int, name: str, created: str, last: int) -> None:
         """Remember a stream at the first contact."""

@@ -30,6 +30,8 @@ from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
 
 OPEN_RANGES = 20
+REPLICA_SECONDS, REPLICA_POLL_SECONDS = 1.0, 0.01  # until it is said that they are waited for, and between two looks
+NOT_REPLICATED = "no standby that could take over, or not every one, has what is planned (--durability replicas)"
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
 STOP_SECONDS = 3.0  # less than idle_session_timeout: the last mark needs the session
 
@@ -65,6 +67,8 @@ class Leader:
         self._connection = Connection(connect, tell=tell, news=self._news.set)
         self._housekeeper = Housekeeper(store, settings, tell=tell, news=self._news.set)
         self._told: str | None = None
+        self._unsecured: tuple[str, float] | None = None  # what the standbys must have first, and since when
+        self._insecure: str | None = None
         self._began = self._clock()
         self._pulse = Pulse(store, lead, tell=tell)
         self._arrived = False
@@ -75,6 +79,11 @@ class Leader:
     def _held_back(self) -> bool:
         """True if nothing more is to be read, planned or sent: the relay ends, or an operator has paused it."""
         return self._stop.is_set() or self._pulse.paused is not None
+
+    @property
+    def _blocked(self) -> str | None:
+        """What holds the head of the outbox back, for the status."""
+        return self._insecure or self._router.blocked
 
     @property
     def _jetstream(self) -> JetStream | None:
@@ -158,12 +167,24 @@ class Leader:
     async def _send(self, now: float) -> bool:
         """Send what is planned and committed, as far as the windows have room; True if anything went out."""
         sent = False
-        if self._jetstream is not None and not self._held_back:
+        if self._jetstream is not None and not self._held_back and await self._secured(now):
             for lane in self._lanes.values():
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids, now)
         return sent
+
+    async def _secured(self, now: float) -> bool:
+        """True if the standbys have what was planned last, where they must. They are waited for, and so said."""
+        if self._unsecured is None:
+            return True
+        lsn, since = self._unsecured
+        if await self._store.replicated(lsn):
+            self._unsecured = self._insecure = None
+            return True
+        if now - since > REPLICA_SECONDS:
+            self._insecure = NOT_REPLICATED
+        return False
 
     # --- streams
 
@@ -235,7 +256,7 @@ class Leader:
         """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
         dirty = self._lanes.dirty
         verdicts = self._router.verdicts + [each for lane in dirty for each in lane.chain.verdicts]
-        if not dirty and not verdicts and not self._retried and self._router.blocked == self._told:
+        if not dirty and not verdicts and not self._retried and self._blocked == self._told:
             return False
         receipts = list(itertools.chain.from_iterable(lane.chain.receipts for lane in dirty))
         planned = itertools.chain.from_iterable(lane.chain.planned for lane in dirty)
@@ -248,11 +269,13 @@ class Leader:
                 receipts=receipts,
                 verdicts=verdicts,
                 streams=[lane.row() for lane in dirty],
-                blocked=self._router.blocked,
+                blocked=self._blocked,
                 retried=self._retried,
                 sound=bool(receipts) and not self._caution.active and self._clock() - self._began > SOUND_SECONDS,
             ),
         )
+        if any(lane.chain.planned for lane in dirty) and (lsn := await self._store.written()) is not None:
+            self._unsecured = (lsn, self._unsecured[1] if self._unsecured else self._clock())
         self._router.written()
         self._retried = []
         for lane in dirty:
@@ -286,8 +309,8 @@ class Leader:
     def _report(self, verdicts: list[Verdict]) -> None:
         for each in verdicts:
             self._tell(Died(verdict=each))
-        if self._router.blocked != self._told:
-            self._told = self._router.blocked
+        if self._blocked != self._told:
+            self._told = self._blocked
             self._tell(Blocked(stream="", why=self._told) if self._told else Unblocked(stream=""))
         for lane in self._lanes.values():
             lane.report()
@@ -334,6 +357,8 @@ class Leader:
         self._news.set()
 
     def _dues(self) -> Iterator[float]:
+        if self._unsecured is not None:
+            yield self._clock() + REPLICA_POLL_SECONDS
         if self._next_page() is not None:
             yield self._reader.due
         if self._jetstream is None:
