@@ -259,7 +259,8 @@ def rebase(
         done = asyncio.run(rebase.accept_stream(given, stream))
         out.print(f"stream {stream} is accepted as it is; start the relay")
     else:
-        done = asyncio.run(rebase.rebase(given, read_back=not blind))
+        with screen.progress() as progress:
+            done = asyncio.run(rebase.rebase(given, read_back=not blind, progress=progress))
         out.print(f"the outbox has the new id {done.outbox_id}; start the relay")
     if done.adopted or done.unknown:
         out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent")

@@ -105,6 +105,8 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
         yield "backlog", backlog, ""
     if found.blocked:
         yield "blocked", f"{found.blocked}\nsince {found.blocked_since:%F %T}", BAD
+    if found.unreconciled:
+        yield "unreconciled", found.unreconciled, BAD
     for each in found.streams:
         if each.blocked:
             yield f"blocked {each.name}", f"{each.blocked}\nsince {each.blocked_since:%F %T}", BAD
@@ -196,7 +198,7 @@ def show_comparisons(comparisons: Sequence[Comparison]) -> None:
     anomalies = [(each.stream, anomaly) for each in comparisons for anomaly in each.anomalies]
     table = _table("what")
     for each in comparisons:
-        table.add_column(_text(each.stream), overflow="fold", justify="right")
+        table.add_column(_text(each.stream or "in none"), overflow="fold", justify="right")
     for what in ("transactions", "messages", "foreign", "replayed", "removed", "unknown"):
         table.add_row(what, *(f"{getattr(each, what):,}" for each in comparisons))
     table.add_row("anomalies", *(f"{len(each.anomalies):,}" for each in comparisons))

@@ -17,6 +17,7 @@ from outbox.core.plan import Seen
 from outbox.core.positions import Range, merged
 
 UNKNOWN = "the database has no such transaction"
+STRANDED = "committed and pending, and behind all that a relay looks at; remedy: outbox rebase"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,23 @@ class Comparison:
                 kind = "split" if good else "missing"
                 what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
                 self._add(kind, row.position, row.first, what)
+
+    def gone(self, rows: Iterable[Row]) -> None:
+        """Count receipts in a stream that does not exist any more: all of its messages are removed."""
+        for row in rows:
+            if row.stream == self.stream:
+                self.transactions += 1
+                self.removed += row.last - row.first + 1
+
+    def missing(self) -> None:
+        """Nobody has retired the stream, and yet it is gone: say so, once `gone` has counted what was in it."""
+        what = f"the stream does not exist; {self.transactions} transactions have their receipts in it"
+        self._add("missing", None, None, what)
+
+    def strand(self, positions: Iterable[int]) -> None:
+        """These are pending, and no relay looks at them: `stream` is empty."""
+        for position in positions:
+            self._add("stranded", position, None, STRANDED)
 
     def summary(self) -> Summary:
         """Counts and anomalies, for machines."""

@@ -6,7 +6,7 @@ remove what it reads). What is wrong is decided in `outbox.core.comparison`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -17,7 +17,6 @@ from outbox.core.comparison import Comparison, Row
 from outbox.core.positions import HIGHEST
 from outbox.errors import Misconfigured
 from outbox.jetstream.client import JetStream, connected
-from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
 from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.session import command_session
@@ -40,8 +39,9 @@ async def verify(
 ) -> list[Comparison]:
     """Compare the transactions from position `first` to `last` with every stream they are in, or with one.
 
-    Without bounds the whole of each stream is read, so that what nobody knows of is found too. Works while relays and
-    writers are at work. Raises `Misconfigured` if a stream is unknown or gone, `Weather` if a server cannot be reached.
+    Without bounds the whole of each stream is read, so that what nobody knows of is found too. What no relay would ever
+    send comes last, as the comparison with a stream without a name. Works while relays and writers are at work. Raises
+    `Misconfigured` if a stream is unknown, `Weather` if a server cannot be reached.
     """
     bounded = first > 1 or last < HIGHEST
     async with connected(settings) as jetstream:
@@ -49,25 +49,45 @@ async def verify(
             connection.autocommit = True  # each look-up sees what was committed by then
             outbox = _Outbox(connection, settings.schema)
             outbox_id, former, _, highest = outbox.one(queries.EXTENT)
+            positions = first, min(last, highest)
             compared = []
             for name, shared in outbox.streams(stream):
-                info = await _existing(jetstream, name)
                 comparison = Comparison(
                     outbox_id=str(outbox_id), former=frozenset(map(str, former)), stream=name, shared=shared
                 )
-                low, high = info.first_sequence, info.last_sequence
-                if bounded:
-                    bounds = outbox.one(queries.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
-                    low, high = max(low, bounds[0] or high + 1), min(high, bounds[1] or 0)
-                await read(jetstream, outbox.rows, comparison, low, high, progress)
-                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
-                after = first - 1
-                while receipts := outbox.receipts(after, min(last, highest)):
-                    end = (await _existing(jetstream, name)).last_sequence
-                    comparison.confirm(receipts, first=low, last=high, end=end)
-                    after = receipts[-1].position
+                await _compare(jetstream, outbox, comparison, positions, progress, bounded=bounded)
                 compared.append(comparison)
-            return compared
+            stranded = Comparison(outbox_id=str(outbox_id), stream="")
+            stranded.strand(outbox.stranded(*positions) if stream is None else ())
+            return [*compared, stranded] if stranded.anomalies else compared
+
+
+async def _compare(
+    jetstream: JetStream,
+    outbox: _Outbox,
+    comparison: Comparison,
+    positions: tuple[int, int],
+    progress: Progress,
+    *,
+    bounded: bool,
+) -> None:
+    """Compare one stream, which may be gone."""
+    info = await jetstream.stream(comparison.stream)
+    if info is None:
+        for receipts in outbox.receipts(*positions):
+            comparison.gone(receipts)
+        comparison.missing()
+        return
+    low, high = info.first_sequence, info.last_sequence
+    if bounded:
+        bounds = dict(zip(("from", "to"), positions, strict=True))
+        least, most = outbox.one(queries.SENT_RANGE, stream=comparison.stream, **bounds)
+        low, high = max(low, least or high + 1), min(high, most or 0)
+    await read(jetstream, outbox.rows, comparison, low, high, progress)
+    comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
+    for receipts in outbox.receipts(*positions):
+        end = await jetstream.stream(comparison.stream)
+        comparison.confirm(receipts, first=low, last=high, end=end.last_sequence if end else high)
 
 
 async def read(
@@ -91,13 +111,6 @@ async def read(
     return highest
 
 
-async def _existing(jetstream: JetStream, name: str) -> StreamInfo:
-    info = await jetstream.stream(name)
-    if info is None:
-        raise Misconfigured(f"stream {name} does not exist", remedy="outbox status lists the streams of this outbox")
-    return info
-
-
 class _Outbox:
     """The database's side; every statement reads what is committed at that moment."""
 
@@ -118,9 +131,20 @@ class _Outbox:
     def rows(self, positions: Sequence[int]) -> dict[int, Row]:
         return known_rows(self._connection, self._name, positions)
 
-    def receipts(self, after: int, to: int) -> list[Row]:
-        rows = self._all(queries.RECEIPTS, after=after, to=to)
-        return [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+    def receipts(self, first: int, to: int) -> Iterator[list[Row]]:
+        """The receipts of these positions, a page at a time."""
+        for rows in self._pages(queries.RECEIPTS, first, to):
+            yield [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+
+    def stranded(self, first: int, to: int) -> Iterator[int]:
+        """Those of these positions that are pending, and that no relay looks at."""
+        return (position for rows in self._pages(queries.STRANDED, first, to) for (position,) in rows)
+
+    def _pages(self, query: str, first: int, to: int) -> Iterator[list[TupleRow]]:
+        after = first - 1
+        while rows := self._all(query, after=after, to=to):
+            yield rows
+            after = rows[-1][0]
 
     def _all(self, query: str, **parameters: object) -> list[TupleRow]:
         return self._connection.execute(compose(query, self._name), parameters).fetchall()

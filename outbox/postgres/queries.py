@@ -226,6 +226,33 @@ SELECT epoch, paused_why, (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[
   FROM {schema}.relay
 """
 
+# How far the counters are; see `Counters`. A sequence is read as it is now, after the snapshot: never too low. What is
+# stranded is looked for among a thousand rows at either end of what was read, sent ones included, so that the cost is
+# the same whatever was sent; the doctor and `verify` look at all. By transactions_pkey, transactions_txid, events_pkey.
+COUNTERS = """
+WITH known AS MATERIALIZED (
+  SELECT cursor, open_positions + retried + (SELECT coalesce(range_agg(places), int8multirange())
+                                               FROM {schema}.streams, unnest(plan) AS places) AS open
+    FROM {schema}.relay
+)
+SELECT greatest(k.cursor, upper(k.open) - 1, (SELECT max(position) FROM {schema}.transactions)) AS reached,
+       (SELECT last_value - 1 + is_called::int FROM {schema}.transactions_position_seq) AS drawn,
+       greatest(0, (SELECT txid::text::numeric FROM {schema}.transactions
+                     WHERE txid < '9223372036854775808'::xid8 ORDER BY txid DESC LIMIT 1),
+                   (SELECT txid::text::numeric FROM {schema}.events
+                     WHERE txid < '9223372036854775808'::xid8 ORDER BY txid DESC LIMIT 1))::bigint AS kept,
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS running,
+       (SELECT min(t.position) FROM (
+          (SELECT position, sent_at FROM {schema}.transactions
+            WHERE position <= k.cursor AND dead_at IS NULL AND NOT k.open @> position ORDER BY position LIMIT 1000)
+          UNION ALL
+          (SELECT position, sent_at FROM {schema}.transactions
+            WHERE position <= k.cursor AND dead_at IS NULL AND NOT k.open @> position
+            ORDER BY position DESC LIMIT 1000)
+        ) AS t WHERE t.sent_at IS NULL) AS stranded
+  FROM known AS k
+"""
+
 # Facts that the relay needs to be true before it starts. One row.
 PREFLIGHT = """
 SELECT current_setting('server_version_num')::int, (SELECT system_identifier FROM pg_control_system()),

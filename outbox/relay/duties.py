@@ -38,9 +38,13 @@ class Pulse:
         self._heard = False
 
     async def run_once(self, now: float) -> list[Range]:
-        """Speak if it is time; the dead letters that are to be retried. Raises `Deposed` if another relay leads."""
+        """Speak if it is time; the dead letters that are to be retried.
+
+        Raises `Deposed` if another relay leads, `Halt` if the counters contradict the rows.
+        """
         if now - self._strays_looked >= STRAY_SECONDS:
             self._strays_looked = now
+            await self._store.reconcile()  # a TRUNCATE or a setval may come under a relay that leads
             if strays := await self._store.strays():
                 txid, count = strays[0]
                 self._tell(Strayed(txid=txid, events=count))

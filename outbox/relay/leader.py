@@ -92,6 +92,7 @@ class Leader:
         if self._caution.active:
             self._tell(Careful())
         try:
+            await self._store.reconcile()
             for row in await self._store.streams():
                 await self._lanes.restore(row, self._store)
             while not self._stop.is_set():

@@ -143,10 +143,12 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("SELECT, INSERT, UPDATE", "{schema}.streams"),
         ("SELECT, UPDATE", "{schema}.relay"),
         ("SELECT", "{schema}.limits, {schema}.pending, {schema}.dead"),
+        ("SELECT", "{schema}.events_id_seq, {schema}.transactions_position_seq"),
     ),
     "operator": (
         ("USAGE", "SCHEMA {schema}"),
         ("SELECT", "ALL TABLES IN SCHEMA {schema}"),
+        ("SELECT", "{schema}.events_id_seq, {schema}.transactions_position_seq"),
         ("INSERT (message_id, subject, headers, payload)", "{schema}.events"),
         ("UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts)", "{schema}.transactions"),
         ("UPDATE (replay_of)", "{schema}.transactions"),
