@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 
 import psycopg
@@ -248,9 +247,6 @@ def test_second_rebase_gives_no_transaction_the_id_of_another(sent: Settings, br
     moved = rows(url, "SELECT position, txid::text::numeric - %s FROM outbox.transactions", queries.MOVED_TXIDS)
     assert all(position == offset for position, offset in moved)
     assert len(moved) == 6
-    whole = (
-        "SELECT t.position FROM outbox.transactions t JOIN outbox.events e USING (txid) GROUP BY 1 HAVING count(*) = 2"
-    )
     assert len(rows(url, WHOLE)) == 6
     assert drained(sent) is None
     assert anomalies(sent) == []
@@ -297,9 +293,6 @@ def test_rebase_that_is_interrupted_between_pages_is_run_again(
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(rebase.rebase(sent, progress=interrupted))
     assert value(url, MOVED) == 4
-    whole = (
-        "SELECT t.position FROM outbox.transactions t JOIN outbox.events e USING (txid) GROUP BY 1 HAVING count(*) = 2"
-    )
     assert len(rows(url, WHOLE)) == 7
     asyncio.run(rebase.rebase(sent))
     assert (value(url, MOVED), len(rows(url, WHOLE))) == (7, 7)
@@ -330,41 +323,27 @@ def test_writers_that_do_not_end_are_named_and_hold_nobody_up(
     assert drained(sent) is None
 
 
-@pytest.mark.long
 def test_rebase_of_many_rows_does_not_stop_writers(database: str, settings: Settings, stream: Stream) -> None:
-    """Fault: 300,000 sent transactions of another cluster. Promise: nobody who writes meanwhile waits for all that."""
+    """Fault: a table full of another cluster's rows. Promise: writers go on from page to page."""
     rows(
         database,
         "INSERT INTO outbox.transactions (txid, event_count, sent_at, stream, first_sequence, last_sequence) "
-        "SELECT (1000000000 + n)::text::xid8, 1, now(), 'S', n, n FROM generate_series(1, 300000) AS n",
+        "SELECT (1000000000 + n)::text::xid8, 1, now(), 'S', n, n FROM generate_series(1, 20000) AS n",
     )
     rows(
         database,
         "SET session_replication_role = replica; INSERT INTO outbox.events (txid, subject, payload) "
-        "SELECT (1000000000 + n)::text::xid8, 'a', 'x' FROM generate_series(1, 300000) AS n",
+        "SELECT (1000000000 + n)::text::xid8, 'a', 'x' FROM generate_series(1, 20000) AS n",
     )
-    rows(database, "UPDATE outbox.relay SET cursor = 300000")
-    done = threading.Event()
-    longest = 0.0
+    rows(database, "UPDATE outbox.relay SET cursor = 20000")
+    written: list[str] = []
 
-    def write() -> None:
-        nonlocal longest
-        with psycopg.connect(database, autocommit=True) as connection:
-            while not done.is_set():
-                began = time.monotonic()
-                connection.execute("SELECT outbox.add(%s, 'x')", [f"{stream.prefix}.x"])
-                longest = max(longest, time.monotonic() - began)
+    def write_on(what: str, done: int, total: int) -> None:
+        add(database, stream, f"{what} {done} of {total}")  # would wait for ever if writers were locked out
+        written.append(what)
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    began = time.monotonic()
-    asyncio.run(rebase.rebase(settings))
-    took = time.monotonic() - began
-    done.set()
-    writer.join()
-    print(f"longest wait {longest:.3f} of {took:.3f}")
-    assert longest < took / 3  # they waited for a small part of it
-    assert (
-        value(database, "SELECT count(*) FROM outbox.transactions WHERE txid >= '9223372036854775808'::xid8") == 300000
-    )
+    asyncio.run(rebase.rebase(settings, progress=write_on))
+    assert written == ["transaction ids"] * (20_000 // txids.PAGE)
+    assert value(database, MOVED) == 20_000
+    assert status(database).pending_transactions == len(written)
     assert drained(settings) is None
