@@ -237,10 +237,10 @@ WITH known AS MATERIALIZED (
 )
 SELECT greatest(k.cursor, upper(k.open) - 1, (SELECT max(position) FROM {schema}.transactions)) AS reached,
        (SELECT last_value - 1 + is_called::int FROM {schema}.transactions_position_seq) AS drawn,
-       greatest(0, (SELECT txid::text::numeric FROM {schema}.transactions
-                     WHERE txid < '9223372036854775808'::xid8 ORDER BY txid DESC LIMIT 1),
-                   (SELECT txid::text::numeric FROM {schema}.events
-                     WHERE txid < '9223372036854775808'::xid8 ORDER BY txid DESC LIMIT 1))::bigint AS kept,
+       greatest(0, (SELECT t.txid::text::bigint FROM {schema}.transactions AS t
+                     WHERE t.txid < '9223372036854775808'::xid8 ORDER BY t.txid DESC LIMIT 1),
+                   (SELECT e.txid::text::bigint FROM {schema}.events AS e
+                     WHERE e.txid < '9223372036854775808'::xid8 ORDER BY e.txid DESC LIMIT 1)) AS kept,
        pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS running,
        (SELECT min(t.position) FROM (
           (SELECT position, sent_at FROM {schema}.transactions
