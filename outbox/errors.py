@@ -45,8 +45,16 @@ class Weather(OutboxError):
     """A server cannot be reached or cannot work now. Waited out for ever; spends no attempt."""
 
 
+class Locked(Weather):
+    """Somebody else holds a lock that is needed, for longer than may be waited: everybody behind would wait too."""
+
+
 class Unusable(Weather):
     """A stream's configuration is in the way. Found at the start it is refused; later it is waited out, loudly."""
+
+
+class Unsuited(Misconfigured):
+    """The schema is of a version that this relay cannot work with. It stands by until a migration settles that."""
 
 
 class Denied(Weather):

@@ -115,10 +115,10 @@ def trace_contexts(batch: Batch) -> list[str]:
 
 
 class Frames(NamedTuple):
-    """A batch as nats-server reads it, three pieces a message; the `largest` as it counts against max_payload."""
+    """A batch as nats-server reads it, three pieces a message; and bytes of headers and payload of each message."""
 
     pieces: list[bytes]
-    largest: int
+    sizes: list[int]
 
 
 def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
@@ -155,7 +155,13 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
             sizes.append(size)
             pieces += (f"HPUB {subject}{asked} {head_size} {size}\r\n{head}".encode(), payload, END)
             fence = ""
-    return Frames(pieces, max(sizes))
+    return Frames(pieces, sizes)
+
+
+def stored_bytes(batch: Batch, outbox_id: str, overhead: int) -> int:
+    """Bytes that the batch takes of its stream, which keeps `overhead` bytes beside each message and its subject."""
+    subjects = chain.from_iterable(each.subjects for each in batch.transactions)
+    return sum(frames(batch, outbox_id, "").sizes) + sum(len(each.encode()) + overhead for each in subjects)
 
 
 def _place(transaction: Transaction) -> str:

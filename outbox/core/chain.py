@@ -21,6 +21,8 @@ from outbox.core.outcome import (
     CUT,
     DUPLICATE_ID,
     REASONS,
+    ROOM,
+    STREAM_FULL,
     Duplicate,
     Meaning,
     Outcome,
@@ -60,7 +62,9 @@ class Chain:
     unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, even late
     _alone: set[int] = field(default_factory=set)
     _careful: bool = False
-    _crossed: int = 0  # in a shared stream: how many messages were still too many to get in between two foreign ones
+    squeezed: bool = False  # the last refusal was of a pack: half of it may go out at once
+    no_room: int = 0  # the position of a transaction that was refused alone just now, because the stream is full
+    _too_many: int = 0  # messages of a batch: for the stream's room, for an offender in it, or between two foreign ones
     _suspected: Verdict | None = None
     _unloaded: int = 0  # how many planned transactions have no events yet
 
@@ -125,6 +129,11 @@ class Chain:
         self.verdicts.append(verdict)
         self._gone([self.planned.popleft()])
         self._replan()
+
+    @property
+    def suspects(self) -> bool:
+        """True if reading the stream back convicts a transaction, unless it is found there."""
+        return self._suspected is not None
 
     @property
     def tip(self) -> int:
@@ -196,8 +205,8 @@ class Chain:
         return messages / self.packing.max_messages
 
     def _packing(self) -> Packing:
-        """In a shared stream a smaller batch, which is quicker, after one that a foreign message has crossed."""
-        return replace(self.packing, max_messages=max(1, self._crossed // 2)) if self._crossed else self.packing
+        """Half a batch after one that was refused as a whole, or that a foreign message has crossed."""
+        return replace(self.packing, max_messages=max(1, self._too_many // 2)) if self._too_many else self.packing
 
     def _may_pipeline(self) -> bool:
         """True if a batch may be sent behind the last one in flight; see `Packing.pipeline_behind`."""
@@ -207,6 +216,7 @@ class Chain:
     def learn(self, outcome: Outcome) -> None:
         """Take in the outcome of the oldest batch in flight."""
         batch = self.in_flight[0]
+        self.squeezed, self.no_room = False, 0
         match outcome:
             case Stored() if outcome.stream == self.stream and outcome.sequence == batch.last_sequence:
                 self.in_flight.popleft()
@@ -216,7 +226,7 @@ class Chain:
                 self._careful = False
                 self.unblock()
                 self.dirty = True
-                self._crossed = 0 if 2 * self._crossed > self.packing.max_messages else 2 * self._crossed
+                self._too_many = 0 if 2 * self._too_many > self.packing.max_messages else 2 * self._too_many
                 if self.shared:
                     self.doubt("the stream has other writers: look before each batch")
             case Stored():
@@ -235,15 +245,22 @@ class Chain:
                 assert_never(outcome)
 
     def _rejected(self, batch: Batch, outcome: Rejected) -> None:
-        if outcome.code in CUT:
+        if outcome.code in CUT or (outcome.code == STREAM_FULL and batch.count > 1):
             self.unanswered |= {each.position for each in batch.transactions}
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
-        if meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
+        if outcome.code in ROOM and len(batch.transactions) > 1:
+            self._squeeze(batch)  # there may be room for a part of it
+        elif meaning(outcome) in (Meaning.WEATHER, Meaning.OPERATOR):
             self.block(str(outcome))
+            self.no_room = batch.transactions[0].position if outcome.code == STREAM_FULL else 0
         if self.shared and meaning(outcome) is Meaning.CHAIN_BROKEN:
-            self._crossed = batch.count
+            self._too_many = min(batch.count, self._too_many or batch.count)
         self.doubt(str(outcome))
+
+    def _squeeze(self, batch: Batch) -> None:
+        """A pack was refused, and nobody knows for whose sake: the next batch has half as many messages."""
+        self._too_many, self.squeezed = batch.count, True
 
     def learn_nothing(self, why: str) -> None:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
@@ -302,12 +319,14 @@ class Chain:
         self.unanswered -= positions
 
     def _offence(self, batch: Batch, rejected: Rejected) -> None:
-        # A packed batch convicts nobody: its transactions go one by one, each on a fresh chain.
+        # A packed batch convicts nobody: it is halved until the offender is alone, which is tried on a fresh chain.
         if len(batch.transactions) > 1 and rejected.code == BATCH_TOO_LARGE:
             half = max(1, batch.count // 2)
             self.packing = replace(self.packing, max_messages=min(half, self.packing.max_messages))
-        elif not {t.position for t in batch.transactions} <= self._alone:
-            self._alone |= {t.position for t in batch.transactions}
+        elif len(batch.transactions) > 1:
+            self._squeeze(batch)
+        elif batch.transactions[0].position not in self._alone:
+            self._alone.add(batch.transactions[0].position)
         else:
             # Convicted when the stream was read back: an unanswered attempt may have stored it, and look like that.
             (guilty,) = batch.transactions

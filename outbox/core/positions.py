@@ -42,6 +42,25 @@ def without(ranges: Iterable[Range], positions: Sequence[int]) -> list[Range]:
     return result
 
 
+def outside(ranges: Iterable[Range], others: Sequence[Range]) -> list[Range]:
+    """What of the ranges lies in none of the others; both are sorted and do not overlap."""
+    result: list[Range] = []
+    index = 0
+    for first, high in ranges:
+        low = first
+        while index < len(others) and others[index][0] <= high:
+            other_low, other_high = others[index]
+            if other_low > low:
+                result.append((low, other_low - 1))
+            low = max(low, other_high + 1)
+            if other_high > high:
+                break  # it reaches into the next one, too
+            index += 1
+        if low <= high:
+            result.append((low, high))
+    return result
+
+
 def below(cursor: int, open_positions: Iterable[Range], held: Iterable[int]) -> list[Range]:
     """Positions up to the cursor that are neither settled nor planned: open ones, and what is held."""
     gaps = ((low, min(high, cursor)) for low, high in open_positions if low <= cursor)
@@ -100,11 +119,9 @@ class Positions:
 
     def reopen(self, ranges: Iterable[Range]) -> None:
         """Look again at positions that were passed: retried dead letters. What lies beyond the cursor comes anyway."""
-        known = self.open
-        passed = (place for low, high in ranges for place in range(low, min(high, self.cursor) + 1))
-        again = [(place, place) for place in passed if not any(low <= place <= high for low, high in known)]
-        if again:
-            self._cohorts.append(_Cohort(ranges=merged(again)))
+        passed = merged((low, min(high, self.cursor)) for low, high in ranges if low <= self.cursor)
+        if again := outside(passed, self.open):
+            self._cohorts.append(_Cohort(ranges=again))
 
     def observe(self, holders: Iterable[Holder]) -> None:
         """Take in who holds a write lock on `transactions` now. Call it before the page that may prove a gap."""

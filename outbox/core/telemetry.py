@@ -41,6 +41,17 @@ class StandingBy(Happening):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting(Happening):
+    """The schema is of a version that this relay cannot work with: it stands by until that fits."""
+
+    level: ClassVar[Level] = Level.WARNING
+    why: str
+
+    def __str__(self) -> str:
+        return f"standing by: {self.why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TookLead(Happening):
     """This relay leads from now on, under a new epoch."""
 

@@ -5,8 +5,9 @@ Pure values. A transaction is here only when it is whole: the store checks the n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import repeat
 from typing import NamedTuple
@@ -20,6 +21,7 @@ class DeadReason(StrEnum):
     SPANS_STREAMS = "spans-streams"
     UNROUTED = "unrouted"
     TOO_MANY_EVENTS = "too-many-events"
+    TOO_LARGE_FOR_STREAM = "too-large-for-stream"
     MESSAGE_TOO_LARGE = "message-too-large"
     HEADERS_TOO_LARGE = "headers-too-large"
     DUPLICATE_MESSAGE_ID = "duplicate-message-id"
@@ -31,6 +33,8 @@ class DeadReason(StrEnum):
 
 
 EVENT_OVERHEAD = 200  # bytes in memory and on the wire, about, besides subject, headers and payload
+OWN_HEADER_BYTES = 190  # of the relay's headers on each message, at least
+NO_LIMIT = 1 << 62
 NO_ROLLUPS: frozenset[str] = frozenset()
 
 
@@ -98,11 +102,25 @@ def reason_of(written: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How much a stream holds that refuses what is new when it is full: messages, bytes, and messages of a subject.
+
+    `overhead` is how many bytes it keeps beside each message and its subject.
+    """
+
+    messages: int = NO_LIMIT
+    bytes: int = NO_LIMIT
+    of_subject: int = NO_LIMIT
+    overhead: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one stream and its server take: events in a batch, bytes of a message (payload and headers)."""
+    """What one stream and its server take: events in a batch, bytes of a message (payload and headers), all in all."""
 
     max_batch_messages: int
     max_message_bytes: int
+    room: Room = field(default_factory=Room)
 
 
 def invalid(transaction: Transaction) -> Verdict | None:
@@ -135,8 +153,8 @@ def fits(transaction: Transaction, limits: Limits) -> bool:
     """True if nothing can be said against its message ids and sizes, at a glance."""
     count = transaction.count
     return (
-        transaction.size <= limits.max_message_bytes
-        and count <= limits.max_batch_messages
+        transaction.size <= min(limits.max_message_bytes, limits.room.bytes // 2)
+        and count <= min(limits.max_batch_messages, limits.room.messages, limits.room.of_subject)
         and (count == 1 or len(set(transaction.message_ids)) == count)
     )
 
@@ -160,9 +178,34 @@ def _problem(transaction: Transaction, limits: Limits) -> Verdict | None:
             )
         ids.add(event.message_id)
         subjects.add(event.subject)
+    return never_fits(transaction, limits.room)
+
+
+def never_fits(transaction: Transaction, room: Room, size: int | None = None) -> Verdict | None:
+    """The verdict on a transaction for which not even the empty stream has room, or None.
+
+    `size` is how many bytes it takes there, to the byte, where that is known.
+    """
+    if (why := _over(transaction, room, size)) is None:
+        return None
+    detail = f"{why}, and it refuses what is new when it is full"
+    return Verdict(position=transaction.position, reason=DeadReason.TOO_LARGE_FOR_STREAM, detail=detail)
+
+
+def _over(transaction: Transaction, room: Room, size: int | None) -> str | None:
+    if transaction.count > room.messages:
+        return f"{transaction.count} events, and the stream holds {room.messages} messages"
+    most, subject = max((count, subject) for subject, count in Counter(transaction.subjects).items())
+    if most > room.of_subject:
+        return f"{most} events on {subject[:80]}, and the stream holds {room.of_subject} messages of a subject"
+    if size is None:
+        beside = OWN_HEADER_BYTES + room.overhead
+        size = sum(beside + len(event.subject) + message_bytes(event) for event in transaction.events)
+    if size > room.bytes:
+        return f"at least {size} bytes, and the stream holds {room.bytes} bytes"
     return None
 
 
 def message_bytes(event: Event) -> int:
-    """Bytes of payload and headers as the application gave them, a lower bound of the message on the wire."""
-    return len(event.payload) + sum(len(name) + len(value) + 4 for name, value in event.headers.items())
+    """Bytes of payload and headers as they are sent, a lower bound of the message on the wire."""
+    return len(event.payload) + sum(len(name) + len(value.strip()) + 4 for name, value in event.headers.items())

@@ -133,7 +133,7 @@ async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
         kinds, _, columns = privileges.partition(" (")
         if what.startswith("SCHEMA"):
             continue
-        for table in what.format(schema=name).split(", "):
+        for table in what.format(schema=name).removeprefix("SEQUENCE ").split(", "):
             for kind in kinds.split(", "):
                 given = {
                     "table": table,

@@ -251,8 +251,8 @@ class JetStream:
     async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
         if token not in self._awaited:
             return  # given up before it went out
-        pieces, largest = frames(batch, outbox_id, f"{self._prefix}.{token}")
-        if largest > self.max_payload:
+        pieces, sizes = frames(batch, outbox_id, f"{self._prefix}.{token}")
+        if (largest := max(sizes)) > self.max_payload:
             # The server would close the connection for good, and tell nobody why.
             description = f"message of {largest} bytes is over max_payload, {self.max_payload}"
             self._tell(token, Rejected(code=MESSAGE_TOO_LARGE, description=description))

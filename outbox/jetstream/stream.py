@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Self
 
 from outbox.core.plan import Seen
 from outbox.core.requirements import Problem, of_stream
+from outbox.core.transaction import NO_LIMIT, Room
 from outbox.errors import Unusable
 
+# Bytes beside a message, its headers and its subject: nats-server's fileStoreMsgSize and memStoreMsgSize.
+OVERHEAD = {"file": 34, "memory": 16}
 MAX_DIGITS = 18  # a number of more is nobody's position
 
 
@@ -25,6 +28,7 @@ class StreamInfo:
     subjects: tuple[str, ...]
     problem: Problem | None
     max_message_bytes: int | None
+    room: Room = field(default_factory=Room)
 
     def check(self) -> Self:
         """The stream itself; raises `Unusable`, with the remedy, if the relay cannot keep its promises with it."""
@@ -45,7 +49,22 @@ def stream_info(answer: dict[str, Any]) -> StreamInfo:
         subjects=tuple(config.get("subjects") or ()),
         problem=next(of_stream(config), None),
         max_message_bytes=size if size >= 0 else None,
+        room=_room(config),
     )
+
+
+def _room(config: dict[str, Any]) -> Room:
+    """A stream that removes what is old has room for anything."""
+
+    def limit(name: str) -> int:
+        given = int(config.get(name, -1))
+        return given if given > 0 else NO_LIMIT
+
+    if config.get("discard") != "new":
+        return Room()
+    of_subject = limit("max_msgs_per_subject") if config.get("discard_new_per_subject") else NO_LIMIT
+    overhead = OVERHEAD.get(config.get("storage", ""), 0)
+    return Room(messages=limit("max_msgs"), bytes=limit("max_bytes"), of_subject=of_subject, overhead=overhead)
 
 
 def seen(message: dict[str, Any]) -> Seen:

@@ -30,6 +30,7 @@ class Health:
 
     def __init__(self) -> None:
         self._state = "starting"
+        self._waits: str | None = None
         self._lost: dict[str, str] = {"postgres": "not connected yet", "nats": "not connected yet"}
 
     def happened(self, happening: telemetry.Happening) -> None:
@@ -41,8 +42,11 @@ class Health:
                 self._lost[server] = why
             case telemetry.StandingBy():
                 self._state = "standby"
+                self._waits = None
+            case telemetry.Waiting(why=why):
+                self._state, self._waits = "standby", why
             case telemetry.TookLead():
-                self._state = "leader"
+                self._state, self._waits = "leader", None
             case telemetry.LeadEnded():
                 self._state = "starting"
                 self._lost["nats"] = "not connected yet"
@@ -61,6 +65,8 @@ class Health:
         """Why it is not ready, or None."""
         if self._state not in ("standby", "leader"):
             return self._lost.get("postgres") or f"the relay is {self._state}"
+        if self._waits is not None and "postgres" not in self._lost:
+            return self._waits
         needed = ("postgres", "nats") if self._state == "leader" else ("postgres",)
         lost = ((server, self._lost.get(server)) for server in needed)
         return next((f"{server}: {why}" for server, why in lost if why is not None), None)

@@ -26,7 +26,7 @@ class Supervisor:
     def happened(self, happening: telemetry.Happening) -> None:
         """Ready is a relay that leads, stands by, or waits out an outage: its settings can be worked with."""
         match happening:
-            case telemetry.TookLead() | telemetry.StandingBy() | telemetry.Unreachable():
+            case telemetry.TookLead() | telemetry.StandingBy() | telemetry.Waiting() | telemetry.Unreachable():
                 ready, self._ready = "" if self._ready else "READY=1\n", True
                 self._say(f"{ready}STATUS={_line(happening)}")
             case telemetry.Blocked() | telemetry.Unblocked() | telemetry.Paused() | telemetry.Resumed():

@@ -7,10 +7,12 @@ they are used: the relay's process starts faster without them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import secrets
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from outbox import schema
-from outbox.errors import Misconfigured
+from outbox.errors import Locked, Misconfigured
 from outbox.operate import queries
 from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATION_LOCK = 0x0B0C_0003
+TRIES, LOCK_SECONDS, PAUSE_SECONDS = 3, 2, 1.0
 
 
 def scripts() -> Path:
@@ -43,12 +46,22 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
 
     Commits, all or nothing. Raises `Misconfigured` where the application's own Alembic history owns the outbox.
     """
+    _known(to)
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(Locked):
+            return _migrated(url, name, to)
+        time.sleep(PAUSE_SECONDS)
+    return _migrated(url, name, to)
+
+
+def _migrated(url: str, name: str, to: int) -> tuple[int, int]:
     from alembic import command
 
-    _known(to)
     with _connected(url) as connection:
         keys = {"lock": MIGRATION_LOCK, "key": schema.lock_key(name)}
         connection.exec_driver_sql(compose(queries.ONE_MIGRATION_AT_A_TIME, name).decode(), keys)
+        # Who waits for a lock is in the way of everybody behind: for a moment only, and again.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
         before = installed(_raw(connection), name)
         if before and not _owns(_raw(connection), name):
             raise Misconfigured(
@@ -57,6 +70,8 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
             )
         config = _config(name)
         config.attributes["connection"] = connection
+        if to >= before and (problem := _unfinished(_raw(connection), name)):
+            raise problem
         move = command.upgrade if to >= before else command.downgrade
         move(config, _revision(to))
         if to == 0:
@@ -84,6 +99,8 @@ def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
     with _connected(url) as connection:
         raw = _raw(connection)
         found = installed(raw, name)
+        if problem := _unfinished(raw, name):
+            return [problem.line]
         if found != schema.VERSION:
             return [f"schema {name} is at version {found}, not {schema.VERSION}: outbox migrate"]
         copy = f"{name[:30]}_{secrets.token_hex(8)}"
@@ -109,6 +126,13 @@ def installed(connection: psycopg.Connection[Any], name: str) -> int:
     events = f"{schema.checked_name(name)}.events"
     ((comment,),) = connection.execute(compose(queries.INSTALLED, name), {"events": events})
     return schema.version_of(comment)
+
+
+def _unfinished(connection: psycopg.Connection[Any], name: str) -> Misconfigured | None:
+    """Why nothing but a way down is possible: the database has another form of an unreleased version."""
+    ((comment,),) = connection.execute(compose(queries.INSTALLED, name), {"events": f"{name}.events"})
+    found = schema.installed(comment)
+    return found.unsuitable(name) if found.unfinished else None
 
 
 def _owns(connection: psycopg.Connection[Any], name: str) -> bool:

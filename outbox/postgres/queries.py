@@ -221,7 +221,8 @@ SELECT position FROM {schema}.transactions
 # Keeps the session from idle_session_timeout; tells whether we still lead, and what operators want: which dead letters
 # are to be retried, and why to pause, if to.
 PING = """
-SELECT epoch, paused_why, (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
+SELECT epoch, suits_from, paused_why,
+       (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
        (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(retried) AS g)
   FROM {schema}.relay
 """
@@ -253,7 +254,7 @@ SELECT greatest(k.cursor, upper(k.open) - 1, (SELECT max(position) FROM {schema}
   FROM known AS k
 """
 
-# Facts that the relay needs to be true before it starts. One row.
+# Facts that the relay needs to be true before it starts. One row. `suits_from` came with schema version 2.
 PREFLIGHT = """
 SELECT current_setting('server_version_num')::int, (SELECT system_identifier FROM pg_control_system()),
        current_setting('max_prepared_transactions')::int, pg_is_in_recovery(),
@@ -262,6 +263,7 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
          WHERE d.classid = 'pg_class'::regclass AND d.deptype = 'i'
            AND d.refobjid IN ('{schema}.events'::regclass, '{schema}.transactions'::regclass)),
        obj_description('{schema}.events'::regclass, 'pg_class'),
+       (SELECT (to_jsonb(r) ->> 'suits_from')::int FROM {schema}.relay AS r),
        (SELECT oid FROM pg_database WHERE datname = current_database()),
        CASE WHEN pg_is_in_recovery() THEN 0
             ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint END

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import psycopg
 from psycopg.rows import AsyncRowFactory, TupleRow, tuple_row
 
-from outbox.errors import Halt, Misconfigured, Weather
+from outbox.errors import Halt, Locked, Misconfigured, Weather
 from outbox.postgres.denials import denial
 from outbox.text import masked
 
@@ -191,6 +191,9 @@ def translated() -> Iterator[None]:
     """psycopg's errors, by whose fault they are: an outage is weather, a missing table or grant the operator's."""
     try:
         yield
+    except psycopg.errors.LockNotAvailable as error:
+        remedy = "see who holds it: pg_blocking_pids and pg_stat_activity; then run it again"
+        raise Locked(_masked(error), remedy=remedy) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         raise Weather(_masked(error)) from error
     except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:

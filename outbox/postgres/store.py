@@ -19,7 +19,7 @@ from outbox.core import requirements
 from outbox.core.plan import Planned
 from outbox.core.positions import Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD, Transaction
-from outbox.errors import Deposed, Halt, Misconfigured, Weather
+from outbox.errors import Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.postgres import queries
 from outbox.postgres.rows import (
     Decisions,
@@ -80,14 +80,17 @@ class Store:
         return f"{number // 10000}.{number % 10000}"
 
     async def preflight(self, max_batch_messages: int) -> Home:
-        """Where the database is, when all that the relay builds on is true; else `Misconfigured`."""
-        ((number, cluster, max_prepared, standby, max_events, cache, comment, database, timeline),) = await self._all(
-            queries.PREFLIGHT
-        )
+        """Where the database is, when all that the relay builds on is true; else `Misconfigured`.
+
+        Raises `Unsuited` where the schema is of a version that this relay cannot work with.
+        """
+        (row,) = await self._all(queries.PREFLIGHT)
+        number, cluster, max_prepared, standby, max_events, cache, comment, suits_from, database, timeline = row
         if standby:
             raise Weather("the database is in recovery: this server is a standby")
         _refuse(requirements.of_postgres(number))
-        schema.check_version(comment, self._schema)
+        if problem := schema.installed(comment, suits_from).unsuitable(self._schema):
+            raise Unsuited(problem.message, remedy=problem.remedy)
         _refuse(
             requirements.of_outbox(
                 self._schema,
@@ -274,10 +277,12 @@ class Store:
         await self._all(queries.ADD_STREAM, epoch=epoch, name=name, created=created, last=last)
 
     async def ping(self, epoch: int) -> Wishes:
-        """Keep the session alive; what operators want. Raises `Deposed` if another relay leads."""
-        current, paused, lows, highs = (await self._all(queries.PING))[0]
+        """Keep the session alive; what operators want. Raises `Deposed` if another relay leads, or a newer one must."""
+        current, suits_from, paused, lows, highs = (await self._all(queries.PING))[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
+        if suits_from > schema.VERSION:
+            raise Deposed(f"the schema was migrated, and suits no relay before version {suits_from} of it")
         return Wishes(retried=list(zip(lows, highs, strict=True)), paused=paused)
 
     async def resign(self, epoch: int, why: str | None = None) -> None:

@@ -14,6 +14,7 @@ from outbox.postgres.rows import Lead
 from outbox.postgres.store import Store
 
 PING_SECONDS = 1.0
+RECONCILE_SECONDS = 10.0
 STRAY_SECONDS = 60.0
 PURGE_SECONDS = 10.0
 PAUSE_SECONDS = 0.1  # between two pages, so that a purge is never the outage
@@ -27,6 +28,7 @@ class Pulse:
         self.paused: str | None = None
         self._store, self._epoch, self._tell = store, lead.epoch, tell
         self._spoke, self._strays_looked = 0.0, now
+        self._reconciled = 0.0
         self._pause(lead.paused)
 
     def hear(self) -> None:
@@ -44,10 +46,12 @@ class Pulse:
         """
         if now - self._strays_looked >= STRAY_SECONDS:
             self._strays_looked = now
-            await self._store.reconcile()  # a TRUNCATE or a setval may come under a relay that leads
             if strays := await self._store.strays():
                 txid, count = strays[0]
                 self._tell(Strayed(txid=txid, events=count))
+        if now - self._reconciled >= RECONCILE_SECONDS:
+            self._reconciled = now
+            await self._store.reconcile()  # a TRUNCATE or a setval may come under a relay that leads
         if not self._heard and now - self._spoke < PING_SECONDS:
             return []
         self._heard, self._spoke = False, now

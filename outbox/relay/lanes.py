@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from outbox.config import BatchMode, Settings
-from outbox.core.batch import POSITION, Batch, Packing, trace_contexts
+from outbox.core.batch import POSITION, Batch, Packing, stored_bytes, trace_contexts
 from outbox.core.chain import CHAINED, SHARED, Chain
 from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
-from outbox.core.transaction import Limits, Transaction
+from outbox.core.transaction import NO_LIMIT, Limits, Transaction, never_fits
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.event import matches
 from outbox.jetstream.client import JetStream
@@ -28,7 +28,7 @@ from outbox.relay import recovery
 from outbox.relay.background import Backoff, Errand
 from outbox.relay.caution import Caution
 
-NO_LIMIT = 1 << 62
+FRAME_SECONDS = 3.0
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status
 
 
@@ -72,6 +72,9 @@ class Lane:
         self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
         self._subjects: tuple[str, ...] = ()
         self._retry = Backoff()
+        self._stored_bytes: int | None = None  # of what was refused alone because the stream is full
+        # Until then a batch of a former leader, or of a former connection, may still arrive.
+        self._frames_gone = asyncio.get_running_loop().time() + FRAME_SECONDS if row.plan else 0.0
         self._told = row.blocked
 
     @property
@@ -107,8 +110,12 @@ class Lane:
             learned = True
             self._outcomes.popleft()
             future.cancel()  # if nobody answered: what is not on the wire yet is not sent
-            self._ended(self.chain.in_flight[0], outcome, now - (deadline - self._settings.ack_timeout))
+            batch = self.chain.in_flight[0]
+            self._ended(batch, outcome, now - (deadline - self._settings.ack_timeout))
+            self._stored_bytes = None
             self.chain.learn(outcome)
+            if self.chain.no_room:
+                self._stored_bytes = stored_bytes(batch, self._outbox_id, self.limits.room.overhead)
             if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
                 self.proven = True
                 self._retry = self._retry.reset()
@@ -147,15 +154,16 @@ class Lane:
         crossed = chain.shared and said is Meaning.CHAIN_BROKEN
         if not crossed:
             self._tell(InDoubt(stream=chain.stream, why=chain.in_doubt or ""))
-        if crossed or said is Meaning.OFFENCE:
+        if crossed or chain.squeezed or said is Meaning.OFFENCE:
             return
         self._retry = self._retry.failed()
         self._settling.postpone(now + self._retry.delay(random.random()))
         if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
             chain.block(chain.in_doubt or "")
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, now: float) -> None:
         """The connection is gone: what was in flight is in doubt."""
+        self._frames_gone = now + FRAME_SECONDS
         self._settling.cancel()
         self._give_up()
         if self.chain.in_doubt is None:
@@ -176,9 +184,9 @@ class Lane:
         if isinstance(came, Weather):
             chain.block(came.message)
         elif came is not None:
-            self._take_in(jetstream, came)
+            self._take_in(jetstream, came, now)
             return True
-        if jetstream is not None and not chain.verdicts and not self._settling.running and now >= self._settling.due:
+        if jetstream is not None and not chain.verdicts and not self._settling.running and now >= self._looks:
             known = recovery.Remembered(
                 stream=chain.stream,
                 created=chain.created,
@@ -191,7 +199,16 @@ class Lane:
             self._settling.start(lambda: recovery.settle(jetstream, known, self._outbox_id), now)
         return False
 
-    def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement) -> None:
+    @property
+    def _looks(self) -> float:
+        """The loop's time of the next reading back.
+
+        Not before a verdict is safe: what a former connection has sent may still arrive, and would fit when those
+        behind the dead letter have moved up.
+        """
+        return max(self._settling.due, self._frames_gone if self.chain.suspects else 0.0)
+
+    def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement, now: float) -> None:
         chain, was_shared = self.chain, self.chain.shared
         self.moved = False
         self._settling.reset()
@@ -199,6 +216,10 @@ class Lane:
         if not chain.planned:
             chain.unblock()
         self.limit(settlement.info, jetstream)
+        self._judge_head(now)
+        if chain.verdicts:
+            self._retry = self._retry.reset()
+            chain.unblock()
         if chain.shared and not was_shared:
             self._tell(Shared(stream=chain.stream, sequence=settlement.last))
         if not was_shared or settlement.stored:
@@ -211,6 +232,18 @@ class Lane:
                 )
             )
 
+    def _judge_head(self, now: float) -> None:
+        """What was refused alone because the stream is full may be too large for it, however empty it is.
+
+        By what the stream says now: an operator may have made it smaller, or larger.
+        """
+        chain = self.chain
+        head = chain.planned[0] if chain.planned else None
+        if not isinstance(head, Transaction) or head.position != chain.no_room or now < self._frames_gone:
+            return
+        if (verdict := never_fits(head, self.limits.room, self._stored_bytes)) is not None:
+            chain.condemn(verdict)
+
     def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
         """Take in what the stream and its server accept."""
         self._subjects = info.subjects
@@ -218,6 +251,7 @@ class Lane:
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,
             max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
+            room=info.room,
         )
 
     def send(self, jetstream: JetStream, ids: Iterable[str], now: float) -> bool:
@@ -241,7 +275,7 @@ class Lane:
         if self._outcomes:
             yield self._outcomes[0][1]
         if self.chain.in_doubt and not self._settling.running:
-            yield self._settling.due
+            yield self._looks
 
     def close(self) -> None:
         """Stop what runs beside the loop; idempotent."""
@@ -320,10 +354,10 @@ class Lanes(dict[str, Lane]):
         """Those with something to write down."""
         return [lane for lane in self.values() if lane.chain.dirty]
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, now: float) -> None:
         """The connection is gone."""
         for lane in self.values():
-            lane.lost(f"the connection to NATS was lost: {why}")
+            lane.lost(f"the connection to NATS was lost: {why}", now)
 
     def dues(self) -> Iterator[float]:
         """The loop's times at which one of them wants to be looked at."""

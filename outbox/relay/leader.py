@@ -140,7 +140,7 @@ class Leader:
     def _reach_nats(self, now: float) -> None:
         if (why := self._connection.lost()) is not None:
             self._router.lost()
-            self._lanes.lost(why)
+            self._lanes.lost(why, now)
         self._connection.reach(now)
 
     def _learn(self, now: float) -> bool:
@@ -149,7 +149,7 @@ class Leader:
         for lane in self._lanes.values():
             if lane.learn(now, forbidden):
                 learned = True
-                if lane.chain.in_doubt and not lane.chain.shared:
+                if lane.chain.in_doubt and not lane.chain.shared and not lane.chain.squeezed:
                     self._router.forget()
         return learned
 

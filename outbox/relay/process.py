@@ -22,7 +22,7 @@ from outbox.relay.relay import Relay
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OBJECTS_BETWEEN_COLLECTIONS = 200_000
-SERVES = (telemetry.TookLead, telemetry.StandingBy)
+SERVES = (telemetry.TookLead, telemetry.StandingBy, telemetry.Waiting)
 
 
 def run(settings: Settings, *, drain: bool, create: tuple[str, list[str]] | None, verbose: bool) -> None:

@@ -16,14 +16,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from outbox.config import Durability, OnDead, Settings
-from outbox.core.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
-from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
+from outbox.core.telemetry import (
+    Connected,
+    LeadEnded,
+    Listener,
+    LostLead,
+    StandingBy,
+    Stopped,
+    Unreachable,
+    Waiting,
+    silent,
+)
+from outbox.errors import Denied, Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.jetstream.client import JetStream
+from outbox.postgres.rows import Home
 from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
 from outbox.relay.leader import Leader
 
 STANDBY_SECONDS = 0.2
+SCHEMA_SECONDS = 1.0
 STANDBY_TRY_SECONDS = 2.0
 SOUND_TERM_SECONDS = 5.0  # a shorter term counts as a failure: the next one waits longer
 
@@ -79,8 +91,8 @@ class Relay:
 
     async def _serve(self, store: Store, *, drain: bool) -> bool:
         """Stand by and lead on one session; True if drained or stopped, False if another term is due."""
-        home = await store.preflight(self._settings.max_batch_messages)
-        if not await self._stand_by(store, drain=drain):
+        home = await self._suited(store, drain=drain)
+        if home is None or not await self._stand_by(store, drain=drain):
             return True
         if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
             raise Halt(
@@ -109,6 +121,24 @@ class Relay:
             self._tell(LeadEnded())
             if clock() - began > SOUND_TERM_SECONDS:
                 self._backoff = self._backoff.reset()
+
+    async def _suited(self, store: Store, *, drain: bool) -> Home | None:
+        """Wait until the schema is one that this relay can work with; None if stopped meanwhile.
+
+        So a migration and new relays may come in any order. A relay that drains is refused: its caller waits for it.
+        """
+        told = ""
+        while not self._stop.is_set():
+            try:
+                return await store.preflight(self._settings.max_batch_messages)
+            except Unsuited as error:
+                if drain:
+                    raise
+                if error.line != told:
+                    told = error.line
+                    self._tell(Waiting(why=told))
+            await self._sleep(SCHEMA_SECONDS)
+        return None
 
     async def _stand_by(self, store: Store, *, drain: bool) -> bool:
         """Wait for the lock, polling: a waiting lock request would hold back vacuum. False if stopped meanwhile.

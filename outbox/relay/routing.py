@@ -24,7 +24,8 @@ from outbox.relay.background import Errand
 from outbox.relay.lanes import Lane
 
 REMEMBERED_SUBJECTS = 10_000
-REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE)  # judged by what JetStream said once
+# Judged by what JetStream said once.
+REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE, DeadReason.TOO_LARGE_FOR_STREAM)
 
 
 class Routes:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
 from importlib import resources
 from typing import TYPE_CHECKING, Any, LiteralString, Protocol
 
@@ -20,8 +22,10 @@ from outbox.errors import Misconfigured
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-VERSION = 1
+VERSION = 2
+UNRELEASED = {2}  # may still change in place: a database tells by a fingerprint which form of it it has
 DEFAULT_SCHEMA = "outbox"
+TABLES = ("events", "transactions", "streams", "relay", "limits", "housekeeping")
 
 # First keys of the two-integer advisory locks: one constant per purpose; the second key tells the schemas apart.
 LEADER_LOCK = 0x0B0C_0001
@@ -54,19 +58,29 @@ def channel(schema: str) -> str:
 def statements(version: int, direction: str, schema: str = DEFAULT_SCHEMA) -> Iterator[str]:
     """The SQL statements that go from version-1 to version (`direction` "up") or back ("down"), ready to execute."""
     checked_name(schema)
-    text = resources.files("outbox.schema").joinpath("ddl", f"{version:04}_{direction}.sql").read_text()
     names = {
         "schema": sql.Identifier(schema),
         "literal": sql.Literal(schema),
-        "limits": sql.Literal(f"{schema}.limits"),
+        "comment": sql.Literal(events_comment(version)),
+        **{table: sql.Literal(f"{schema}.{table}") for table in TABLES},
         "channel": sql.Literal(channel(schema)),
         "key": sql.Literal(lock_key(schema)),
         "awake": sql.Literal(AWAKE_LOCK),
         **{name: sql.Literal(f"outbox.{schema}_{name}") for name in ("added", "sealed")},
     }
-    for part in re.split(r";\n(?:\n|\Z)", text):
+    for part in re.split(r";\n(?:\n|\Z)", _ddl(version, direction)):
         if statement := re.sub(r"\A(--.*\n|\s)*", "", part):
             yield sql.SQL(statement).format(**names).as_string()
+
+
+def _ddl(version: int, direction: str) -> str:
+    return resources.files("outbox.schema").joinpath("ddl", f"{version:04}_{direction}.sql").read_text()
+
+
+def events_comment(version: int = VERSION) -> str:
+    """The comment on the table `events`, which tells the version, and of an unreleased one what it was made by."""
+    made_by = f" ({sha256(_ddl(version, 'up').encode()).hexdigest()[:8]})" if version in UNRELEASED else ""
+    return f"outbox schema version {version}. One row per event; append-only.{made_by}"
 
 
 class Operations(Protocol):
@@ -142,13 +156,14 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("UPDATE (dead_at, dead_reason, attempts)", "{schema}.transactions"),
         ("SELECT, INSERT, UPDATE", "{schema}.streams"),
         ("SELECT, UPDATE", "{schema}.relay"),
+        ("SELECT, UPDATE", "{schema}.housekeeping"),
         ("SELECT", "{schema}.limits, {schema}.pending, {schema}.dead"),
-        ("SELECT", "{schema}.events_id_seq, {schema}.transactions_position_seq"),
+        ("SELECT", "SEQUENCE {schema}.events_id_seq, {schema}.transactions_position_seq"),
     ),
     "operator": (
         ("USAGE", "SCHEMA {schema}"),
         ("SELECT", "ALL TABLES IN SCHEMA {schema}"),
-        ("SELECT", "{schema}.events_id_seq, {schema}.transactions_position_seq"),
+        ("SELECT", "SEQUENCE {schema}.events_id_seq, {schema}.transactions_position_seq"),
         ("INSERT (message_id, subject, headers, payload)", "{schema}.events"),
         ("UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts)", "{schema}.transactions"),
         ("UPDATE (replay_of)", "{schema}.transactions"),
@@ -158,20 +173,45 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    """The schema that a database has: its `version`, 0 for none, and the oldest version of relays that it suits.
+
+    `unfinished` says that it is another form of an unreleased version.
+    """
+
+    version: int
+    suits_from: int
+    unfinished: bool = False
+
+    def unsuitable(self, schema: str) -> Misconfigured | None:
+        """Why this package cannot work with it, with the remedy; None if it can."""
+        if self.unfinished:
+            words = f"schema {schema} is at an unfinished version {self.version}, not the one of this package"
+            return Misconfigured(words, remedy=f"outbox migrate --to {self.version - 1}, then outbox migrate")
+        if self.version < VERSION:
+            words = f"schema {schema} is at version {self.version}, and version {VERSION} is needed"
+            return Misconfigured(words, remedy="outbox migrate")
+        if self.suits_from > VERSION:
+            words = f"schema {schema} is at version {self.version}, which suits no relay before {self.suits_from}"
+            return Misconfigured(f"{words}; this one is of {VERSION}", remedy="upgrade outbox-relay")
+        return None
+
+
+def installed(comment: str | None, suits_from: int | None = None) -> Installed:
+    """What the comment on the table `events` tells, and the column `relay.suits_from`, which came with version 2."""
+    version = version_of(comment)
+    unfinished = version in UNRELEASED and version <= VERSION and comment != events_comment(version)
+    return Installed(version=version, suits_from=suits_from or version, unfinished=unfinished)
+
+
 def version_of(comment: str | None) -> int:
     """The schema version that the comment on the table `events` tells; 0 if there is none."""
     found = re.match(r"outbox schema version (\d+)\.", comment or "")
     return int(found.group(1)) if found else 0
 
 
-def check_version(comment: str | None, schema: str) -> None:
-    """Raise `Misconfigured` unless the schema in the database is the one that this package was written for."""
-    found = version_of(comment)
-    if found < VERSION:
-        raise Misconfigured(
-            f"schema {schema} is at version {found}, this relay needs {VERSION}", remedy="outbox migrate"
-        )
-    if found > VERSION:
-        raise Misconfigured(
-            f"schema {schema} is at version {found}, this relay knows {VERSION}", remedy="upgrade outbox-relay"
-        )
+def check_version(comment: str | None, schema: str, suits_from: int | None = None) -> None:
+    """Raise `Misconfigured` unless this package can work with the schema that the database has."""
+    if problem := installed(comment, suits_from).unsuitable(schema):
+        raise problem

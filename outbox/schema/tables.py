@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import base
 
-from outbox.schema import checked_name
+from outbox.schema import checked_name, events_comment
 
 
 class XID8(sa.types.UserDefinedType[str]):
@@ -53,7 +53,7 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         sa.Column("payload", sa.LargeBinary, nullable=False),
         sa.Column("created_at", time, server_default=now, nullable=False),
         schema=schema,
-        comment="outbox schema version 1. One row per event; append-only.",
+        comment=events_comment(),
     )
     transactions = sa.Table(
         "transactions",
@@ -95,6 +95,7 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         number("sent_events", "0"),
         sa.Column("blocked", text),
         sa.Column("blocked_since", time),
+        sa.Column("retired_at", time),
         schema=schema,
         comment="One row per stream that this outbox publishes to: identity, mode, place, plan.",
     )
@@ -127,6 +128,13 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         sa.Column("blocked_since", time),
         sa.Column("paused_at", time),
         sa.Column("paused_why", text),
+        sa.Column(
+            "suits_from",
+            sa.Integer,
+            server_default=sa.text("2"),
+            nullable=False,
+            comment="Relays that were written for this schema version, or a later one, can work with it.",
+        ),
         schema=schema,
         comment="One row: who this outbox is, who leads, and how far it has read.",
     )
@@ -145,4 +153,16 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         schema=schema,
         comment="One row: what an application may add. Changed by UPDATE; the triggers read it.",
     )
-    return {table.name: table for table in (events, transactions, streams, relay, limits)}
+    housekeeping = sa.Table(
+        "housekeeping",
+        metadata,
+        singleton(),
+        number("purged", "0"),
+        number("stray_events", "0"),
+        sa.Column("drift", text),
+        sa.Column("failing", text),
+        sa.Column("failing_since", time),
+        schema=schema,
+        comment="One row: what the purge and the search for strays and drift came to, beside the relay.",
+    )
+    return {table.name: table for table in (events, transactions, streams, relay, limits, housekeeping)}

@@ -202,7 +202,7 @@ def test_migrate(environment: dict[str, str], database: str) -> None:
     rows(database, f"CREATE ROLE {role}")
     done = outbox(environment, "migrate", "--application-role", role, "--relay-role", role, "--operator-role", role)
     assert done.returncode == 0
-    assert "version 0 -> 1" in done.stdout
+    assert "version 0 -> 2" in done.stdout
     assert value(database, "SELECT has_function_privilege(%s, 'outbox.add(text, text, jsonb, uuid)', 'EXECUTE')", role)
     printed = outbox({}, "migrate", "--sql", "--schema", "printed")
     assert 'CREATE TABLE "printed".events' in printed.stdout

@@ -204,7 +204,7 @@ def test_what_lies_between_many_sent_ones_is_found_by_doctor_and_verify(
 def test_truncate_under_a_relay_that_leads(
     database: str, settings: Settings, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duties, "STRAY_SECONDS", 0.1)
+    monkeypatch.setattr(duties, "RECONCILE_SECONDS", 0.1)
     relay = ThreadRelay(settings)
     add(database, stream, "1", "2")
     relay.wait_for(Marked)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from outbox.config import OnDead, OnUnrouted, Settings
-from outbox.core.telemetry import Blocked, Died, Marked
+from outbox.core.telemetry import BatchSent, Blocked, Died, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.operate import status
+from outbox.operate.dead import retry
 from outbox.postgres.store import Store
-from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.bed import Broker, ThreadRelay, rows, transactions, until, value, wait_until_sent
 from tests.support.servers import Stream
 
 
@@ -251,3 +254,130 @@ def test_leader_that_was_taken_for_dead_takes_it_back(database: str, next_leader
             assert rows(database, counted) == [(0, 0)]
 
     asyncio.run(lose_the_lead())
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_msgs": 100},
+        {"max_bytes": 100 * 400},
+        {"max_msgs_per_subject": 100, "discard_new_per_subject": True},
+    ],
+    ids=lambda each: next(iter(each)),
+)
+def test_small_queue_that_is_emptied_is_filled_again(
+    database: str, broker: Broker, nats: Nats, limits: dict[str, Any]
+) -> None:
+    """Fault: a backlog that is packed has no room in the stream, though each transaction has."""
+    broker.create_stream("SMALL", "small.>", discard="new", **limits)
+    transactions(database, "small.x", 300)
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
+        purged = 0
+        while purged < 300:
+            until(lambda: broker.info("SMALL")["state"]["messages"])
+            purged += broker.api("STREAM.PURGE.SMALL")["purged"]
+        wait_until_sent(database)
+    assert purged == broker.last_sequence("SMALL") == 300
+    assert dead(database) == []
+    broker.api("STREAM.DELETE.SMALL")
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"max_msgs": 20}, "30 events, and the stream holds 20 messages"),
+        ({"max_bytes": 4000}, "and the stream holds 4000 bytes"),
+        ({"max_msgs_per_subject": 20, "discard_new_per_subject": True}, "30 events on tiny.x"),
+    ],
+    ids=["max_msgs", "max_bytes", "max_msgs_per_subject"],
+)
+def test_what_can_never_fit_its_stream_is_set_aside(
+    database: str, broker: Broker, nats: Nats, limits: dict[str, Any], words: str
+) -> None:
+    """Fault: a transaction has more messages or bytes than the stream holds. The others flow; a retry sends it."""
+    broker.create_stream("TINY", "tiny.>", discard="new", **limits)
+    rows(database, "SELECT outbox.add('tiny.a', 'x')")
+    rows(database, "SELECT outbox.add('tiny.x', n::text) FROM generate_series(1, 30) AS n")
+    rows(database, "SELECT outbox.add('tiny.b', 'x')")
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
+        wait_until_sent(database)
+        assert dead(database) == [(2, "too-large-for-stream")]
+        assert words in value(database, "SELECT dead_reason FROM outbox.dead")
+        assert [each.position for each in broker.read("TINY")] == [1, 3]
+        none = {"max_msgs": -1, "max_bytes": -1, "max_msgs_per_subject": -1, "discard_new_per_subject": False}
+        broker.api("STREAM.UPDATE.TINY", {**broker.info("TINY")["config"], **none})
+        assert retry(database, "outbox", [2]) == [2]
+        wait_until_sent(database)
+    assert [each.position for each in broker.read("TINY")] == [1, 3, *[2] * 30]
+    broker.api("STREAM.DELETE.TINY")
+
+
+def test_one_that_waits_for_room_is_set_aside_when_its_stream_is_made_too_small(
+    database: str, broker: Broker, nats: Nats
+) -> None:
+    """Fault: it was planned for a stream that would have held it, and then an operator lowered the limit."""
+    broker.create_stream("SHRINKS", "shrinks.>", discard="new", max_msgs=40)
+    rows(database, "SELECT outbox.add('shrinks.x', n::text) FROM generate_series(1, 35) AS n")
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
+        relay.wait_for(Marked)
+        rows(database, "SELECT outbox.add('shrinks.x', n::text) FROM generate_series(1, 30) AS n")
+        rows(database, "SELECT outbox.add('shrinks.y', 'small')")
+        relay.wait_for(Blocked)
+        broker.api("STREAM.UPDATE.SHRINKS", {**broker.info("SHRINKS")["config"], "max_msgs": 20})
+        assert relay.wait_for(Died).verdict.position == 2
+        broker.api("STREAM.PURGE.SHRINKS")
+        wait_until_sent(database)
+    assert dead(database) == [(2, "too-large-for-stream")]
+    assert [each.position for each in broker.read("SHRINKS")] == [3]
+    broker.api("STREAM.DELETE.SHRINKS")
+
+
+def test_one_offender_in_a_pack_costs_few_batches(database: str, broker: Broker, nats: Nats) -> None:
+    """Fault: one of 400 transactions is refused by the stream for what only the stream can see."""
+    broker.create_stream("PACK", "pack.>")
+    for number in range(400):
+        ttl = '{"Nats-TTL": "5s"}' if number == 250 else None  # per-message TTL is off in this stream
+        transaction(database, ("pack.x", str(number)), headers=ttl)
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
+        wait_until_sent(database)
+    assert dead(database) == [(251, "ttl-not-permitted")]
+    assert [each.position for each in broker.read("PACK")] == [n for n in range(1, 401) if n != 251]
+    assert sum(isinstance(each, BatchSent) for each in relay.happenings) < 60
+    broker.api("STREAM.DELETE.PACK")
+
+
+@pytest.mark.parametrize("storage", ["file", "memory"])
+@pytest.mark.parametrize("count", [1, 30])
+def test_what_a_transaction_takes_of_its_stream_is_known_to_the_byte(
+    database: str, broker: Broker, nats: Nats, storage: str, count: int
+) -> None:
+    """What fits exactly is sent, and what is one byte over waits for nothing."""
+    broker.create_stream("BYTES", "bytes.>", storage=storage)
+    add = "SELECT outbox.add('bytes.ü', n || 'x', '{\"a\": \"  padded ü \"}') FROM generate_series(101, 100 + %s) AS n"
+    settings = Settings(database_url=database, nats_url=nats.url)
+    with ThreadRelay(settings):
+        rows(database, add, 30)  # from here on a sequence has two digits
+        wait_until_sent(database)
+        broker.api("STREAM.PURGE.BYTES")
+        rows(database, add, count)
+        wait_until_sent(database)
+        exactly = broker.info("BYTES")["state"]["bytes"]
+    config = broker.info("BYTES")["config"]
+    for most, reasons in ((exactly, []), (exactly - 1, [(4, "too-large-for-stream")])):
+        broker.api("STREAM.PURGE.BYTES")
+        broker.api("STREAM.UPDATE.BYTES", {**config, "discard": "new", "max_bytes": most})
+        with ThreadRelay(settings):
+            rows(database, add, count)
+            wait_until_sent(database)
+        assert dead(database) == reasons
+    broker.api("STREAM.DELETE.BYTES")
+
+
+def test_white_space_that_is_not_sent_convicts_nobody(database: str, broker: Broker, nats: Nats) -> None:
+    """Fault: a value of a header is padded, the stream takes small messages, and the padding is stripped when sent."""
+    broker.create_stream("PADDED", "padded.>", max_msg_size=1000)
+    transaction(database, ("padded.x", "x" * 500), headers=json.dumps({"a": "b" + " " * 1000}))
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
+        wait_until_sent(database)
+    assert (dead(database), broker.last_sequence("PADDED")) == ([], 1)
+    broker.api("STREAM.DELETE.PADDED")

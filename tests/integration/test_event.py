@@ -10,6 +10,7 @@ import pytest
 
 from outbox import InvalidEvent, Outbox, event
 from outbox.event import header_bytes, header_problem, subject_problem
+from tests.support.bed import rows
 
 SUBJECTS = [
     "",
@@ -163,6 +164,41 @@ def test_forged_count_is_refused(database: str) -> None:
         connection.execute("SELECT set_config('outbox.outbox_added', '1:5', true)")
         with pytest.raises(psycopg.errors.CheckViolation, match="was overwritten"):
             connection.commit()
+
+
+@pytest.mark.parametrize(
+    "cleared",
+    [
+        "RESET ALL",
+        "RESET outbox.outbox_added",
+        "SET LOCAL outbox.outbox_added TO DEFAULT",
+        "SELECT set_config('outbox.outbox_added', '', true)",
+        "SAVEPOINT s; SELECT outbox.add('a.b', 'y'); RESET ALL; RELEASE SAVEPOINT s",
+        "RESET ALL; SAVEPOINT s; SELECT outbox.add('a.b', 'y'); ROLLBACK TO SAVEPOINT s",
+    ],
+)
+def test_a_count_that_was_cleared_is_refused(database: str, cleared: str) -> None:
+    """A pool or a framework resets the session in the middle: what was added before that would not be counted."""
+    with psycopg.connect(database) as connection:
+        connection.execute("SELECT outbox.add('a.b', 'x')")
+        connection.execute(cleared.encode())
+        connection.execute("SELECT outbox.add('a.b', 'z')")
+        with pytest.raises(psycopg.errors.CheckViolation, match="was cleared") as caught:
+            connection.commit()
+        assert "RESET ALL" in str(caught.value.diag.message_hint)
+    with psycopg.connect(database) as connection:  # the next transaction of the session is none the worse
+        connection.execute("SELECT outbox.add('a.b', 'x')")
+
+
+def test_events_that_are_added_within_a_statement_that_adds_events_are_all_counted(database: str) -> None:
+    """Their triggers fire in another order than they were counted in."""
+    nested = "INSERT INTO outbox.events (subject, payload) SELECT 'a.b', outbox.add('c.d', 'x')::text::bytea FROM"
+    rows(database, f"{nested} generate_series(1, 3)")
+    outer = (
+        "INSERT INTO outbox.events (subject, payload) VALUES ('a.b', ''), ('a.b', outbox.add('c.d', 'x')::text::bytea)"
+    )
+    rows(database, outer)
+    assert rows(database, "SELECT event_count FROM outbox.transactions ORDER BY position") == [(6,), (3,)]
 
 
 def test_sql_forms_of_add(database: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 from outbox import schema
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
-from outbox.operate import migrate, queries
+from outbox.operate import migrate
 from tests.support.bed import rows, value
-from tests.support.servers import numbers
+from tests.support.servers import fingerprint, numbers
 
 pytestmark = pytest.mark.core
 
@@ -36,11 +36,6 @@ def empty(two_phase_postgres: Postgres) -> str:
     return two_phase_postgres.url(name)
 
 
-def fingerprint(url: str, name: str = "outbox") -> list[str]:
-    with psycopg.connect(url) as connection:
-        return sorted(line for (line,) in connection.execute(queries.FINGERPRINT, {"schema": name}))
-
-
 def everything(url: str) -> set[str]:
     """Every relation, function and type of anybody's in the database."""
     catalogs = ("pg_class:relname:relnamespace", "pg_proc:proname:pronamespace", "pg_type:typname:typnamespace")
@@ -55,12 +50,12 @@ def everything(url: str) -> set[str]:
 @pytest.mark.parametrize("name", ["outbox", "order"])
 def test_up_down_and_up_again_leaves_no_difference(empty: str, name: str) -> None:
     before = everything(empty)
-    assert migrate.migrate(empty, name) == (0, 1)
-    assert migrate.migrate(empty, name) == (1, 1)
+    assert migrate.migrate(empty, name) == (0, 2)
+    assert migrate.migrate(empty, name) == (2, 2)
     first = fingerprint(empty, name)
-    assert migrate.migrate(empty, name, to=0) == (1, 0)
+    assert migrate.migrate(empty, name, to=0) == (2, 0)
     assert everything(empty) == before
-    assert migrate.migrate(empty, name) == (0, 1)
+    assert migrate.migrate(empty, name) == (0, 2)
     assert fingerprint(empty, name) == first
     assert migrate.problems(empty, name) == []
 
@@ -83,7 +78,7 @@ def test_drift_is_named(database: str, change: str, found: str) -> None:
 
 
 def test_behind_is_named(empty: str) -> None:
-    assert migrate.problems(empty) == ["schema outbox is at version 0, not 1: outbox migrate"]
+    assert migrate.problems(empty) == ["schema outbox is at version 0, not 2: outbox migrate"]
 
 
 def test_printed_sql_makes_the_same_schema(empty: str, database: str) -> None:
@@ -145,6 +140,16 @@ def downgrade():
     schema.downgrade(op, to=0, since=1, schema="{schema}")
     op.drop_table("orders")
 """
+NEXT_REVISION = """
+revision = "a2"
+down_revision = "a1"
+from alembic import op
+from outbox import schema
+def upgrade():
+    schema.upgrade(op, to=2, since=1, schema="{schema}")
+def downgrade():
+    schema.downgrade(op, to=1, since=2, schema="{schema}")
+"""
 
 
 class Application:
@@ -157,6 +162,7 @@ class Application:
         (directory / "env.py").write_text(ENV.replace("{schema}", name).replace("{url}", sqlalchemy_url))
         (directory / "script.py.mako").write_text(MAKO)
         (directory / "versions" / "a1_first.py").write_text(REVISION.replace("{schema}", name))
+        (directory / "versions" / "a2_second.py").write_text(NEXT_REVISION.replace("{schema}", name))
         (directory / "alembic.ini").write_text(f"[alembic]\nscript_location = {directory}\npath_separator = os\n")
 
     def alembic(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -180,7 +186,7 @@ def test_application_with_its_own_history(empty: str, tmp_path: Path, name: str)
     application = Application(tmp_path / "app", empty, name)
     application.alembic("upgrade", "head")
     assert migrate.problems(empty, name) == []
-    assert value(empty, "SELECT version_num FROM alembic_version") == "a1"
+    assert value(empty, "SELECT version_num FROM alembic_version") == "a2"
     # The next autogenerate is empty: our tables are neither dropped nor made again.
     application.alembic("check")
     with pytest.raises(Misconfigured, match="own Alembic history"):

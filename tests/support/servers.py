@@ -24,6 +24,7 @@ import psycopg
 import pytest
 
 from outbox.embedded import Nats, Postgres
+from outbox.operate import queries
 from outbox.operate.migrate import migrate
 from tests.support.workload import LEDGER
 
@@ -94,6 +95,12 @@ def clone(server: Postgres) -> str:
     with psycopg.connect(server.url(name), autocommit=True) as connection:
         connection.execute("UPDATE outbox.relay SET outbox_id = gen_random_uuid()")
     return server.url(name)
+
+
+def fingerprint(url: str, name: str = "outbox") -> list[str]:
+    """Every part of the schema of an outbox, a line each."""
+    with psycopg.connect(url) as connection:
+        return sorted(line for (line,) in connection.execute(queries.FINGERPRINT, {"schema": name}))
 
 
 def base_backup(primary: Postgres, into: Postgres, url: str = "") -> None:

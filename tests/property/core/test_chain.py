@@ -36,12 +36,15 @@ class Model:
     """The stream, the database, and the frames on their way."""
 
     sizes: list[int]
+    room: int = 1 << 30  # a batch of more messages is refused
+    offenders: frozenset[int] = frozenset()  # a batch with one of them is refused
     stream: list[tuple[int, int] | None] = field(default_factory=list)  # position and number; None is foreign
     epoch: int = 0
     base: int = 0
     plan: list[int] = field(default_factory=list)
     shared: bool = False
     marked: dict[int, tuple[int, int]] = field(default_factory=dict)
+    dead: list[int] = field(default_factory=list)
     read: int = 0
     frames: deque[tuple[int, Batch]] = field(default_factory=deque)
     ids: count[int] = field(default_factory=count)
@@ -52,6 +55,10 @@ class Model:
         self.frames.rotate(index if index <= len(self.frames) else 0)
         if batch.base != len(self.stream):
             return leader, batch, Rejected(code=10071, description="wrong last sequence")
+        if self.offenders & {t.position for t in batch.transactions}:
+            return leader, batch, Rejected(code=10166, description="per-message TTL is disabled")
+        if batch.count > self.room:
+            return leader, batch, Rejected(code=10077, description="maximum messages exceeded")
         self.stream += [(t.position, n) for t in batch.transactions for n in range(1, t.count + 1)]
         return leader, batch, Stored(stream="S", sequence=len(self.stream))
 
@@ -75,8 +82,8 @@ class Leader:
 class Play:
     """Leaders take turns; every step is one thing that can happen."""
 
-    def __init__(self, sizes: list[int], packings: list[Packing]) -> None:
-        self.model = Model(sizes)
+    def __init__(self, model: Model, packings: list[Packing]) -> None:
+        self.model = model
         self.packings = packings
         self.leaders: list[Leader] = []
         self.elect(0)
@@ -102,8 +109,9 @@ class Play:
         for receipt in chain.receipts:
             assert receipt.position not in model.marked
             model.marked[receipt.position] = (receipt.first_sequence, receipt.last_sequence)
+        model.dead += [verdict.position for verdict in chain.verdicts]
         model.base, model.plan, model.shared = chain.base, [t.position for t in chain.plan], chain.shared
-        model.read = max([model.read, *model.plan])
+        model.read = max([model.read, *model.plan, *model.dead])
         chain.written()
         return True
 
@@ -114,7 +122,7 @@ class Play:
             chain.learn(leader.outcomes[leader.pending.pop(0)])
             if chain.in_doubt:
                 leader.pending.clear()
-        if chain.in_doubt:
+        if chain.in_doubt and not (chain.suspects and self.model.frames):  # a verdict waits until none can arrive
             self.settle(leader)
         # Sometimes one by one, as a careful leader does.
         unloaded = chain.unloaded[: 1 if leader.epoch % 3 == 0 else None]
@@ -180,7 +188,7 @@ class Play:
             self.work(last)
             while self.model.frames:
                 self.deliver(0, ack=True)
-            if len(self.model.marked) == len(self.model.sizes):
+            if len(self.model.marked) + len(self.model.dead) == len(self.model.sizes):
                 return
         raise AssertionError(f"stuck: {last}")
 
@@ -193,17 +201,43 @@ STEP = st.tuples(
 
 @settings(max_examples=400, deadline=None)
 # One foreign message in the place of a single-event batch would let the next batch in flight fit.
-@example([1, 1], [("elect", 2), ("work", 0), ("foreign", 0)], True)
+@example([1, 1], [("elect", 2), ("work", 0), ("foreign", 0)], True, 12, set())
 # A leader that was replaced finds its transaction behind a foreign message, where its successor has put it.
-@example([1], [(each, 0) for each in ["work", "elect", "foreign", "work", "deliver", "deliver"]] + [("work", 1)], True)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=25), st.lists(STEP, max_size=120), st.booleans())
+@example(
+    [1],
+    [(each, 0) for each in ["work", "elect", "foreign", "work", "deliver", "deliver"]] + [("work", 1)],
+    True,
+    12,
+    set(),
+)
+# Behind a dead letter those that follow move up, where an old batch with them would fit.
+@example(
+    [1] * 6,
+    [
+        *[("elect", 2), ("work", 0), ("drop", 0), ("elect", 0)],
+        *[("work", 0), ("deliver", 9)] * 3,
+        *[("work", 0), ("deliver", 8)] * 2,
+    ],
+    False,
+    12,
+    {2},
+)
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=25),
+    st.lists(STEP, max_size=120),
+    st.booleans(),
+    st.integers(4, 12),
+    st.sets(st.integers(1, 25), max_size=3),
+)
 def test_rival_leaders_keep_every_transaction_whole_once_and_in_order(
-    sizes: list[int], steps: list[tuple[str, int]], foreigners: bool
+    sizes: list[int], steps: list[tuple[str, int]], foreigners: bool, room: int, bad: set[int]
 ) -> None:
+    """The stream has room for any one transaction and not for any pack, and refuses a pack with an offender in it."""
+    offenders = frozenset(each for each in bad if each <= len(sizes))
     # Alone in the stream anything may be pipelined; with foreigners only behind what they will not match by chance.
     behind = 1000 if foreigners else 0
     packings = [Packing(max_messages=10), Packing(max_messages=4), Packing(one_transaction=True)]
-    play = Play(sizes, [replace(packing, pipeline_behind=behind) for packing in packings])
+    play = Play(Model(sizes, room, offenders), [replace(packing, pipeline_behind=behind) for packing in packings])
     for what, pick in steps:
         leader = play.leaders[-1 - pick % min(2, len(play.leaders))]  # the leader, or the one before, thawed
         match what:
@@ -223,7 +257,9 @@ def test_rival_leaders_keep_every_transaction_whole_once_and_in_order(
                 play.model.stream.append(None)
     play.finish()
     ours = [there for there in play.model.stream if there is not None]
-    assert ours == [(position, n) for position, size in enumerate(sizes, 1) for n in range(1, size + 1)]
+    wanted = [(position, n) for position, size in enumerate(sizes, 1) for n in range(1, size + 1)]
+    assert ours == [(position, n) for position, n in wanted if position not in offenders]
+    assert sorted(play.model.dead) == sorted(offenders)
     for position, (first, last) in play.model.marked.items():
         assert [there for there in play.model.stream[first - 1 : last] if there] == [
             (position, n) for n in range(1, sizes[position - 1] + 1)
@@ -343,12 +379,12 @@ def test_frames_say_what_the_event_says_and_no_header_gets_out_of_its_line(
 ) -> None:
     event = Event(message_id="m", subject=subject, payload=payload, headers=given_headers)
     batch = Batch(id="b", stream="S", base=7, transactions=(Transaction.of(1, (event,)),))
-    pieces, largest = frames(batch, OUTBOX, "inbox")
+    pieces, (size,) = frames(batch, OUTBOX, "inbox")
     frame = b"".join(pieces)
     command, headers, stored = read(frame)
     assert command.split(" ")[1] == subject
     assert stored == payload
-    assert largest == int(command.split(" ")[-1])
+    assert size == int(command.split(" ")[-1])
     ours = {"Nats-Msg-Id": "m", "Outbox-Id": OUTBOX, "Nats-Expected-Last-Sequence": "7", "Outbox-Transaction": "1"}
     assert ours.items() <= headers.items()
     for name, value in given_headers.items():

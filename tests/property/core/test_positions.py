@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.core.positions import Holder, Positions, merged, without
+from outbox.core.positions import Holder, Positions, merged, outside, without
 
 STEPS = st.lists(
     st.tuples(
@@ -105,3 +105,18 @@ def test_ranges_are_sets(pieces: list[tuple[int, int]], positions: set[int]) -> 
     assert {p for low, high in merged(ranges) for p in range(low, high + 1)} == wanted
     left = {p for low, high in without(merged(ranges), sorted(positions)) for p in range(low, high + 1)}
     assert left == wanted - positions
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)), max_size=8).map(
+    lambda drawn: merged((low, low + length) for low, length in drawn)
+)
+
+
+@given(RANGES, RANGES)
+def test_outside_is_the_difference(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
+    def places(of: list[tuple[int, int]]) -> set[int]:
+        return {place for low, high in of for place in range(low, high + 1)}
+
+    found = outside(ranges, others)
+    assert places(found) == places(ranges) - places(others)
+    assert found == sorted(found)
