@@ -352,8 +352,10 @@ ONE_MIGRATION_AT_A_TIME = "SELECT pg_advisory_xact_lock(%(lock)s, %(key)s)"
 # The comment on the table events, which has the version; null where there is no such table.
 INSTALLED = "SELECT obj_description(to_regclass(%(events)s), 'pg_class')"
 
-# Whether `outbox migrate` made the schema: then its version table is there.
-OWN_HISTORY = "SELECT to_regclass(%(table)s) IS NOT NULL"
+# Whether there is this table. If `outbox migrate` made the schema, its version table is there.
+THERE = "SELECT to_regclass(%(table)s) IS NOT NULL"
+
+HISTORY = "SELECT version_num FROM {schema}.alembic_version"
 
 # After the last downgrade, when nothing is left that it tells of.
 DROP_HISTORY = "DROP TABLE IF EXISTS {schema}.alembic_version"
