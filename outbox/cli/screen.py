@@ -86,7 +86,8 @@ def status_view(found: Status, rates: Rates | None = None, backlog: str = "") ->
         )
         for each in found.streams:
             numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)
-            streams.add_row(_text(each.name), each.mode, *(f"{number:,}" for number in numbers))
+            mode = "retired" if each.retired_at else each.mode
+            streams.add_row(_text(each.name), mode, *(f"{number:,}" for number in numbers))
         parts.append(streams)
     return Group(*parts)
 

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 
 from outbox.core.plan import Seen
 from outbox.core.positions import Range, merged
@@ -71,6 +72,7 @@ class Comparison:
     outbox_id: str
     stream: str
     former: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
     adopting: bool = False
     shared: bool = False
     anomalies: list[Anomaly] = field(default_factory=list)
@@ -125,6 +127,8 @@ class Comparison:
         elif row.stream is None:
             self._unmarked[position].append((message.number or 0, sequence))
             return False
+        elif row.stream in self.gone:
+            pass  # a copy of a stream that is gone, such as its mirror, has what was sent there
         else:
             self._add("duplicated", position, sequence, f"its receipt says {row.first} to {row.last} of {row.stream}")
         return True
@@ -191,17 +195,15 @@ class Comparison:
                 what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
                 self._add(kind, row.position, row.first, what)
 
-    def gone(self, rows: Iterable[Row]) -> None:
-        """Count receipts in a stream that does not exist any more: all of its messages are removed."""
-        for row in rows:
+    def count_gone(self, pages: Iterable[Iterable[Row]], *, meant: bool) -> None:
+        """The stream does not exist, and all that receipts say of it is removed; unless that is `meant`, say so."""
+        for row in chain.from_iterable(pages):
             if row.stream == self.stream:
                 self.transactions += 1
                 self.removed += row.last - row.first + 1
-
-    def missing(self) -> None:
-        """Nobody has retired the stream, and yet it is gone: say so, once `gone` has counted what was in it."""
-        what = f"the stream does not exist; {self.transactions} transactions have their receipts in it"
-        self._add("missing", None, None, what)
+        if not meant:
+            what = f"the stream does not exist; {self.transactions} transactions have their receipts in it"
+            self._add("missing", None, None, what)
 
     def strand(self, positions: Iterable[int]) -> None:
         """These are pending, and no relay looks at them: `stream` is empty."""

@@ -66,8 +66,8 @@ def _migrated(url: str, name: str, to: int) -> tuple[int, int]:
         if not before and _there(_raw(connection), name, "events"):
             version = _closest(_raw(connection), name)
             raise Misconfigured(
-                f"the version of schema {name} cannot be told: the comment on {name}.events is gone, and the history of "
-                "outbox migrate is not there",
+                f"the version of schema {name} cannot be told: the comment on {name}.events is gone, and the history "
+                "of outbox migrate is not there",
                 remedy=f"if it is what the application's Alembic history made, and it looks like version {version}: "
                 f"COMMENT ON TABLE {name}.events IS '{schema.events_comment(version)}'",
             )

@@ -25,7 +25,7 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
 STATUS_STREAMS = """
 SELECT name, mode, last_sequence, sent_transactions, sent_events,
        (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places) AS planned,
-       blocked, blocked_since
+       blocked, blocked_since, retired_at
   FROM {schema}.streams ORDER BY name
 """
 
@@ -49,6 +49,7 @@ SELECT r.former_ids || r.outbox_id AS outbox_ids, t.position, t.txid::text,
             WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END AS state,
        t.event_count, t.sealed_at, t.attempts, t.stream, t.first_sequence, t.last_sequence, t.sent_at, t.dead_at,
        t.dead_reason, t.discarded_at, t.retried_at, t.replay_of,
+       (SELECT retired_at FROM {schema}.streams AS s WHERE s.name = t.stream) AS stream_retired_at,
        ARRAY(SELECT position FROM {schema}.transactions AS again
               WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position) AS replays
   FROM {schema}.transactions AS t CROSS JOIN {schema}.relay AS r WHERE t.position = %(position)s
@@ -163,11 +164,19 @@ SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
  WHERE position >= %(from)s AND position <= %(to)s AND stream = %(stream)s
 """
 
-# Accept a stream as it is now: nothing is planned for it; what was planned and not found in it is pending again.
-ACCEPT_STREAM = """
+# The streams that the outbox has forgotten as places to send to; as STREAMS.
+RETIRED = """
+SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams
+ WHERE retired_at IS NOT NULL ORDER BY name
+"""
+
+# Accept a stream as it is now, or retire it: nothing is planned for it; what was planned and not found in it is pending
+# again.
+SETTLE_STREAM = """
 WITH accepted AS (
   UPDATE {schema}.streams AS s SET created = %(created)s, last_sequence = %(last)s, plan_base = %(last)s,
-         plan = ARRAY[]::int8range[], mode = 'chained', blocked = NULL, blocked_since = NULL
+         plan = ARRAY[]::int8range[], mode = 'chained', blocked = NULL, blocked_since = NULL,
+         retired_at = CASE WHEN %(retire)s THEN clock_timestamp() END
     FROM (SELECT name, plan FROM {schema}.streams WHERE name = %(name)s FOR UPDATE) AS before
    WHERE s.name = before.name RETURNING before.plan
 )
@@ -200,8 +209,8 @@ BY_INDEX = tuple(
     f"SET {name} = off" for name in ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin")
 )
 
-# Take a moved or restored database as the outbox's new home: a new id, no stream remembered, and pending again what was
-# planned, and what is pending behind the cursor, by now or when it was looked for.
+# Take a moved or restored database as the outbox's new home: a new id, no stream remembered but those that are gone, as
+# retired, and pending again what was planned, and what is pending behind the cursor, by now or when it was looked for.
 REBASE = (
     """
 UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids || outbox_id, epoch = epoch + 1,
@@ -215,6 +224,10 @@ UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids
                AND t.sent_at IS NULL AND t.dead_at IS NULL)
 """,
     "DELETE FROM {schema}.streams",
+    """
+INSERT INTO {schema}.streams (name, created, last_sequence, plan_base, retired_at)
+SELECT name, '', 0, 0, clock_timestamp() FROM unnest(%(gone)s::text[]) AS name
+""",
     # Positions above all that was ever reached, and all that lies in the streams, are drawn from here on; ids too.
     """
 SELECT setval('{schema}.transactions_position_seq',

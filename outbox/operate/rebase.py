@@ -7,7 +7,8 @@ that the database has lost stay in the stream, under an outbox id or positions t
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import LiteralString
 from uuid import UUID
 
 import psycopg
@@ -53,26 +54,49 @@ class _Found:
     adopted: int = 0
     unknown: int = 0
     highest: int = 0
+    gone: list[str] = field(default_factory=list)
 
 
 async def accept_stream(settings: Settings, stream: str) -> Rebased:
     """Accept a stream as it is now: what was planned for it and is not in it is sent again. Commits.
 
-    Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream, or if it does not exist.
+    Takes back one that was retired. Raises `Misconfigured` while a relay leads, or if the outbox does not know the
+    stream, or if it does not exist.
     """
+    return await _settle_stream(settings, stream, retire=False)
+
+
+async def retire_stream(settings: Settings, stream: str) -> Rebased:
+    """Forget a stream as a place to send to, which may be gone. Commits.
+
+    What was planned for it and is not in it is pending again, to be sent where its subjects are by then; receipts stay.
+    Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream.
+    """
+    return await _settle_stream(settings, stream, retire=True)
+
+
+async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Rebased:
+    name = settings.schema
     async with connected(settings) as jetstream:
         with command_session(settings.database_url) as connection:
-            await _lock(connection, settings.schema)
-            outbox_id = _outbox_id(connection, settings.schema)
-            known = [each for each in _streams(connection, settings.schema) if each.name == stream]
-            if not known:
+            await _lock(connection, name)
+            outbox_id = _outbox_id(connection, name)
+            retired = () if retire else _streams(connection, name, queries.RETIRED)
+            known = next((each for each in [*_streams(connection, name), *retired] if each.name == stream), None)
+            if known is None:
                 raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
             found = _Found()
-            info = await _adopt(jetstream, connection, settings.schema, outbox_id, known[0], found)
-            if info is None:
-                raise Misconfigured(f"stream {stream} does not exist", remedy="create it first, then accept it")
-            accepted = {"name": stream, "created": info.created, "last": info.last_sequence}
-            connection.execute(compose(queries.ACCEPT_STREAM, settings.schema), accepted)
+            info = await _adopt(jetstream, connection, name, outbox_id, known, found)
+            if info is None and not retire:
+                remedy = f"create it first, then accept it; or forget it: outbox rebase --stream {stream} --retire"
+                raise Misconfigured(f"stream {stream} does not exist", remedy=remedy)
+            settled = {
+                "name": stream,
+                "created": info.created if info else known.created,
+                "last": info.last_sequence if info else known.last_sequence,
+                "retire": retire,
+            }
+            connection.execute(compose(queries.SETTLE_STREAM, name), settled)
             return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
 
 
@@ -80,9 +104,10 @@ async def rebase(settings: Settings, *, read_back: bool = True, progress: Progre
     """Take a restored, copied or moved database as the outbox's home, with a new id. Commits; blocks writers briefly.
 
     With `read_back` the streams are read from the last sequence that the database knows, so that nothing in them is
-    sent again, and no position that they hold is drawn again; without, everything pending is sent. What is committed
-    and pending behind the cursor is pending for the relay too from here on. Raises `Misconfigured` while a relay leads,
-    or while writers cannot be locked out; what was done until then stays, and it can be run again.
+    sent again, and no position that they hold is drawn again, and those that are gone are retired; without, everything
+    pending is sent. What is committed and pending behind the cursor is pending for the relay too from here on. Raises
+    `Misconfigured` while a relay leads, or while writers cannot be locked out; what was done until then stays, and it
+    can be run again.
     """
     name = settings.schema
     with command_session(settings.database_url) as connection:
@@ -98,7 +123,7 @@ async def rebase(settings: Settings, *, read_back: bool = True, progress: Progre
         if shared := connection.execute(compose(queries.SHARED_TXIDS, name)).fetchone():
             raise Halt(f"two transactions have the id {shared[0]}", remedy="end every writer, and run it again")
         before = connection.execute(compose(queries.BEFORE_REBASE, name)).fetchall()[0]
-        given = dict(zip(("behind", "event_id", "oldest"), before, strict=True), highest=found.highest)
+        given = dict(zip(("behind", "event_id", "oldest"), before, strict=True), highest=found.highest, gone=found.gone)
         for setting in queries.BY_INDEX:
             connection.execute(setting.replace("SET", "SET LOCAL").encode())
         await _lock_out_writers(connection, name)
@@ -152,6 +177,7 @@ async def _adopt(
     """Mark what the stream holds whole and the database has as pending; the stream as it is, or None if it is gone."""
     info = await jetstream.stream(known.name)
     if info is None:
+        found.gone.append(known.name)
         return None
     same = info.created == known.created and info.last_sequence >= known.last_sequence
     comparison = Comparison(outbox_id=str(outbox_id), stream=known.name, shared=True, adopting=True)
@@ -195,6 +221,6 @@ def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
     return UUID(str(row[0]))
 
 
-def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Place]:
-    rows = connection.execute(compose(STREAMS, name))
+def _streams(connection: psycopg.Connection[TupleRow], name: str, query: LiteralString = STREAMS) -> list[_Place]:
+    rows = connection.execute(compose(query, name))
     return [_Place(name=name, created=created, last_sequence=last) for name, created, _, last, *_ in rows]

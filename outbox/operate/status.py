@@ -22,7 +22,10 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamStatus:
-    """One stream as the outbox knows it; `mode` is chained or shared, `planned` counts what may be in flight."""
+    """One stream as the outbox knows it; `mode` is chained or shared, `planned` counts what may be in flight.
+
+    After `retired_at` nothing is sent there any more.
+    """
 
     name: str
     mode: str
@@ -32,6 +35,7 @@ class StreamStatus:
     planned: int
     blocked: str | None
     blocked_since: datetime | None
+    retired_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from outbox.core.comparison import Comparison, Row
 from outbox.core.positions import HIGHEST
 from outbox.errors import Misconfigured
 from outbox.jetstream.client import JetStream, connected
+from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
 from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.session import command_session
@@ -50,12 +51,22 @@ async def verify(
             outbox = _Outbox(connection, settings.schema)
             outbox_id, former, _, highest = outbox.one(queries.EXTENT)
             positions = first, min(last, highest)
+            streams = outbox.streams(stream)
+            infos = {name: await jetstream.stream(name) for name in outbox.streams(None)}
+            gone = frozenset(name for name, info in infos.items() if info is None)
             compared = []
-            for name, shared in outbox.streams(stream):
+            for name, shared in streams.items():
                 comparison = Comparison(
-                    outbox_id=str(outbox_id), former=frozenset(map(str, former)), stream=name, shared=shared
+                    outbox_id=str(outbox_id),
+                    former=frozenset(map(str, former)),
+                    gone=gone,
+                    stream=name,
+                    shared=shared,
                 )
-                await _compare(jetstream, outbox, comparison, positions, progress, bounded=bounded)
+                if (info := infos[name]) is not None:
+                    await _compare(jetstream, outbox, comparison, info, positions, progress, bounded=bounded)
+                else:
+                    comparison.count_gone(outbox.receipts(*positions), meant=name in outbox.retired)
                 compared.append(comparison)
             stranded = Comparison(outbox_id=str(outbox_id), stream="")
             stranded.strand(outbox.stranded(*positions) if stream is None else ())
@@ -66,18 +77,13 @@ async def _compare(
     jetstream: JetStream,
     outbox: _Outbox,
     comparison: Comparison,
+    info: StreamInfo,
     positions: tuple[int, int],
     progress: Progress,
     *,
     bounded: bool,
 ) -> None:
-    """Compare one stream, which may be gone."""
-    info = await jetstream.stream(comparison.stream)
-    if info is None:
-        for receipts in outbox.receipts(*positions):
-            comparison.gone(receipts)
-        comparison.missing()
-        return
+    """Compare one stream, message by message and receipt by receipt."""
     low, high = info.first_sequence, info.last_sequence
     if bounded:
         bounds = dict(zip(("from", "to"), positions, strict=True))
@@ -116,17 +122,19 @@ class _Outbox:
 
     def __init__(self, connection: psycopg.Connection[TupleRow], name: str) -> None:
         self._connection, self._name = connection, name
+        self.retired = {name for name, *_ in self._all(queries.RETIRED)}
 
     def one(self, query: str, **parameters: object) -> TupleRow:
         return self._all(query, **parameters)[0]
 
-    def streams(self, only: str | None) -> list[tuple[str, bool]]:
-        """Name and mode of each stream that the outbox knows, or in which a receipt says that something is."""
+    def streams(self, only: str | None) -> dict[str, bool]:
+        """Each stream that the outbox knows, or has known by a receipt, or one; and whether others may write there."""
         known = {name: mode == SHARED for name, _, mode, *_ in self._all(STREAMS)}
         known |= {name: True for (name,) in self._all(queries.RECEIPT_STREAMS) if name not in known}
+        known |= dict.fromkeys(self.retired - set(known), True)
         if only is not None and only not in known:
             raise Misconfigured(f"the outbox does not know a stream {only!r}", remedy="outbox status lists them")
-        return [(name, shared) for name, shared in known.items() if only in (None, name)]
+        return {name: shared for name, shared in known.items() if only in (None, name)}
 
     def rows(self, positions: Sequence[int]) -> dict[int, Row]:
         return known_rows(self._connection, self._name, positions)

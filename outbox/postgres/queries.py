@@ -165,10 +165,13 @@ SUSPECT = "UPDATE {schema}.relay SET suspect = %(position)s WHERE epoch = %(epoc
 
 ARRIVED = "UPDATE {schema}.relay SET timeline = %(timeline)s WHERE epoch = %(epoch)s"
 
-# The first contact with a stream, under the leader's epoch.
+# The first contact with a stream, under the leader's epoch; one of that name may have been retired.
 ADD_STREAM = """
-INSERT INTO {schema}.streams (name, created, last_sequence, plan_base)
+INSERT INTO {schema}.streams AS s (name, created, last_sequence, plan_base)
 SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch = %(epoch)s
+ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = 'chained', last_sequence = excluded.last_sequence,
+       plan_base = excluded.plan_base, retired_at = NULL
+ WHERE s.retired_at IS NOT NULL
 """
 
 # Take the lead: a new epoch. Run it only under the lock. A last leader that is still named did not end in an orderly
@@ -204,7 +207,10 @@ UPDATE {schema}.transactions AS t SET attempts = attempts - 1
   FROM returned WHERE t.position = returned.blamed AND t.attempts > 0
 """
 
-STREAMS = "SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams ORDER BY name"
+# The streams that the outbox publishes to: not those that an operator has retired.
+STREAMS = """
+SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
+"""
 
 ANY_PENDING = "SELECT position FROM {schema}.pending LIMIT 1"
 

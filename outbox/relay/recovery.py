@@ -72,12 +72,16 @@ async def settle(jetstream: JetStream, known: Remembered, outbox_id: str) -> Set
 async def _look(jetstream: JetStream, known: Remembered, outbox_id: str) -> tuple[Finding, StreamInfo]:
     info = await jetstream.stream(known.stream)
     if info is None:
-        raise Weather(f"stream {known.stream} does not exist")
+        raise Weather(
+            f"stream {known.stream} does not exist; if it is not to come back: outbox rebase --stream {known.stream} "
+            "--retire"
+        )
     if info.created != known.created:
         raise Halt(
-            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, "
-            f"known since {known.created}; what was sent to the old one is not in it",
-            remedy=f"if that is meant, accept the stream as it is: outbox rebase --stream {known.stream}",
+            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, known since "
+            f"{known.created}; it was made again, restored, or promoted from a mirror, and may lack messages",
+            remedy=f"compare: outbox verify --stream {known.stream}; then accept the stream as it is: "
+            f"outbox rebase --stream {known.stream}",
         )
     info.check()
     places = wanted(known.base, known.plan, info.last_sequence)
