@@ -205,9 +205,11 @@ class Comparison:
             what = f"the stream does not exist; {self.transactions} transactions have their receipts in it"
             self._add("missing", None, None, what)
 
-    def strand(self, positions: Iterable[int]) -> None:
-        """These are pending, and no relay looks at them: `stream` is empty."""
-        for position in positions:
+    def unreconciled(self, problems: Iterable[str], stranded: Iterable[int]) -> None:
+        """What is the matter with the outbox itself, and what is pending out of a relay's sight: in no stream."""
+        for problem in problems:
+            self._add("counters", None, None, problem)
+        for position in stranded:
             self._add("stranded", position, None, STRANDED)
 
     def summary(self) -> Summary:

@@ -348,10 +348,12 @@ LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(milliseconds)s::text, true)"
 LOCK_HOLDERS = """
 SELECT DISTINCT coalesce('pid ' || a.pid || ' (' || concat_ws(', ', a.usename, nullif(a.application_name, ''),
                          nullif(a.backend_type, 'client backend')) || ')',
-                         'prepared transaction ' || quote_literal(p.gid), 'pid ' || l.pid) AS who,
+                         'prepared transaction ' || quote_literal(p.gid), 'somebody') AS who,
        coalesce(a.backend_type = 'autovacuum worker', false) AS vacuums
   FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
-  LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
+  LEFT JOIN pg_locks AS x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
+                         AND x.virtualtransaction = l.virtualtransaction
+  LEFT JOIN pg_prepared_xacts AS p ON p.transaction = x.transactionid
  WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
    AND l.relation IN ('{schema}.events'::regclass, '{schema}.transactions'::regclass)
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

@@ -160,7 +160,7 @@ async def _lock_out_writers(connection: psycopg.Connection[TupleRow], name: str)
         await asyncio.sleep(WRITER_PAUSE)
     who = ", ".join(who for who, _ in holders) or "somebody"
     raise Misconfigured(
-        f"writers could not be locked out for a moment: {who} has an open transaction that wrote to the outbox",
+        f"writers could not be locked out for a moment, as {who} did not end a transaction that wrote to the outbox",
         remedy="end it (COMMIT PREPARED or ROLLBACK PREPARED, pg_terminate_backend), then run it again",
     )
 

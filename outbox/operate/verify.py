@@ -15,11 +15,12 @@ from outbox.config import Settings
 from outbox.core.chain import SHARED
 from outbox.core.comparison import Comparison, Row
 from outbox.core.positions import HIGHEST
+from outbox.core.requirements import Counters, of_counters
 from outbox.errors import Misconfigured
 from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
-from outbox.postgres.queries import STREAMS, compose
+from outbox.postgres.queries import COUNTERS, STREAMS, compose
 from outbox.postgres.session import command_session
 
 READ_AT_ONCE = 512
@@ -40,9 +41,9 @@ async def verify(
 ) -> list[Comparison]:
     """Compare the transactions from position `first` to `last` with every stream they are in, or with one.
 
-    Without bounds the whole of each stream is read, so that what nobody knows of is found too. What no relay would ever
-    send comes last, as the comparison with a stream without a name. Works while relays and writers are at work. Raises
-    `Misconfigured` if a stream is unknown, `Weather` if a server cannot be reached.
+    Without bounds the whole of each stream is read, so that what nobody knows of is found too. What no relay could
+    reconcile comes last, as the comparison with a stream without a name. Works while relays and writers are at work.
+    Raises `Misconfigured` if a stream is unknown, `Weather` if a server cannot be reached.
     """
     bounded = first > 1 or last < HIGHEST
     async with connected(settings) as jetstream:
@@ -68,9 +69,12 @@ async def verify(
                 else:
                     comparison.count_gone(outbox.receipts(*positions), meant=name in outbox.retired)
                 compared.append(comparison)
-            stranded = Comparison(outbox_id=str(outbox_id), stream="")
-            stranded.strand(outbox.stranded(*positions) if stream is None else ())
-            return [*compared, stranded] if stranded.anomalies else compared
+            nowhere = Comparison(outbox_id=str(outbox_id), stream="")
+            if stream is None:
+                counters = Counters(*outbox.one(COUNTERS))._replace(stranded=None)
+                problems = (each.line for each in of_counters(counters))
+                nowhere.unreconciled(problems, outbox.stranded(*positions))
+            return [*compared, nowhere] if nowhere.anomalies else compared
 
 
 async def _compare(

@@ -17,7 +17,8 @@ from outbox.config import Settings
 from outbox.core.telemetry import Marked
 from outbox.doctor.check import Colour
 from outbox.doctor.examine import examine
-from outbox.errors import Halt
+from outbox.embedded import Nats
+from outbox.errors import Halt, Misconfigured
 from outbox.operate import queries, rebase, txids
 from outbox.operate.status import status
 from outbox.operate.verify import verify
@@ -91,6 +92,12 @@ def restored_from_another_cluster(url: str) -> None:
         connection.execute("INSERT INTO outbox.relay DEFAULT VALUES")
 
 
+def logically_copied(url: str) -> None:
+    """The same, without their sequences."""
+    restored_from_another_cluster(url)
+    rows(url, "SELECT setval('outbox.transactions_position_seq', 1, false), setval('outbox.events_id_seq', 1, false)")
+
+
 # What was done, whether before the three new transactions are added, and what the relay says.
 BEFORE = {
     "truncate": (statements(TRUNCATE), "positions began anew"),
@@ -136,6 +143,7 @@ AFTER = {
         ),
         "transaction 7 is committed and neither sent nor dead",
     ),
+    "logical copy": (logically_copied, "positions began anew"),
     "rows of another cluster": (restored_from_another_cluster, "has yet to hand out"),
 }
 
@@ -156,6 +164,7 @@ def test_counters_that_contradict_the_rows_are_loud_and_a_rebase_settles_it(
     assert words in halts(sent)  # a supervisor starts it again
     assert words in (status(url).unreconciled or "")
     assert counters(sent) is Colour.RED
+    assert {"counters", "stranded"} & set(anomalies(sent))
     asyncio.run(rebase.rebase(sent))
     assert counters(sent) is Colour.GREEN
     assert status(url).pending_transactions == 3
@@ -164,7 +173,10 @@ def test_counters_that_contradict_the_rows_are_loud_and_a_rebase_settles_it(
     assert value(url, "SELECT max(position) FROM outbox.transactions") > reached
     assert drained(sent) is None
     assert payloads(broker, stream) == ["1", "2", "3", "4", "5", "6", "7", "8", "9"]
-    if "another cluster" not in what:  # where the row of `relay` is fresh, what was sent under its old id is foreign
+    if what not in (
+        "logical copy",
+        "rows of another cluster",
+    ):  # where the row of `relay` is fresh, what was sent under its old id is foreign
         assert anomalies(sent) == []
     assert value(url, "SELECT count(DISTINCT txid) = count(*) FROM outbox.transactions")
 
@@ -321,6 +333,23 @@ def test_writers_that_do_not_end_are_named_and_hold_nobody_up(
         writer.commit()
     rebasing.join()
     assert drained(sent) is None
+
+
+def test_prepared_transaction_that_holds_a_rebase_up_is_named(
+    two_phase_database: str, nats: Nats, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebase, "WRITER_TRIES", 2)
+    settings = Settings(database_url=two_phase_database, nats_url=nats.url)
+    gid = f"late {stream.name}"
+    with psycopg.connect(two_phase_database, autocommit=True) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT outbox.add(%s, 'late')", [f"{stream.prefix}.x"])
+        connection.execute(f"PREPARE TRANSACTION '{gid}'")
+        with pytest.raises(Misconfigured, match=f"prepared transaction '{gid}'"):
+            asyncio.run(rebase.rebase(settings))
+        connection.execute(f"COMMIT PREPARED '{gid}'")
+    asyncio.run(rebase.rebase(settings))
+    assert drained(settings) is None
 
 
 def test_rebase_of_many_rows_does_not_stop_writers(database: str, settings: Settings, stream: Stream) -> None:
