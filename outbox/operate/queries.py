@@ -204,10 +204,17 @@ SELECT (SELECT coalesce(range_agg(int8range(position, position, '[]')), int8mult
        pg_snapshot_xmin(pg_current_snapshot())::text AS oldest
 """
 
-# The planner as the relay has it: the statements under the lock, and the pages, go by the indexes.
-BY_INDEX = tuple(
-    f"SET {name} = off" for name in ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin")
-)
+# For a transaction: no time limits, which a role or a database may have; and the planner as the relay has it, for what
+# goes by the indexes, page by page and under the lock.
+UNHURRIED = """
+SELECT set_config(name, '0', true)
+  FROM unnest(ARRAY['statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout']) AS name
+"""
+
+BY_INDEX = """
+SELECT set_config(name, 'off', true)
+  FROM unnest(ARRAY['enable_seqscan', 'enable_bitmapscan', 'enable_hashjoin', 'enable_mergejoin']) AS name
+"""
 
 # Take a moved or restored database as the outbox's new home: a new id, no stream remembered but those that are gone, as
 # retired, and pending again what was planned, and what is pending behind the cursor, by now or when it was looked for.

@@ -111,7 +111,7 @@ async def rebase(settings: Settings, *, read_back: bool = True, progress: Progre
     """
     name = settings.schema
     with command_session(settings.database_url) as connection:
-        txids.unhurried(connection, local=True)
+        connection.execute(queries.UNHURRIED)
         await _lock(connection, name)
         outbox_id = _outbox_id(connection, name)
         txids.move(settings.database_url, name, lambda done, total: progress("transaction ids", done, total))
@@ -124,8 +124,7 @@ async def rebase(settings: Settings, *, read_back: bool = True, progress: Progre
             raise Halt(f"two transactions have the id {shared[0]}", remedy="end every writer, and run it again")
         before = connection.execute(compose(queries.BEFORE_REBASE, name)).fetchall()[0]
         given = dict(zip(("behind", "event_id", "oldest"), before, strict=True), highest=found.highest, gone=found.gone)
-        for setting in queries.BY_INDEX:
-            connection.execute(setting.replace("SET", "SET LOCAL").encode())
+        connection.execute(queries.BY_INDEX)
         await _lock_out_writers(connection, name)
         for statement in queries.REBASE:
             connection.execute(compose(statement, name), given)

@@ -9,6 +9,7 @@ in one commit, so it may end anywhere and begin again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import LiteralString
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -19,13 +20,6 @@ from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
 
 PAGE = 2000
-SETTINGS = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-
-
-def unhurried(connection: psycopg.Connection[TupleRow], *, local: bool) -> None:
-    """No time limits, which a role or a database may have, for this session or (`local`) this transaction."""
-    for name in SETTINGS:
-        connection.execute("SELECT set_config(%s, '0', %s)", [name, local])
 
 
 def move(url: str, name: str, progress: Callable[[int, int], None]) -> int:
@@ -35,38 +29,42 @@ def move(url: str, name: str, progress: Callable[[int, int], None]) -> int:
     """
     with command_session(url) as connection:
         connection.autocommit = True
-        unhurried(connection, local=False)
-        for setting in queries.BY_INDEX:
-            connection.execute(setting.encode())
         moved = _separate(connection, name)
-        ((total, after),) = connection.execute(compose(queries.TO_MOVE, name)).fetchall()
-        while total:
-            ((count, last),) = connection.execute(
-                compose(queries.MOVE, name), {"after": after, "page": PAGE}
-            ).fetchall()
-            if last is None:
-                break
-            moved, after = moved + count, last
-            progress(min(moved, total), total)
-        connection.execute(compose(queries.MOVE_STRAYS, name))
+        ((total, after),) = _rows(connection, name, queries.TO_MOVE)
+        last = after if total else None
+        while last is not None:
+            after = last
+            ((count, last),) = _rows(connection, name, queries.MOVE, after=after, page=PAGE)
+            moved += count
+            if last is not None:
+                progress(min(moved, total), total)
+        _rows(connection, name, queries.MOVE_STRAYS)
         return moved + _separate(connection, name)
 
 
 def _separate(connection: psycopg.Connection[TupleRow], name: str) -> int:
     """Give transactions that share an id each its own, with its events: those of one began at the same time."""
     moved = 0
-    for (txid,) in connection.execute(compose(queries.SHARED_TXIDS, name)).fetchall():
-        rows = connection.execute(compose(queries.SHARERS, name), {"txid": txid}).fetchall()
-        groups = connection.execute(compose(queries.EVENTS_BY_TIME, name), {"txid": txid}).fetchall()
+    for (txid,) in _rows(connection, name, queries.SHARED_TXIDS):
+        rows = _rows(connection, name, queries.SHARERS, txid=txid)
+        groups = _rows(connection, name, queries.EVENTS_BY_TIME, txid=txid)
         times = [time for group, row in zip(groups, rows, strict=False) for time in (group[0], row[2])]
         if [row[1] for row in rows] != [group[1] for group in groups] or times != sorted(times):
             raise _tangled(name, txid, [row[0] for row in rows])
         with connection.transaction():
             for (position, _, _), (began, _) in zip(rows, groups, strict=True):
-                given = {"position": position, "txid": txid, "began": began}
-                connection.execute(compose(queries.MOVE_ONE, name), given)
+                _rows(connection, name, queries.MOVE_ONE, position=position, txid=txid, began=began)
         moved += len(rows)
     return moved
+
+
+def _rows(connection: psycopg.Connection[TupleRow], name: str, query: LiteralString, **given: object) -> list[TupleRow]:
+    """A statement in a transaction of its own, whose settings leave nothing behind: there may be a pooler."""
+    with connection.transaction():
+        connection.execute(queries.UNHURRIED)
+        connection.execute(queries.BY_INDEX)
+        cursor = connection.execute(compose(query, name), given)
+        return cursor.fetchall() if cursor.description else []
 
 
 def _tangled(name: str, txid: str, positions: list[int]) -> Halt:
