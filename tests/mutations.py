@@ -139,9 +139,35 @@ MUTATIONS = [
     # A database with another past halts the relay, and a rebase sends nothing twice.
     Mutation(
         "relay/recovery.py",
-        "if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN):",
+        "if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN, Look.AHEAD):",
         "if False:",
         "test_restores.py::test_failover_that_lost_commits_halts[messages removed]",
+    ),
+    Mutation(
+        "core/plan.py",
+        "unknown = Look.AHEAD if fresh and not shared",
+        "unknown = Look.AHEAD if False",
+        "test_restores.py::test_older_physical_copy_halts_where_a_work_queue_was_worked_off[all consumed]",
+    ),
+    # Counters that were put back halt the relay, and a rebase sends what is behind the cursor.
+    Mutation(
+        "core/requirements.py",
+        "if found.drawn < found.reached:",
+        "if False:",
+        "test_counters.py::test_counters_that_contradict_the_rows_are_loud_and_a_rebase_settles_it[restart]",
+    ),
+    Mutation(
+        "operate/queries.py",
+        "open_positions = open_positions + %(behind)s::int8multirange",
+        "open_positions = open_positions",
+        "test_counters.py::test_counter_that_has_caught_up_hides_nothing",
+    ),
+    # Restored transaction ids are nobody else's.
+    Mutation(
+        "operate/queries.py",
+        "(13835058055282163712 + position)::text::xid8 AS moved",
+        "(9223372036854775808 + txid::text::numeric)::text::xid8 AS moved",
+        "test_counters.py::test_second_rebase_gives_no_transaction_the_id_of_another",
     ),
     Mutation(
         "postgres/queries.py",

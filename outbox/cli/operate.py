@@ -239,10 +239,15 @@ def rebase(
     nats_url: NatsURL = None,
     schema_name: Schema = None,
     stream: Annotated[str | None, typer.Option(help="Only accept this stream as it is now.")] = None,
+    retire: Annotated[
+        bool, typer.Option("--retire", help="Forget this stream as a place to send to: it is replaced, or gone.")
+    ] = False,
     blind: Annotated[bool, typer.Option("--blind", help="Do not read the streams: send all that is pending.")] = False,
     yes: Yes = False,
 ) -> None:
     """Accept a stream (--stream), or a restored, copied or moved database, after the relay has halted on it.
+
+    With --retire a stream is forgotten that was replaced or is gone: what was for it goes where its subjects are now.
 
     What the database does not know as sent, and a stream holds whole, is marked; the rest is sent again.
 
@@ -253,13 +258,20 @@ def rebase(
     if stream and blind:
         raise typer.BadParameter("--blind is for the whole database, not for one stream")
     given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)
+    if retire and not stream:
+        raise typer.BadParameter("--retire is for one stream: --stream NAME")
     what = f"stream {stream}" if stream else f"the database of schema {given.schema}"
-    confirm(f"Accept {what} as it is? What is not known to be stored is sent again.", yes=yes)
-    if stream:
+    question = f"Retire {what}?" if retire else f"Accept {what} as it is?"
+    confirm(f"{question} What is not known to be stored is sent again.", yes=yes)
+    if stream and retire:
+        done = asyncio.run(rebase.retire_stream(given, stream))
+        out.print(f"stream {stream} is retired, and nothing is sent there any more; start the relay")
+    elif stream:
         done = asyncio.run(rebase.accept_stream(given, stream))
         out.print(f"stream {stream} is accepted as it is; start the relay")
     else:
-        done = asyncio.run(rebase.rebase(given, read_back=not blind))
+        with screen.progress() as progress:
+            done = asyncio.run(rebase.rebase(given, read_back=not blind, progress=progress))
         out.print(f"the outbox has the new id {done.outbox_id}; start the relay")
     if done.adopted or done.unknown:
         out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent")

@@ -86,7 +86,8 @@ def status_view(found: Status, rates: Rates | None = None, backlog: str = "") ->
         )
         for each in found.streams:
             numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)
-            streams.add_row(_text(each.name), each.mode, *(f"{number:,}" for number in numbers))
+            mode = "retired" if each.retired_at else each.mode
+            streams.add_row(_text(each.name), mode, *(f"{number:,}" for number in numbers))
         parts.append(streams)
     return Group(*parts)
 
@@ -105,6 +106,8 @@ def _status_rows(found: Status, rates: Rates | None, backlog: str) -> Iterator[t
         yield "backlog", backlog, ""
     if found.blocked:
         yield "blocked", f"{found.blocked}\nsince {found.blocked_since:%F %T}", BAD
+    if found.unreconciled:
+        yield "unreconciled", found.unreconciled, BAD
     for each in found.streams:
         if each.blocked:
             yield f"blocked {each.name}", f"{each.blocked}\nsince {each.blocked_since:%F %T}", BAD
@@ -207,7 +210,7 @@ def show_comparisons(comparisons: Sequence[Comparison]) -> None:
     anomalies = [(each.stream, anomaly) for each in comparisons for anomaly in each.anomalies]
     table = _table("what")
     for each in comparisons:
-        table.add_column(_text(each.stream), overflow="fold", justify="right")
+        table.add_column(_text(each.stream or "in none"), overflow="fold", justify="right")
     for what in ("transactions", "messages", "foreign", "replayed", "removed", "unknown"):
         table.add_row(what, *(f"{getattr(each, what):,}" for each in comparisons))
     table.add_row("anomalies", *(f"{len(each.anomalies):,}" for each in comparisons))

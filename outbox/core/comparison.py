@@ -12,11 +12,13 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 
 from outbox.core.plan import Seen
 from outbox.core.positions import Range, merged
 
 UNKNOWN = "the database has no such transaction"
+STRANDED = "committed and pending, and behind all that a relay looks at; remedy: outbox rebase"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,7 @@ class Comparison:
     outbox_id: str
     stream: str
     former: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
     adopting: bool = False
     shared: bool = False
     anomalies: list[Anomaly] = field(default_factory=list)
@@ -124,6 +127,8 @@ class Comparison:
         elif row.stream is None:
             self._unmarked[position].append((message.number or 0, sequence))
             return False
+        elif row.stream in self.gone:
+            pass  # a copy of a stream that is gone, such as its mirror, has what was sent there
         else:
             self._add("duplicated", position, sequence, f"its receipt says {row.first} to {row.last} of {row.stream}")
         return True
@@ -189,6 +194,23 @@ class Comparison:
                 kind = "split" if good else "missing"
                 what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
                 self._add(kind, row.position, row.first, what)
+
+    def count_gone(self, pages: Iterable[Iterable[Row]], *, meant: bool) -> None:
+        """The stream does not exist, and all that receipts say of it is removed; unless that is `meant`, say so."""
+        for row in chain.from_iterable(pages):
+            if row.stream == self.stream:
+                self.transactions += 1
+                self.removed += row.last - row.first + 1
+        if not meant:
+            what = f"the stream does not exist; {self.transactions} transactions have their receipts in it"
+            self._add("missing", None, None, what)
+
+    def unreconciled(self, problems: Iterable[str], stranded: Iterable[int]) -> None:
+        """What is the matter with the outbox itself, and what is pending out of a relay's sight: in no stream."""
+        for problem in problems:
+            self._add("counters", None, None, problem)
+        for position in stranded:
+            self._add("stranded", position, None, STRANDED)
 
     def summary(self) -> Summary:
         """Counts and anomalies, for machines."""

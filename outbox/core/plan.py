@@ -49,6 +49,7 @@ class Look(Enum):
 
     SETTLED = "the stream stands at the end of a planned transaction"
     FOREIGN = "somebody else wrote to the stream"
+    AHEAD = "the stream went on behind the plan, and nothing that it holds there tells who wrote"
     APPLYING = "the stream ends inside a transaction: a commit is being applied, or a part of it was lost"
     WENT_BACK = "the stream ends before the last receipt"
     IMPOSTOR = "a message of this outbox is where it cannot be"
@@ -83,6 +84,7 @@ def judge(
     *,
     outbox_id: str,
     shared: bool,
+    fresh: bool = False,
     unanswered: Collection[int],
     base: int,
     plan: Sequence[Planned],
@@ -92,7 +94,8 @@ def judge(
     """How much of the plan is stored in a stream that ends at `last`; `seen` are the messages at `wanted`, or None.
 
     `unanswered` are the positions that an attempt without an answer may have stored: a message that is gone counts as
-    ours only there. Of the others every attempt was refused in so many words, or there was none.
+    ours only there. Of the others every attempt was refused in so many words, or there was none. `fresh` says that this
+    leader has not looked before: its database may be older than the stream, so that what is gone may be its own.
     """
     if last < base:
         return Finding(look=Look.WENT_BACK, stored=0, at=last)
@@ -117,13 +120,20 @@ def judge(
     end = places[stored - 1] if stored else base
     if last == end:
         return Finding(look=Look.SETTLED, stored=stored, at=end)
-    return _beyond(outbox_id, plan, stored, end, last, seen)
+    unknown = Look.AHEAD if fresh and not shared and not (seen.get(end + 1) or seen.get(last)) else Look.FOREIGN
+    return _beyond(outbox_id, plan, stored, end, last, seen, unknown)
 
 
 def _beyond(
-    outbox_id: str, plan: Sequence[Planned], stored: int, end: int, last: int, seen: Mapping[int, Seen | None]
+    outbox_id: str,
+    plan: Sequence[Planned],
+    stored: int,
+    end: int,
+    last: int,
+    seen: Mapping[int, Seen | None],
+    unknown: Look,
 ) -> Finding:
-    """What lies between the end of the last stored transaction and the end of the stream."""
+    """What lies between the end of the last stored transaction and the end of the stream; `unknown` if not ours."""
     next_planned = plan[stored].position if stored < len(plan) else None
     for place in (end + 1, last):
         message = seen.get(place)
@@ -132,7 +142,7 @@ def _beyond(
         planned = {entry.position for entry in plan[stored:]}
         fits = message.position == next_planned if place == end + 1 else message.position in planned
         return Finding(look=Look.APPLYING if fits else Look.IMPOSTOR, stored=stored, at=place)
-    return Finding(look=Look.FOREIGN, stored=stored, at=last)
+    return Finding(look=unknown, stored=stored, at=last)
 
 
 def _is_end_of(message: Seen, entry: Planned, outbox_id: str) -> bool:

@@ -18,6 +18,11 @@ class Problem(NamedTuple):
     what: str
     remedy: str
 
+    @property
+    def line(self) -> str:
+        """Both on one line."""
+        return f"{self.what}; remedy: {self.remedy}"
+
 
 def of_postgres(number: int) -> Iterator[Problem]:
     """What is wrong with a server of this `server_version_num`."""
@@ -47,6 +52,44 @@ def of_outbox(
             "jetstream.limits.batch.max_msgs of nats-server with it; or lower max_transaction_events in "
             f"{schema}.limits",
         )
+
+
+class Counters(NamedTuple):
+    """How far an outbox's counters are, as COUNTERS tells it.
+
+    `reached` is the highest position that it speaks of, `drawn` the last one that was drawn. `kept` is the highest
+    transaction id of its rows, `running` the one that its cluster draws next. `stranded` is the position of a pending
+    transaction behind the cursor that is in no plan and not open, None where none is near.
+    """
+
+    reached: int
+    drawn: int
+    kept: int
+    running: int
+    stranded: int | None
+
+
+def of_counters(found: Counters) -> Iterator[Problem]:
+    """What a relay cannot reconcile: committed transactions would be out of its sight, or two would become one."""
+    if found.drawn < found.reached:
+        yield Problem(
+            f"positions began anew: the next one is {found.drawn + 1}, and {found.reached} was reached before "
+            "(TRUNCATE, RESTART, setval, or a restore without sequences); what is added would not be seen",
+            "stop every relay, then: outbox rebase",
+        )
+    if found.stranded is not None:
+        yield Problem(stranded(found.stranded), "stop every relay, then: outbox rebase, which makes it pending again")
+    if found.kept >= found.running:
+        yield Problem(
+            f"the outbox has rows of transaction id {found.kept}, which this cluster has yet to hand out: they were "
+            "copied from another one, and two transactions could become one",
+            "stop every relay, then: outbox rebase",
+        )
+
+
+def stranded(position: int) -> str:
+    """What is the matter with a pending transaction that is in no plan and not open, behind the cursor."""
+    return f"transaction {position} is committed and neither sent nor dead, and is behind all that a relay looks at"
 
 
 def of_nats(version: tuple[int, int, int]) -> Iterator[Problem]:

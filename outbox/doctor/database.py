@@ -14,11 +14,13 @@ from psycopg.rows import TupleRow
 from outbox import schema
 from outbox.config import Settings
 from outbox.core import requirements
+from outbox.core.positions import HIGHEST
 from outbox.doctor import queries
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Misconfigured, OutboxError
 from outbox.operate import migrate
-from outbox.postgres.queries import PARTS, STRAYS, compose
+from outbox.operate.queries import STRANDED
+from outbox.postgres.queries import COUNTERS, PARTS, STRAYS, compose
 from outbox.postgres.session import looked, refuse_pooler
 
 CHECKS = Checks("database")
@@ -59,6 +61,8 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
     yield await _row_security(connection, name, role)
     yield await _home(connection, name)
     for check in await _limits(connection, settings):
+        yield check
+    async for check in _counters(connection, name):
         yield check
     yield await _strays(connection, name)
     holders = await _holders(connection, name, role, sees_all=sees_all)
@@ -129,7 +133,7 @@ async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
         kinds, _, columns = privileges.partition(" (")
         if what.startswith("SCHEMA"):
             continue
-        for table in what.format(schema=name).split(", "):
+        for table in what.format(schema=name).removeprefix("SEQUENCE ").split(", "):
             for kind in kinds.split(", "):
                 given = {
                     "table": table,
@@ -193,6 +197,29 @@ async def _limits(connection: Connection, settings: Settings) -> list[Check]:
     )
     found = [CHECKS.red("limits", problem.what, problem.remedy) for problem in problems]
     return found or [CHECKS.green("limits", f"{events} events in a transaction, {size:,} bytes in an event")]
+
+
+async def _counters(connection: Connection, name: str) -> AsyncIterator[Check]:
+    """Whether all that is committed is in a relay's sight; nothing where the table relay is empty."""
+    rows = await _rows(connection, COUNTERS, name)
+    if not rows:
+        return
+    counters = requirements.Counters(*rows[0])
+    looked_at_all = True
+    if counters.stranded is None:
+        try:
+            all_of_them = await _rows(connection, STRANDED, name, after=0, to=HIGHEST)
+            counters = counters._replace(stranded=all_of_them[0][0] if all_of_them else None)
+        except psycopg.errors.QueryCanceled:
+            looked_at_all = False
+    problems = list(requirements.of_counters(counters))
+    for each in problems:
+        yield CHECKS.red("counters", each.what, each.remedy)
+    if not looked_at_all:
+        words = "what is pending out of a relay's sight could not be looked for in half a minute"
+        yield CHECKS.yellow("counters", words, "outbox verify, which takes its time")
+    elif not problems:
+        yield CHECKS.green("counters", "nothing that is committed is out of a relay's sight")
 
 
 async def _strays(connection: Connection, name: str) -> Check:

@@ -95,7 +95,8 @@ async def _examined(jetstream: JetStream, name: str, subject: str | None, known:
         info = await jetstream.ask(f"STREAM.INFO.{name}")
     except Refused as refused:
         if refused.code == STREAM_NOT_FOUND:
-            remedy = f"create it again, then: outbox rebase --stream {name}"
+            again = f"outbox rebase --stream {name}"
+            remedy = f"create it again, then: {again}; or, if it is not to come back: {again} --retire"
             yield CHECKS.red(name, "it does not exist any more", remedy)
             return
         yield CHECKS.red(name, f"its leader refuses to answer: {refused.message}", f"nats stream info {name}")

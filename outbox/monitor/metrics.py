@@ -29,6 +29,7 @@ class Metrics:
         self.registry = registry
         self._schema = schema
         self._in_flight: dict[str, int] = {}
+        self._streams: set[str] = set()
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             made = Counter(f"outbox_{name}", what, ("schema", *labels), registry=registry)
@@ -162,6 +163,11 @@ class Metrics:
         self._failing.set(seen.housekeeping_failing)
         self._blocked.set(seen.blocked)
         self._paused.set(seen.paused)
+        names = {each.name for each in seen.streams}
+        for gone in self._streams - names:  # retired: it holds nothing back any more
+            self._stream_blocked.remove(own, gone)
+            self._sequence.remove(own, gone)
+        self._streams = names
         for each in seen.streams:
             self._stream_blocked.labels(own, each.name).set(each.blocked)
             self._sequence.labels(own, each.name).set(each.last_sequence)

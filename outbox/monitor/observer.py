@@ -39,7 +39,9 @@ SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND
   ) AS p
 """
 
-OBSERVE_STREAMS = "SELECT name, last_sequence, blocked IS NOT NULL AS blocked FROM {schema}.streams ORDER BY name"
+OBSERVE_STREAMS = """
+SELECT name, last_sequence, blocked IS NOT NULL AS blocked FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
+"""
 
 # How long it took those that were settled since the last look: all of them, or about 200 spread over them.
 OBSERVE_LAGS = """

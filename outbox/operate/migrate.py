@@ -62,8 +62,16 @@ def _migrated(url: str, name: str, to: int) -> tuple[int, int]:
         connection.exec_driver_sql(compose(queries.ONE_MIGRATION_AT_A_TIME, name).decode(), keys)
         # Who waits for a lock is in the way of everybody behind: for a moment only, and again.
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
-        before = installed(_raw(connection), name)
-        if before and not _owns(_raw(connection), name):
+        before, told = installed(_raw(connection), name), _told(_raw(connection), name)
+        if not before and _there(_raw(connection), name, "events"):
+            version = _closest(_raw(connection), name)
+            raise Misconfigured(
+                f"the version of schema {name} cannot be told: the comment on {name}.events is gone, and the history "
+                "of outbox migrate is not there",
+                remedy=f"if it is what the application's Alembic history made, and it looks like version {version}: "
+                f"COMMENT ON TABLE {name}.events IS '{schema.events_comment(version)}'",
+            )
+        if before and not _there(_raw(connection), name, "alembic_version"):
             raise Misconfigured(
                 f"schema {name} was made by an application's own Alembic history, at version {before}",
                 remedy=f"write a revision there: outbox.schema.upgrade(op, since={before}, schema={name!r})",
@@ -76,6 +84,9 @@ def _migrated(url: str, name: str, to: int) -> tuple[int, int]:
         move(config, _revision(to))
         if to == 0:
             _sweep(_raw(connection), name)
+        elif before and not told:  # pg_restore --no-comments
+            for statement in schema.comments(to, name):
+                _raw(connection).execute(statement.encode())
         connection.commit()
         return before, installed(_raw(connection), name)
 
@@ -101,14 +112,12 @@ def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
         found = installed(raw, name)
         if problem := _unfinished(raw, name):
             return [problem.line]
+        if not _told(raw, name) and found:
+            return [f"missing: the comment on {name}.events, which tells the version: outbox migrate"]
         if found != schema.VERSION:
             return [f"schema {name} is at version {found}, not {schema.VERSION}: outbox migrate"]
-        copy = f"{name[:30]}_{secrets.token_hex(8)}"
-        for version in range(1, schema.VERSION + 1):
-            for statement in schema.statements(version, "up", copy):
-                raw.execute(statement.encode())
-        wanted = {_as_if(line, copy, name) for line in _fingerprint(raw, copy)}
-        actual = {_as_if(line, name, name) for line in _fingerprint(raw, name)}
+        *_, wanted = _wanted(raw, name)
+        actual = _actual(raw, name)
         connection.rollback()
     missing = [f"missing: {_short(line)}" for line in sorted(wanted - actual)]
     return missing + [f"unexpected: {_short(line)}" for line in sorted(actual - wanted)]
@@ -122,7 +131,15 @@ def grant(url: str, name: str, **roles: str | None) -> None:
 
 
 def installed(connection: psycopg.Connection[Any], name: str) -> int:
-    """The schema version in the database, 0 if there is none."""
+    """The schema version in the database, 0 if there is none: by its comment, or by the history of `migrate`."""
+    if (told := _told(connection, name)) or not _there(connection, name, "alembic_version"):
+        return told
+    rows = connection.execute(compose(queries.HISTORY, name)).fetchall()
+    return int(rows[0][0]) if rows and _there(connection, name, "events") else 0
+
+
+def _told(connection: psycopg.Connection[Any], name: str) -> int:
+    """The schema version that the comment on the table `events` tells, 0 without one."""
     events = f"{schema.checked_name(name)}.events"
     ((comment,),) = connection.execute(compose(queries.INSTALLED, name), {"events": events})
     return schema.version_of(comment)
@@ -135,9 +152,30 @@ def _unfinished(connection: psycopg.Connection[Any], name: str) -> Misconfigured
     return found.unsuitable(name) if found.unfinished else None
 
 
-def _owns(connection: psycopg.Connection[Any], name: str) -> bool:
-    ((own,),) = connection.execute(compose(queries.OWN_HISTORY, name), {"table": f"{name}.alembic_version"})
-    return bool(own)
+def _there(connection: psycopg.Connection[Any], name: str, table: str) -> bool:
+    """True if the schema has this table; `alembic_version` is there if `outbox migrate` made it."""
+    ((there,),) = connection.execute(compose(queries.THERE, name), {"table": f"{name}.{table}"})
+    return bool(there)
+
+
+def _closest(connection: psycopg.Connection[Any], name: str) -> int:
+    """The version that the schema looks most like. Leaves a copy behind, for the caller to roll back."""
+    actual = _actual(connection, name)
+    differences = [len(wanted ^ actual) for wanted in _wanted(connection, name)]
+    return differences.index(min(differences)) + 1
+
+
+def _wanted(connection: psycopg.Connection[Any], name: str) -> Iterator[set[str]]:
+    """What each version has, as a copy of it has. Leaves the copy behind, for the caller to roll back."""
+    copy = f"{name[:30]}_{secrets.token_hex(8)}"
+    for version in range(1, schema.VERSION + 1):
+        for statement in schema.statements(version, "up", copy):
+            connection.execute(statement.encode())
+        yield {_as_if(line, copy, name) for line in _fingerprint(connection, copy)}
+
+
+def _actual(connection: psycopg.Connection[Any], name: str) -> set[str]:
+    return {_as_if(line, name, name) for line in _fingerprint(connection, name)}
 
 
 def _sweep(connection: psycopg.Connection[Any], name: str) -> None:

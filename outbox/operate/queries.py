@@ -26,7 +26,7 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
 STATUS_STREAMS = """
 SELECT name, mode, last_sequence, sent_transactions, sent_events,
        (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places) AS planned,
-       blocked, blocked_since
+       blocked, blocked_since, retired_at
   FROM {schema}.streams ORDER BY name
 """
 
@@ -50,6 +50,7 @@ SELECT r.former_ids || r.outbox_id AS outbox_ids, t.position, t.txid::text,
             WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END AS state,
        t.event_count, t.sealed_at, t.attempts, t.stream, t.first_sequence, t.last_sequence, t.sent_at, t.dead_at,
        t.dead_reason, t.discarded_at, t.retried_at, t.replay_of,
+       (SELECT retired_at FROM {schema}.streams AS s WHERE s.name = t.stream) AS stream_retired_at,
        ARRAY(SELECT position FROM {schema}.transactions AS again
               WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position) AS replays
   FROM {schema}.transactions AS t CROSS JOIN {schema}.relay AS r WHERE t.position = %(position)s
@@ -140,6 +141,20 @@ PENDING_SUBJECTS = """
 SELECT DISTINCT e.subject FROM {schema}.pending AS p JOIN {schema}.events AS e ON e.txid = p.txid ORDER BY e.subject
 """
 
+# Pending transactions that no relay will look at: behind the cursor, in no plan, and not open. Reads all rows up to the
+# cursor; a page at a time.
+STRANDED = """
+WITH known AS MATERIALIZED (
+  SELECT cursor, open_positions + retried + (SELECT coalesce(range_agg(places), int8multirange())
+                                               FROM {schema}.streams, unnest(plan) AS places) AS open
+    FROM {schema}.relay
+)
+SELECT t.position FROM known AS k JOIN {schema}.transactions AS t ON t.position <= k.cursor
+ WHERE t.position > %(after)s AND t.position <= %(to)s AND t.sent_at IS NULL AND t.dead_at IS NULL
+   AND NOT k.open @> t.position
+ ORDER BY t.position LIMIT 5000
+"""
+
 # What there is to verify. One row.
 EXTENT = """
 SELECT outbox_id, former_ids, greatest(purged, (SELECT h.purged FROM {schema}.housekeeping AS h)),
@@ -152,11 +167,19 @@ SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
  WHERE position >= %(from)s AND position <= %(to)s AND stream = %(stream)s
 """
 
-# Accept a stream as it is now: nothing is planned for it; what was planned and not found in it is pending again.
-ACCEPT_STREAM = """
+# The streams that the outbox has forgotten as places to send to; as STREAMS.
+RETIRED = """
+SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams
+ WHERE retired_at IS NOT NULL ORDER BY name
+"""
+
+# Accept a stream as it is now, or retire it: nothing is planned for it; what was planned and not found in it is pending
+# again.
+SETTLE_STREAM = """
 WITH accepted AS (
   UPDATE {schema}.streams AS s SET created = %(created)s, last_sequence = %(last)s, plan_base = %(last)s,
-         plan = ARRAY[]::int8range[], mode = 'chained', blocked = NULL, blocked_since = NULL
+         plan = ARRAY[]::int8range[], mode = 'chained', blocked = NULL, blocked_since = NULL,
+         retired_at = CASE WHEN %(retire)s THEN clock_timestamp() END
     FROM (SELECT name, plan FROM {schema}.streams WHERE name = %(name)s FOR UPDATE) AS before
    WHERE s.name = before.name RETURNING before.plan
 )
@@ -174,32 +197,114 @@ UPDATE {schema}.transactions AS t
  WHERE t.position = a.position AND t.sent_at IS NULL AND t.dead_at IS NULL
 """
 
-# Take a moved or restored database as the outbox's new home: a new id, no stream remembered, what was planned pending
-# again, and old transaction ids in the upper half of xid8 (unsigned), where no cluster ever gets.
+# What a rebase builds on, before writers are locked out: what is stranded by now, the highest id of an event, and the
+# oldest transaction that may still write. Reads all rows.
+BEFORE_REBASE = """
+SELECT (SELECT coalesce(range_agg(int8range(position, position, '[]')), int8multirange())::text
+          FROM {schema}.transactions WHERE sent_at IS NULL AND dead_at IS NULL
+           AND position <= (SELECT cursor FROM {schema}.relay)) AS behind,
+       (SELECT coalesce(max(id), 0) FROM {schema}.events) AS event_id,
+       pg_snapshot_xmin(pg_current_snapshot())::text AS oldest
+"""
+
+# For a transaction: no time limits, which a role or a database may have; and the planner as the relay has it, for what
+# goes by the indexes, page by page and under the lock.
+UNHURRIED = """
+SELECT set_config(name, '0', true)
+  FROM unnest(ARRAY['statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout']) AS name
+"""
+
+BY_INDEX = """
+SELECT set_config(name, 'off', true)
+  FROM unnest(ARRAY['enable_seqscan', 'enable_bitmapscan', 'enable_hashjoin', 'enable_mergejoin']) AS name
+"""
+
+# Take a moved or restored database as the outbox's new home: a new id, no stream remembered but those that are gone, as
+# retired, and pending again what was planned, and what is pending behind the cursor, by now or when it was looked for.
 REBASE = (
     """
 UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids || outbox_id, epoch = epoch + 1,
        system_identifier = NULL,
        database_oid = NULL, timeline = NULL, leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL,
-       open_positions = open_positions + (SELECT coalesce(range_agg(places), int8multirange())
-                                            FROM {schema}.streams AS s, unnest(s.plan) AS places)
+       open_positions = open_positions + %(behind)s::int8multirange
+         + (SELECT coalesce(range_agg(places), int8multirange()) FROM {schema}.streams AS s, unnest(s.plan) AS places)
+         + (SELECT coalesce(range_agg(int8range(position, position, '[]')), int8multirange())
+              FROM {schema}.transactions AS t
+             WHERE t.txid >= %(oldest)s::xid8 AND t.txid < '9223372036854775808'::xid8 AND t.position <= cursor
+               AND t.sent_at IS NULL AND t.dead_at IS NULL)
 """,
     "DELETE FROM {schema}.streams",
     """
-UPDATE {schema}.transactions SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
- WHERE txid < '9223372036854775808'::xid8
+INSERT INTO {schema}.streams (name, created, last_sequence, plan_base, retired_at)
+SELECT name, '', 0, 0, clock_timestamp() FROM unnest(%(gone)s::text[]) AS name
+""",
+    # Positions above all that was ever reached, and all that lies in the streams, are drawn from here on; ids too.
+    """
+SELECT setval('{schema}.transactions_position_seq',
+              greatest(1, %(highest)s, cursor, upper(open_positions) - 1,
+                       (SELECT max(position) FROM {schema}.transactions),
+                       (SELECT last_value FROM {schema}.transactions_position_seq)))
+  FROM {schema}.relay
 """,
     """
-UPDATE {schema}.events SET txid = (9223372036854775808 + (txid::text)::numeric)::text::xid8
- WHERE txid < '9223372036854775808'::xid8
+SELECT setval('{schema}.events_id_seq',
+              greatest(1, %(event_id)s, (SELECT last_value FROM {schema}.events_id_seq)))
 """,
 )
 
-# Positions above everything in the streams are drawn from here on.
-LIFT = """
-SELECT setval(seq.name, greatest(%(highest)s, (SELECT coalesce(max(position), 0) FROM {schema}.transactions),
-                                 pg_sequence_last_value(seq.name::regclass), 1))
-  FROM (SELECT pg_get_serial_sequence('{schema}.transactions', 'position') AS name) AS seq
+MOVED_TXIDS = 3 << 62  # from here on are the ids of what was moved, by position: no cluster gets there
+
+# How many transactions have an id that one of this cluster may still get, and what all such ids are above.
+TO_MOVE = """
+SELECT count(*), greatest(0, pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1)::text
+  FROM {schema}.transactions
+ WHERE txid >= pg_snapshot_xmin(pg_current_snapshot()) AND txid < '9223372036854775808'::xid8
+   AND NOT pg_visible_in_snapshot(txid, pg_current_snapshot())
+"""
+
+# A page of them, by transactions_txid, with their events, by events_pkey. Those that share an id are `_separate`'s.
+MOVE = """
+WITH page AS MATERIALIZED (
+  SELECT position, txid, (13835058055282163712 + position)::text::xid8 AS moved FROM {schema}.transactions AS t
+   WHERE txid > %(after)s::xid8 AND txid < '9223372036854775808'::xid8
+     AND NOT pg_visible_in_snapshot(txid, pg_current_snapshot())
+     AND NOT EXISTS (SELECT FROM {schema}.transactions AS other
+                      WHERE other.txid = t.txid AND other.position <> t.position)
+   ORDER BY txid LIMIT %(page)s
+), events AS (
+  UPDATE {schema}.events AS e SET txid = page.moved FROM page WHERE e.txid = page.txid
+), transactions AS (
+  UPDATE {schema}.transactions AS t SET txid = page.moved FROM page WHERE t.position = page.position
+)
+SELECT count(*), (array_agg(txid ORDER BY txid DESC))[1]::text FROM page
+"""
+
+# Events without a transaction have no position: they keep their ids beside each other, in a place of their own.
+MOVE_STRAYS = """
+UPDATE {schema}.events AS e SET txid = (11529215046068469760 + txid::text::numeric)::text::xid8
+ WHERE txid >= pg_snapshot_xmin(pg_current_snapshot()) AND txid < '9223372036854775808'::xid8
+   AND NOT pg_visible_in_snapshot(txid, pg_current_snapshot())
+   AND NOT EXISTS (SELECT FROM {schema}.transactions AS t WHERE t.txid = e.txid)
+"""
+
+# Ids of more than one transaction. Reads all of transactions_txid.
+SHARED_TXIDS = "SELECT txid::text FROM {schema}.transactions GROUP BY txid HAVING count(*) > 1 ORDER BY txid"
+
+SHARERS = """
+SELECT position, event_count, sealed_at FROM {schema}.transactions WHERE txid = %(txid)s::xid8 ORDER BY sealed_at
+"""
+
+EVENTS_BY_TIME = """
+SELECT created_at, count(*) FROM {schema}.events WHERE txid = %(txid)s::xid8 GROUP BY created_at ORDER BY created_at
+"""
+
+MOVE_ONE = """
+WITH events AS (
+  UPDATE {schema}.events SET txid = (13835058055282163712 + %(position)s::bigint)::text::xid8
+   WHERE txid = %(txid)s::xid8 AND created_at = %(began)s
+)
+UPDATE {schema}.transactions SET txid = (13835058055282163712 + %(position)s::bigint)::text::xid8
+ WHERE position = %(position)s
 """
 
 # Everything that makes up a schema, a line each, as the server prints it: what Alembic does not compare is here too.
@@ -244,8 +349,27 @@ WAKE = "SELECT pg_notify(%(channel)s, '')"
 # The leader's own lock, for as long as a rebase takes.
 LOCK_OUT_LEADERS = "SELECT pg_try_advisory_xact_lock(%(lock)s, %(key)s)"
 
-# Nobody adds or marks while transaction ids are moved; readers go on.
+# Nobody adds or marks while positions are lifted; readers go on.
 LOCK_OUT_WRITERS = "LOCK {schema}.events, {schema}.transactions IN EXCLUSIVE MODE"
+
+LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(milliseconds)s::text, true)"
+
+# Who keeps the lock from being had: those who have added something and are not at their end, vacuum, a prepared one.
+LOCK_HOLDERS = """
+SELECT DISTINCT coalesce('pid ' || a.pid || ' (' || concat_ws(', ', a.usename, nullif(a.application_name, ''),
+                         nullif(a.backend_type, 'client backend')) || ')',
+                         'prepared transaction ' || quote_literal(p.gid), 'somebody') AS who,
+       coalesce(a.backend_type = 'autovacuum worker', false) AS vacuums
+  FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+  LEFT JOIN pg_locks AS x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
+                         AND x.virtualtransaction = l.virtualtransaction
+  LEFT JOIN pg_prepared_xacts AS p ON p.transaction = x.transactionid
+ WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+   AND l.relation IN ('{schema}.events'::regclass, '{schema}.transactions'::regclass)
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+ ORDER BY who
+"""
 
 # The first statement of a migration: a second one waits for its end.
 ONE_MIGRATION_AT_A_TIME = "SELECT pg_advisory_xact_lock(%(lock)s, %(key)s)"
@@ -253,8 +377,10 @@ ONE_MIGRATION_AT_A_TIME = "SELECT pg_advisory_xact_lock(%(lock)s, %(key)s)"
 # The comment on the table events, which has the version; null where there is no such table.
 INSTALLED = "SELECT obj_description(to_regclass(%(events)s), 'pg_class')"
 
-# Whether `outbox migrate` made the schema: then its version table is there.
-OWN_HISTORY = "SELECT to_regclass(%(table)s) IS NOT NULL"
+# Whether there is this table. If `outbox migrate` made the schema, its version table is there.
+THERE = "SELECT to_regclass(%(table)s) IS NOT NULL"
+
+HISTORY = "SELECT version_num FROM {schema}.alembic_version"
 
 # After the last downgrade, when nothing is left that it tells of.
 DROP_HISTORY = "DROP TABLE IF EXISTS {schema}.alembic_version"

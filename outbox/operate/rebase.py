@@ -7,7 +7,8 @@ that the database has lost stay in the stream, under an outbox id or positions t
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import LiteralString
 from uuid import UUID
 
 import psycopg
@@ -16,15 +17,17 @@ from psycopg.rows import TupleRow
 from outbox import schema
 from outbox.config import Settings
 from outbox.core.comparison import Comparison
-from outbox.errors import Misconfigured
+from outbox.errors import Halt, Misconfigured
 from outbox.event import subject_problem
 from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
-from outbox.operate import queries
-from outbox.operate.verify import known_rows, read
+from outbox.operate import queries, txids
+from outbox.operate.verify import Progress, known_rows, no_progress, read
 from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.session import command_session
 
+WRITER_TRIES, WRITER_SECONDS, WRITER_PAUSE = 20, 0.3, 0.5
+VACUUM_SECONDS = 1.2
 LOCK_TRIES, LOCK_SECONDS = 50, 0.2  # a relay that a supervisor starts again and again holds the lock for moments
 
 
@@ -51,51 +54,81 @@ class _Found:
     adopted: int = 0
     unknown: int = 0
     highest: int = 0
+    gone: list[str] = field(default_factory=list)
 
 
 async def accept_stream(settings: Settings, stream: str) -> Rebased:
     """Accept a stream as it is now: what was planned for it and is not in it is sent again. Commits.
 
-    Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream, or if it does not exist.
+    Takes back one that was retired. Raises `Misconfigured` while a relay leads, or if the outbox does not know the
+    stream, or if it does not exist.
     """
+    return await _settle_stream(settings, stream, retire=False)
+
+
+async def retire_stream(settings: Settings, stream: str) -> Rebased:
+    """Forget a stream as a place to send to, which may be gone. Commits.
+
+    What was planned for it and is not in it is pending again, to be sent where its subjects are by then; receipts stay.
+    Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream.
+    """
+    return await _settle_stream(settings, stream, retire=True)
+
+
+async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Rebased:
+    name = settings.schema
     async with connected(settings) as jetstream:
         with command_session(settings.database_url) as connection:
-            await _lock(connection, settings.schema)
-            outbox_id = _outbox_id(connection, settings.schema)
-            known = [each for each in _streams(connection, settings.schema) if each.name == stream]
-            if not known:
+            await _lock(connection, name)
+            outbox_id = _outbox_id(connection, name)
+            retired = () if retire else _streams(connection, name, queries.RETIRED)
+            known = next((each for each in [*_streams(connection, name), *retired] if each.name == stream), None)
+            if known is None:
                 raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
             found = _Found()
-            info = await _adopt(jetstream, connection, settings.schema, outbox_id, known[0], found)
-            if info is None:
-                raise Misconfigured(f"stream {stream} does not exist", remedy="create it first, then accept it")
-            accepted = {"name": stream, "created": info.created, "last": info.last_sequence}
-            connection.execute(compose(queries.ACCEPT_STREAM, settings.schema), accepted)
+            info = await _adopt(jetstream, connection, name, outbox_id, known, found)
+            if info is None and not retire:
+                remedy = f"create it first, then accept it; or forget it: outbox rebase --stream {stream} --retire"
+                raise Misconfigured(f"stream {stream} does not exist", remedy=remedy)
+            settled = {
+                "name": stream,
+                "created": info.created if info else known.created,
+                "last": info.last_sequence if info else known.last_sequence,
+                "retire": retire,
+            }
+            connection.execute(compose(queries.SETTLE_STREAM, name), settled)
             return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
 
 
-async def rebase(settings: Settings, *, read_back: bool = True) -> Rebased:
+async def rebase(settings: Settings, *, read_back: bool = True, progress: Progress = no_progress) -> Rebased:
     """Take a restored, copied or moved database as the outbox's home, with a new id. Commits; blocks writers briefly.
 
     With `read_back` the streams are read from the last sequence that the database knows, so that nothing in them is
-    sent again, and no position that they hold is drawn again; without, everything pending is sent. Raises
-    `Misconfigured` while a relay leads.
+    sent again, and no position that they hold is drawn again, and those that are gone are retired; without, everything
+    pending is sent. What is committed and pending behind the cursor is pending for the relay too from here on. Raises
+    `Misconfigured` while a relay leads, or while writers cannot be locked out; what was done until then stays, and it
+    can be run again.
     """
+    name = settings.schema
     with command_session(settings.database_url) as connection:
-        await _lock(connection, settings.schema)
-        outbox_id = _outbox_id(connection, settings.schema)
+        connection.execute(queries.UNHURRIED)
+        await _lock(connection, name)
+        outbox_id = _outbox_id(connection, name)
+        txids.move(settings.database_url, name, lambda done, total: progress("transaction ids", done, total))
         found = _Found()
         if read_back:
             async with connected(settings) as jetstream:
-                for known in await _all_streams(jetstream, connection, settings.schema):
-                    await _adopt(jetstream, connection, settings.schema, outbox_id, known, found)
-        locked = compose(queries.LOCK_OUT_WRITERS, settings.schema)
-        connection.execute(locked)
+                for known in await _all_streams(jetstream, connection, name):
+                    await _adopt(jetstream, connection, name, outbox_id, known, found, progress)
+        if shared := connection.execute(compose(queries.SHARED_TXIDS, name)).fetchone():
+            raise Halt(f"two transactions have the id {shared[0]}", remedy="end every writer, and run it again")
+        before = connection.execute(compose(queries.BEFORE_REBASE, name)).fetchall()[0]
+        given = dict(zip(("behind", "event_id", "oldest"), before, strict=True), highest=found.highest, gone=found.gone)
+        connection.execute(queries.BY_INDEX)
+        await _lock_out_writers(connection, name)
         for statement in queries.REBASE:
-            connection.execute(compose(statement, settings.schema))
-        connection.execute(compose(queries.LIFT, settings.schema), {"highest": found.highest})
-        new_id = _outbox_id(connection, settings.schema)
-        return Rebased(outbox_id=new_id, adopted=found.adopted, unknown=found.unknown)
+            connection.execute(compose(statement, name), given)
+        return Rebased(outbox_id=_outbox_id(connection, name), adopted=found.adopted, unknown=found.unknown)
 
 
 async def _lock(connection: psycopg.Connection[TupleRow], name: str) -> None:
@@ -108,6 +141,29 @@ async def _lock(connection: psycopg.Connection[TupleRow], name: str) -> None:
     raise Misconfigured("a relay leads this outbox", remedy="stop every relay of it first")
 
 
+async def _lock_out_writers(connection: psycopg.Connection[TupleRow], name: str) -> None:
+    """Wait for the end of those who write, a moment at a time: whoever wants to write meanwhile waits behind it."""
+    seconds = WRITER_SECONDS
+    holders: list[TupleRow] = []
+    for _ in range(WRITER_TRIES):
+        try:
+            with connection.transaction():
+                connection.execute(compose(queries.LOCK_TIMEOUT, name), {"milliseconds": int(seconds * 1000)})
+                connection.execute(compose(queries.LOCK_OUT_WRITERS, name))
+        except psycopg.errors.LockNotAvailable:
+            holders = connection.execute(compose(queries.LOCK_HOLDERS, name)).fetchall() or holders
+            # An autovacuum steps aside for who has waited for deadlock_timeout.
+            seconds = VACUUM_SECONDS if any(vacuums for _, vacuums in holders) else WRITER_SECONDS
+        else:
+            return
+        await asyncio.sleep(WRITER_PAUSE)
+    who = ", ".join(who for who, _ in holders) or "somebody"
+    raise Misconfigured(
+        f"writers could not be locked out for a moment, as {who} did not end a transaction that wrote to the outbox",
+        remedy="end it (COMMIT PREPARED or ROLLBACK PREPARED, pg_terminate_backend), then run it again",
+    )
+
+
 async def _adopt(
     jetstream: JetStream,
     connection: psycopg.Connection[TupleRow],
@@ -115,16 +171,23 @@ async def _adopt(
     outbox_id: UUID,
     known: _Place,
     found: _Found,
+    progress: Progress = no_progress,
 ) -> StreamInfo | None:
     """Mark what the stream holds whole and the database has as pending; the stream as it is, or None if it is gone."""
     info = await jetstream.stream(known.name)
     if info is None:
+        found.gone.append(known.name)
         return None
     same = info.created == known.created and info.last_sequence >= known.last_sequence
     comparison = Comparison(outbox_id=str(outbox_id), stream=known.name, shared=True, adopting=True)
     low = max(known.last_sequence + 1 if same else 1, info.first_sequence)
     highest = await read(
-        jetstream, lambda positions: known_rows(connection, name, positions), comparison, low, info.last_sequence
+        jetstream,
+        lambda positions: known_rows(connection, name, positions),
+        comparison,
+        low,
+        info.last_sequence,
+        progress,
     )
     adoptable = comparison.adoptable(known_rows(connection, name, comparison.unmarked))
     places = {
@@ -157,6 +220,6 @@ def _outbox_id(connection: psycopg.Connection[TupleRow], name: str) -> UUID:
     return UUID(str(row[0]))
 
 
-def _streams(connection: psycopg.Connection[TupleRow], name: str) -> list[_Place]:
-    rows = connection.execute(compose(STREAMS, name))
+def _streams(connection: psycopg.Connection[TupleRow], name: str, query: LiteralString = STREAMS) -> list[_Place]:
+    rows = connection.execute(compose(query, name))
     return [_Place(name=name, created=created, last_sequence=last) for name, created, _, last, *_ in rows]

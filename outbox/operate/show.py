@@ -72,8 +72,10 @@ async def show(settings: Settings, position: int) -> Shown:
         if row is None:
             ((purged,),) = connection.execute(compose(queries.PURGED, settings.schema))
             raise _nothing_at(position, int(purged))
-    outbox_ids, first = row.pop("outbox_ids"), row["first_sequence"]
+    outbox_ids, first, retired = row.pop("outbox_ids"), row["first_sequence"], row.pop("stream_retired_at")
     seen, problem = await _in_stream(settings, row["stream"], first, len(events))
+    if problem and retired:
+        problem = f"{problem}; it was retired at {retired:%F %T}"
     shown = [
         ShownEvent(
             **event,

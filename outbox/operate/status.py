@@ -12,8 +12,9 @@ import psycopg
 from psycopg.rows import class_row, dict_row
 
 from outbox import schema
+from outbox.core.requirements import Counters, of_counters
 from outbox.operate import queries
-from outbox.postgres.queries import compose
+from outbox.postgres.queries import COUNTERS, compose
 from outbox.postgres.session import command_session
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -21,7 +22,10 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamStatus:
-    """One stream as the outbox knows it; `mode` is chained or shared, `planned` counts what may be in flight."""
+    """One stream as the outbox knows it; `mode` is chained or shared, `planned` counts what may be in flight.
+
+    After `retired_at` nothing is sent there any more.
+    """
 
     name: str
     mode: str
@@ -31,6 +35,7 @@ class StreamStatus:
     planned: int
     blocked: str | None
     blocked_since: datetime | None
+    retired_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,7 @@ class Status:
 
     `stray_events` belong to no transaction and are never sent, `drift` is what of the schema is missing or disabled, as
     the last leader saw them.
+    `unreconciled` says what of the database a relay halts on, as it may leave what is pending out of sight.
     """
 
     schema: str
@@ -60,6 +66,7 @@ class Status:
     cursor: int
     blocked: str | None
     blocked_since: datetime | None
+    unreconciled: str | None
     paused_at: datetime | None
     paused_why: str | None
     observed_at: datetime
@@ -88,12 +95,14 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
         assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
         comment, led = row.pop("comment"), row.pop("led")
         schema.check_version(comment, name)
+        counters = connection.execute(compose(COUNTERS, name)).fetchall()
         streams = connection.cursor(row_factory=class_row(StreamStatus)).execute(compose(queries.STATUS_STREAMS, name))
         dead = connection.cursor(row_factory=class_row(RecentDead)).execute(compose(queries.STATUS_DEAD, name))
         found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
     return Status(
         schema=name,
         schema_version=schema.version_of(comment),
+        unreconciled=next((each.line for each in of_counters(Counters(*counters[0]))), None),
         sent_transactions=sum(stream.sent_transactions for stream in found["streams"]),
         sent_events=sum(stream.sent_events for stream in found["streams"]),
         **(found if led else {**found, "leader": None, "leader_since": None}),

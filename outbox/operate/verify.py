@@ -6,7 +6,7 @@ remove what it reads). What is wrong is decided in `outbox.core.comparison`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -15,11 +15,12 @@ from outbox.config import Settings
 from outbox.core.chain import SHARED
 from outbox.core.comparison import Comparison, Row
 from outbox.core.positions import HIGHEST
+from outbox.core.requirements import Counters, of_counters
 from outbox.errors import Misconfigured
 from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
-from outbox.postgres.queries import STREAMS, compose
+from outbox.postgres.queries import COUNTERS, STREAMS, compose
 from outbox.postgres.session import command_session
 
 READ_AT_ONCE = 512
@@ -40,8 +41,9 @@ async def verify(
 ) -> list[Comparison]:
     """Compare the transactions from position `first` to `last` with every stream they are in, or with one.
 
-    Without bounds the whole of each stream is read, so that what nobody knows of is found too. Works while relays and
-    writers are at work. Raises `Misconfigured` if a stream is unknown or gone, `Weather` if a server cannot be reached.
+    Without bounds the whole of each stream is read, so that what nobody knows of is found too. What no relay could
+    reconcile comes last, as the comparison with a stream without a name. Works while relays and writers are at work.
+    Raises `Misconfigured` if a stream is unknown, `Weather` if a server cannot be reached.
     """
     bounded = first > 1 or last < HIGHEST
     async with connected(settings) as jetstream:
@@ -49,25 +51,53 @@ async def verify(
             connection.autocommit = True  # each look-up sees what was committed by then
             outbox = _Outbox(connection, settings.schema)
             outbox_id, former, _, highest = outbox.one(queries.EXTENT)
+            positions = first, min(last, highest)
+            streams = outbox.streams(stream)
+            infos = {name: await jetstream.stream(name) for name in outbox.streams(None)}
+            gone = frozenset(name for name, info in infos.items() if info is None)
             compared = []
-            for name, shared in outbox.streams(stream):
-                info = await _existing(jetstream, name)
+            for name, shared in streams.items():
                 comparison = Comparison(
-                    outbox_id=str(outbox_id), former=frozenset(map(str, former)), stream=name, shared=shared
+                    outbox_id=str(outbox_id),
+                    former=frozenset(map(str, former)),
+                    gone=gone,
+                    stream=name,
+                    shared=shared,
                 )
-                low, high = info.first_sequence, info.last_sequence
-                if bounded:
-                    bounds = outbox.one(queries.SENT_RANGE, **{"from": first, "to": min(last, highest), "stream": name})
-                    low, high = max(low, bounds[0] or high + 1), min(high, bounds[1] or 0)
-                await read(jetstream, outbox.rows, comparison, low, high, progress)
-                comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
-                after = first - 1
-                while receipts := outbox.receipts(after, min(last, highest)):
-                    end = (await _existing(jetstream, name)).last_sequence
-                    comparison.confirm(receipts, first=low, last=high, end=end)
-                    after = receipts[-1].position
+                if (info := infos[name]) is not None:
+                    await _compare(jetstream, outbox, comparison, info, positions, progress, bounded=bounded)
+                else:
+                    comparison.count_gone(outbox.receipts(*positions), meant=name in outbox.retired)
                 compared.append(comparison)
-            return compared
+            nowhere = Comparison(outbox_id=str(outbox_id), stream="")
+            if stream is None:
+                counters = Counters(*outbox.one(COUNTERS))._replace(stranded=None)
+                problems = (each.line for each in of_counters(counters))
+                nowhere.unreconciled(problems, outbox.stranded(*positions))
+            return [*compared, nowhere] if nowhere.anomalies else compared
+
+
+async def _compare(
+    jetstream: JetStream,
+    outbox: _Outbox,
+    comparison: Comparison,
+    info: StreamInfo,
+    positions: tuple[int, int],
+    progress: Progress,
+    *,
+    bounded: bool,
+) -> None:
+    """Compare one stream, message by message and receipt by receipt."""
+    low, high = info.first_sequence, info.last_sequence
+    if bounded:
+        bounds = dict(zip(("from", "to"), positions, strict=True))
+        least, most = outbox.one(queries.SENT_RANGE, stream=comparison.stream, **bounds)
+        low, high = max(low, least or high + 1), min(high, most or 0)
+    await read(jetstream, outbox.rows, comparison, low, high, progress)
+    comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
+    for receipts in outbox.receipts(*positions):
+        end = await jetstream.stream(comparison.stream)
+        comparison.confirm(receipts, first=low, last=high, end=end.last_sequence if end else high)
 
 
 async def read(
@@ -91,36 +121,42 @@ async def read(
     return highest
 
 
-async def _existing(jetstream: JetStream, name: str) -> StreamInfo:
-    info = await jetstream.stream(name)
-    if info is None:
-        raise Misconfigured(f"stream {name} does not exist", remedy="outbox status lists the streams of this outbox")
-    return info
-
-
 class _Outbox:
     """The database's side; every statement reads what is committed at that moment."""
 
     def __init__(self, connection: psycopg.Connection[TupleRow], name: str) -> None:
         self._connection, self._name = connection, name
+        self.retired = {name for name, *_ in self._all(queries.RETIRED)}
 
     def one(self, query: str, **parameters: object) -> TupleRow:
         return self._all(query, **parameters)[0]
 
-    def streams(self, only: str | None) -> list[tuple[str, bool]]:
-        """Name and mode of each stream that the outbox knows, or in which a receipt says that something is."""
+    def streams(self, only: str | None) -> dict[str, bool]:
+        """Each stream that the outbox knows, or has known by a receipt, or one; and whether others may write there."""
         known = {name: mode == SHARED for name, _, mode, *_ in self._all(STREAMS)}
         known |= {name: True for (name,) in self._all(queries.RECEIPT_STREAMS) if name not in known}
+        known |= dict.fromkeys(self.retired - set(known), True)
         if only is not None and only not in known:
             raise Misconfigured(f"the outbox does not know a stream {only!r}", remedy="outbox status lists them")
-        return [(name, shared) for name, shared in known.items() if only in (None, name)]
+        return {name: shared for name, shared in known.items() if only in (None, name)}
 
     def rows(self, positions: Sequence[int]) -> dict[int, Row]:
         return known_rows(self._connection, self._name, positions)
 
-    def receipts(self, after: int, to: int) -> list[Row]:
-        rows = self._all(queries.RECEIPTS, after=after, to=to)
-        return [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+    def receipts(self, first: int, to: int) -> Iterator[list[Row]]:
+        """The receipts of these positions, a page at a time."""
+        for rows in self._pages(queries.RECEIPTS, first, to):
+            yield [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+
+    def stranded(self, first: int, to: int) -> Iterator[int]:
+        """Those of these positions that are pending, and that no relay looks at."""
+        return (position for rows in self._pages(queries.STRANDED, first, to) for (position,) in rows)
+
+    def _pages(self, query: str, first: int, to: int) -> Iterator[list[TupleRow]]:
+        after = first - 1
+        while rows := self._all(query, after=after, to=to):
+            yield rows
+            after = rows[-1][0]
 
     def _all(self, query: str, **parameters: object) -> list[TupleRow]:
         return self._connection.execute(compose(query, self._name), parameters).fetchall()

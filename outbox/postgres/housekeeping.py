@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import TupleRow
 
+from outbox.core import requirements
 from outbox.postgres import queries
 from outbox.postgres.session import answered
 
@@ -82,6 +83,11 @@ class Housekeeping:
     async def drift(self) -> list[str]:
         """What of the schema is missing or switched off."""
         return [row[0] for row in await self._all(queries.PARTS, schema=self._schema)]
+
+    async def unreconciled(self) -> requirements.Problem | None:
+        """Where the counters contradict the rows: what is committed would be out of sight."""
+        (row,) = await self._all(queries.COUNTERS)
+        return next(requirements.of_counters(requirements.Counters(*row)), None)
 
     async def note(self, found: Findings) -> None:
         """Write down what was found."""

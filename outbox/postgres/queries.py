@@ -183,10 +183,13 @@ SUSPECT = "UPDATE {schema}.relay SET suspect = %(position)s WHERE epoch = %(epoc
 
 ARRIVED = "UPDATE {schema}.relay SET timeline = %(timeline)s WHERE epoch = %(epoch)s"
 
-# The first contact with a stream, under the leader's epoch.
+# The first contact with a stream, under the leader's epoch; one of that name may have been retired.
 ADD_STREAM = """
-INSERT INTO {schema}.streams (name, created, last_sequence, plan_base)
+INSERT INTO {schema}.streams AS s (name, created, last_sequence, plan_base)
 SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch = %(epoch)s
+ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = 'chained', last_sequence = excluded.last_sequence,
+       plan_base = excluded.plan_base, retired_at = NULL
+ WHERE s.retired_at IS NOT NULL
 """
 
 # Take the lead: a new epoch. Run it only under the lock. A last leader that is still named did not end in an orderly
@@ -222,7 +225,10 @@ UPDATE {schema}.transactions AS t SET attempts = attempts - 1
   FROM returned WHERE t.position = returned.blamed AND t.attempts > 0
 """
 
-STREAMS = "SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams ORDER BY name"
+# The streams that the outbox publishes to: not those that an operator has retired.
+STREAMS = """
+SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
+"""
 
 ANY_PENDING = "SELECT position FROM {schema}.pending LIMIT 1"
 
@@ -243,6 +249,33 @@ SELECT epoch, suits_from, paused_why,
        (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(retried) AS g),
        (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(retried) AS g)
   FROM {schema}.relay WHERE ctid = coalesce(%(place)s::text::tid, (SELECT r.ctid FROM {schema}.relay AS r))
+"""
+
+# How far the counters are; see `Counters`. A sequence is read as it is now, after the snapshot: never too low. What is
+# stranded is looked for among a thousand rows at either end of what was read, sent ones included, so that the cost is
+# the same whatever was sent; the doctor and `verify` look at all. By transactions_pkey, transactions_txid, events_pkey.
+COUNTERS = """
+WITH known AS MATERIALIZED (
+  SELECT cursor, open_positions + retried + (SELECT coalesce(range_agg(places), int8multirange())
+                                               FROM {schema}.streams, unnest(plan) AS places) AS open
+    FROM {schema}.relay
+)
+SELECT greatest(k.cursor, upper(k.open) - 1, (SELECT max(position) FROM {schema}.transactions)) AS reached,
+       (SELECT last_value - 1 + is_called::int FROM {schema}.transactions_position_seq) AS drawn,
+       greatest(0, (SELECT t.txid::text::bigint FROM {schema}.transactions AS t
+                     WHERE t.txid < '9223372036854775808'::xid8 ORDER BY t.txid DESC LIMIT 1),
+                   (SELECT e.txid::text::bigint FROM {schema}.events AS e
+                     WHERE e.txid < '9223372036854775808'::xid8 ORDER BY e.txid DESC LIMIT 1)) AS kept,
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS running,
+       (SELECT min(t.position) FROM (
+          (SELECT position, sent_at FROM {schema}.transactions
+            WHERE position <= k.cursor AND dead_at IS NULL AND NOT k.open @> position ORDER BY position LIMIT 1000)
+          UNION ALL
+          (SELECT position, sent_at FROM {schema}.transactions
+            WHERE position <= k.cursor AND dead_at IS NULL AND NOT k.open @> position
+            ORDER BY position DESC LIMIT 1000)
+        ) AS t WHERE t.sent_at IS NULL) AS stranded
+  FROM known AS k
 """
 
 # Facts that the relay needs to be true before it starts. One row. `suits_from` came with schema version 2.

@@ -136,6 +136,12 @@ class Store:
             paused=paused,
         )
 
+    async def reconcile(self) -> None:
+        """Raise `Halt` where the counters contradict the rows: what is committed would be out of sight."""
+        (row,) = await self._all(queries.COUNTERS)
+        if problem := next(requirements.of_counters(requirements.Counters(*row)), None):
+            raise Halt(problem.what, remedy=problem.remedy)
+
     async def alive(self, leader: str) -> None:
         """This process has led before and lives: what was counted as its death was none."""
         await self._all(queries.ALIVE, leader=leader)

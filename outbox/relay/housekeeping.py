@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from outbox.config import Settings
 from outbox.core.telemetry import Drifted, HousekeepingFailed, HousekeepingWorks, Listener, Purged, Strayed
-from outbox.errors import OutboxError, Weather
+from outbox.errors import Halt, OutboxError, Weather
 from outbox.postgres.housekeeping import Findings, Housekeeping
 from outbox.postgres.session import open_session
 from outbox.postgres.store import Store
@@ -23,7 +23,7 @@ from outbox.relay.background import Backoff
 from outbox.text import counted
 
 LOOK_SECONDS = 2.0  # less than idle_session_timeout
-STRAY_SECONDS = 60.0
+STRAY_SECONDS, COUNTER_SECONDS = 60.0, 3.0
 PURGE_SECONDS = 10.0
 LOCKED_IN_A_ROW = 5  # then somebody has locked many
 AGAIN_SECONDS, LOCKED_SECONDS, SHARE = 0.5, 3.0, 0.05  # from the beginning: so often, and of the time at most
@@ -44,6 +44,7 @@ class Housekeeper:
         self._found = Findings()
         self._noted: Findings | None = None
         self._task: asyncio.Task[None] | None = None
+        self._halt: Halt | None = None
         self._purge = Purge(settings.retention * 3600, tell, self._clock)
 
     def start(self) -> None:
@@ -57,7 +58,9 @@ class Housekeeper:
             self._marked.set()
 
     def check(self) -> None:
-        """Raise what it died of, if it did."""
+        """Raise `Halt` if it has found what a relay cannot go on with, or what it died of."""
+        if self._halt is not None:
+            raise self._halt
         if self._task is not None and self._task.done():
             self._task.result()
 
@@ -87,7 +90,7 @@ class Housekeeper:
         await asyncio.sleep(delay)
 
     async def _serve(self, session: Housekeeping) -> None:
-        looks = strays = 0.0
+        looks = strays = counts = 0.0
         while True:
             now = self._clock()
             if now >= strays:
@@ -96,10 +99,13 @@ class Housekeeper:
             if now >= looks:
                 looks = now + LOOK_SECONDS
                 await self._look(session)
+            if now >= counts:
+                await self._reconcile(session)
+                counts = self._clock() + max(COUNTER_SECONDS, (self._clock() - now) / SHARE)
             await self._purge.run_once(session)
             await self._note(session)
             self._backoff = self._backoff.reset()
-            await self._rest(min(looks, strays, self._purge.due) - self._clock())
+            await self._rest(min(looks, strays, counts, self._purge.due) - self._clock())
 
     async def _rest(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -112,6 +118,12 @@ class Housekeeper:
         if strays:
             self._tell(Strayed(txid=strays[0][0], events=strays[0][1]))
         self._found = Findings(stray_events=sum(events for _, events in strays), drift=self._found.drift)
+
+    async def _reconcile(self, session: Housekeeping) -> None:
+        """A TRUNCATE or a setval may come under a relay that leads."""
+        if problem := await session.unreconciled():
+            self._halt = Halt(problem.what, remedy=problem.remedy)
+            self._news()
 
     async def _look(self, session: Housekeeping) -> None:
         drift = ", ".join(await session.drift()) or None

@@ -42,11 +42,13 @@ class Lane:
         lead: Lead,
         *,
         moved: bool = False,
+        fresh: bool = False,
         proven: bool = False,
         tell: Listener,
         news: Callable[[], None],
     ) -> None:
-        """`moved` says that the database was promoted or restored since its streams were settled last.
+        """`moved` says that the database was promoted or restored since its streams were settled last, `fresh` that the
+        row is a former leader's, and the stream was not looked at since.
 
         `proven` says that this process has published before: what fails from here on is weather, not set-up.
         """
@@ -66,7 +68,7 @@ class Lane:
         )
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
         self.proven = proven
-        self.moved = moved
+        self.moved, self.fresh = moved, fresh
         self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
         self._settling: Errand[recovery.Settlement] = Errand(news)
         self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
@@ -193,6 +195,7 @@ class Lane:
                 shared=chain.shared,
                 unanswered=frozenset(chain.unanswered),
                 moved=self.moved,
+                fresh=self.fresh,
                 base=chain.base,
                 plan=chain.entries(),
             )
@@ -210,7 +213,7 @@ class Lane:
 
     def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement, now: float) -> None:
         chain, was_shared = self.chain, self.chain.shared
-        self.moved = False
+        self.moved = self.fresh = False
         self._settling.reset()
         chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
         if not chain.planned:
@@ -292,15 +295,24 @@ class Lanes(dict[str, Lane]):
         super().__init__()
         self._settings, self._lead, self._proven, self._tell, self._news = settings, lead, proven, tell, news
 
-    def add(self, row: StreamRow, *, moved: bool = False) -> Lane:
-        """A lane for this stream; `moved` as in `Lane`."""
-        lane = Lane(row, self._settings, self._lead, moved=moved, proven=self._proven, tell=self._tell, news=self._news)
+    def add(self, row: StreamRow, *, fresh: bool = False) -> Lane:
+        """A lane for this stream; `fresh` as in `Lane`."""
+        lane = Lane(
+            row,
+            self._settings,
+            self._lead,
+            moved=fresh and self._lead.moved,
+            fresh=fresh,
+            proven=self._proven,
+            tell=self._tell,
+            news=self._news,
+        )
         self[row.name] = lane
         return lane
 
     async def restore(self, row: StreamRow, store: Store) -> None:
         """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
-        lane = self.add(row, moved=self._lead.moved)
+        lane = self.add(row, fresh=True)
         if row.plan:
             lane.chain.restore(await store.entries(row.plan))
 

@@ -104,6 +104,7 @@ class Leader:
             self._tell(Careful())
         self._housekeeper.start()
         try:
+            await self._store.reconcile()
             for row in await self._store.streams():
                 await self._lanes.restore(row, self._store)
             while not self._stop.is_set():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outbox.core.plan import Finding, Look, Planned, judge, wanted
 from outbox.errors import Halt, Weather
@@ -28,6 +28,7 @@ class Remembered:
     stream: str
     created: str
     shared: bool
+    fresh: bool  # this leader has not looked at it before
     unanswered: Collection[int]
     moved: bool
     base: int
@@ -56,10 +57,12 @@ async def settle(jetstream: JetStream, known: Remembered, outbox_id: str) -> Set
         finding, info = await _look(jetstream, known, outbox_id)
         looks = looks + 1 if info.last_sequence == end else 0  # a large batch is applied for as long as it moves
         # In a stream that nobody else should write to, a strange message is looked at twice.
-        if finding.look is before.look is Look.FOREIGN and finding.stored == before.stored:
+        if finding.look is before.look in (Look.FOREIGN, Look.AHEAD) and finding.stored == before.stored:
             break
-    if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN):
+    if known.moved and finding.look in (Look.SETTLED, Look.FOREIGN, Look.AHEAD):
         await _search(jetstream, known, outbox_id, finding, info)
+    if finding.look is Look.AHEAD:
+        finding = await _first_left(jetstream, known, outbox_id, finding, info)
     if finding.look in (Look.SETTLED, Look.FOREIGN):
         foreign = finding.look is Look.FOREIGN
         return Settlement(stored=finding.stored, last=info.last_sequence, foreign=foreign, info=info)
@@ -69,12 +72,16 @@ async def settle(jetstream: JetStream, known: Remembered, outbox_id: str) -> Set
 async def _look(jetstream: JetStream, known: Remembered, outbox_id: str) -> tuple[Finding, StreamInfo]:
     info = await jetstream.stream(known.stream)
     if info is None:
-        raise Weather(f"stream {known.stream} does not exist")
+        raise Weather(
+            f"stream {known.stream} does not exist; if it is not to come back: outbox rebase --stream {known.stream} "
+            "--retire"
+        )
     if info.created != known.created:
         raise Halt(
-            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, "
-            f"known since {known.created}; what was sent to the old one is not in it",
-            remedy=f"if that is meant, accept the stream as it is: outbox rebase --stream {known.stream}",
+            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, known since "
+            f"{known.created}; it was made again, restored, or promoted from a mirror, and may lack messages",
+            remedy=f"compare: outbox verify --stream {known.stream}; then accept the stream as it is: "
+            f"outbox rebase --stream {known.stream}",
         )
     info.check()
     places = wanted(known.base, known.plan, info.last_sequence)
@@ -82,6 +89,7 @@ async def _look(jetstream: JetStream, known: Remembered, outbox_id: str) -> tupl
     finding = judge(
         outbox_id=outbox_id,
         shared=known.shared,
+        fresh=known.fresh,
         unanswered=known.unanswered,
         base=known.base,
         plan=known.plan,
@@ -113,7 +121,28 @@ async def _search(jetstream: JetStream, known: Remembered, outbox_id: str, findi
                 )
 
 
+async def _first_left(
+    jetstream: JetStream, known: Remembered, outbox_id: str, finding: Finding, info: StreamInfo
+) -> Finding:
+    """Judge by the first message that is left of what lies beyond the plan, if any is."""
+    end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
+    for low in range(max(end + 1, info.first_sequence), info.last_sequence + 1, SEARCHED):
+        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
+        for place, message in (await jetstream.read(known.stream, places)).items():
+            if message is not None and message.outbox_id == outbox_id:
+                return replace(finding, look=Look.IMPOSTOR, at=place)
+            if message is not None:
+                return replace(finding, look=Look.FOREIGN)
+    return finding
+
+
 def _halt(known: Remembered, finding: Finding, info: StreamInfo) -> Halt:
+    if finding.look is Look.AHEAD:
+        return Halt(
+            f"stream {known.stream} ends at {info.last_sequence}, beyond what the database knows of ({known.base}), "
+            "and what was there is gone: the database is an older copy, or somebody else has written to the stream",
+            remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
+        )
     found = {
         Look.WENT_BACK: f"it ends at {info.last_sequence}, before the last receipt at {known.base}",
         Look.APPLYING: f"it ends inside a transaction at {info.last_sequence}: the server lost a part of the batch",

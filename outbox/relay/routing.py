@@ -209,8 +209,10 @@ class Router:
         if tail is not None and tail.outbox_id == str(self._lead.outbox_id):
             raise Halt(
                 f"stream {name} ends with transaction {tail.position} of this outbox, which does not know the stream: "
-                "the database is older than the stream, or is a copy",
-                remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
+                "the database is older than the stream, or a copy; or the stream is a copy of one that it knows, as is "
+                "a mirror that was promoted",
+                remedy="make sure that only one copy of the database is in use, then run: outbox rebase; a stream that "
+                f"was retired is taken back by: outbox rebase --stream {name}",
             )
         await self._store.add_stream(self._lead.epoch, name, info.created, info.last_sequence)
         row = StreamRow(name=name, created=info.created, mode="chained", last_sequence=info.last_sequence, plan=[])

@@ -83,6 +83,12 @@ def events_comment(version: int = VERSION) -> str:
     return f"outbox schema version {version}. One row per event; append-only.{made_by}"
 
 
+def comments(version: int, schema: str = DEFAULT_SCHEMA) -> Iterator[str]:
+    """The comments that the schema has at this version, for a database that was restored without them."""
+    for each in range(1, version + 1):
+        yield from (text for text in statements(each, "up", schema) if text.startswith("COMMENT ON"))
+
+
 class Operations(Protocol):
     """What the functions below need of Alembic's `op`."""
 
@@ -189,6 +195,9 @@ class Installed:
         if self.unfinished:
             words = f"schema {schema} is at an unfinished version {self.version}, not the one of this package"
             return Misconfigured(words, remedy=f"outbox migrate --to {self.version - 1}, then outbox migrate")
+        if self.version == 0:
+            words = f"schema {schema} does not tell its version: the comment on {schema}.events is gone, or never was"
+            return Misconfigured(f"{words} (pg_restore --no-comments?)", remedy="outbox migrate, which puts it back")
         if self.version < VERSION:
             words = f"schema {schema} is at version {self.version}, and version {VERSION} is needed"
             return Misconfigured(words, remedy="outbox migrate")

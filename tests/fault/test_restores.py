@@ -86,6 +86,64 @@ def test_older_physical_copy_halts_and_rebase_sends_nothing_twice(
     assert payloads(broker, stream) == ["1", "2", "3", "4", "5", "6", "other 4", "7"]
 
 
+@pytest.mark.parametrize("left", [0, 1], ids=["all consumed", "one in the middle left"])
+def test_older_physical_copy_halts_where_a_work_queue_was_worked_off(
+    nats: Nats, broker: Broker, workplace: Path, left: int
+) -> None:
+    """Fault: the data directory is put back, on the same timeline, and consumers have taken what was sent since.
+
+    Promise: what is gone is not taken for somebody else's: the relay halts, and a rebase settles it.
+    """
+    name, prefix = f"WORKED{left}", f"worked{left}"
+    broker.create_stream(name, f"{prefix}.>", duplicate_window=100_000_000)
+    server = own_postgres(workplace / "postgres")
+    with server:
+        prepared(server)
+        settings = Settings(database_url=server.url(), nats_url=nats.url)
+        send(settings, f"{prefix}.x", "1")
+        add(server.url(), f"{prefix}.x", "2", "2")
+    shutil.copytree(server.data, workplace / "copy")
+    with server:
+        send(settings, f"{prefix}.x", "3", "4", "5")
+    shutil.rmtree(server.data)
+    (workplace / "copy").rename(server.data)
+    if identity := server._identity():
+        for each in (server.data, *server.data.rglob("*")):
+            shutil.chown(each, identity["user"], identity["group"])
+    last = broker.last_sequence(name)
+    for sequence in range(1, last + 1):
+        if not (left and sequence == last - 2):
+            broker.api(f"STREAM.MSG.DELETE.{name}", {"seq": sequence})
+    with server:
+        add(server.url(), f"{prefix}.x", "other 3", "other 3")
+        words = halts(settings).message
+        assert ("cannot be there" if left else "the database is an older copy") in words
+        assert value(server.url(), "SELECT mode FROM outbox.streams") == "chained"
+        asyncio.run(rebase.rebase(settings))
+        send(settings, f"{prefix}.x", "6")
+        assert value(server.url(), "SELECT count(*) FROM outbox.dead") == 0
+    stored = [each.payload.decode() for each in broker.read(name)]
+    assert stored[left::2] == ["2", "other 3", "6"]  # "2" was sent and consumed after the copy: nobody can tell
+    broker.api(f"STREAM.DELETE.{name}")
+
+
+def test_other_writers_of_a_work_queue_are_no_halt(database: str, nats: Nats, broker: Broker) -> None:
+    """Fault: others write while no relay leads; some of theirs are left. Promise: the relay shares the stream."""
+    broker.create_stream("OTHERS", "others.>", retention="workqueue")
+    settings = Settings(database_url=database, nats_url=nats.url)
+    send(settings, "others.x", "1")
+    for _ in range(3):
+        broker.publish("others.foreign")
+    for sequence in (3, 5):
+        broker.api("STREAM.MSG.DELETE.OTHERS", {"seq": sequence})
+    send(settings, "others.x", "2")
+    assert value(database, "SELECT mode FROM outbox.streams") == "shared"
+    broker.publish("others.foreign")
+    broker.api("STREAM.PURGE.OTHERS")
+    send(settings, "others.x", "3")
+    broker.api("STREAM.DELETE.OTHERS")
+
+
 def test_dump_and_restore_elsewhere_halts_and_rebase_settles_it(
     nats: Nats, broker: Broker, stream: Stream, postgres: Postgres, database: str, workplace: Path
 ) -> None:
@@ -135,9 +193,12 @@ def test_failover_that_lost_commits_halts(nats: Nats, broker: Broker, workplace:
             rows(standby.url(), "SELECT pg_promote()")
             if consumed:
                 broker.api(f"STREAM.PURGE.{name}")
+                broker.publish(f"{prefix}.foreign")
             after = Settings(database_url=standby.url(), nats_url=nats.url)
             add(standby.url(), f"{prefix}.x", "other 2", "other 2")
-            halts(after)
+            assert "promoted or restored" in halts(after).message or not consumed
+            if consumed:
+                broker.api(f"STREAM.PURGE.{name}")
             done = asyncio.run(rebase.rebase(after))
             assert done.unknown == (0 if consumed else 4)
             send(after, f"{prefix}.x", "4")

@@ -14,6 +14,7 @@ from outbox import schema
 from outbox.embedded import Postgres
 from outbox.errors import Misconfigured
 from outbox.operate import migrate
+from outbox.operate.status import status
 from tests.support.bed import rows, value
 from tests.support.servers import fingerprint, numbers
 
@@ -75,6 +76,50 @@ def test_drift_is_named(database: str, change: str, found: str) -> None:
     assert migrate.problems(database) == []
     rows(database, change)
     assert any(found in problem for problem in migrate.problems(database))
+
+
+UNCOMMENTED = """
+DO $$ DECLARE each record; BEGIN
+  FOR each IN SELECT relname, relkind FROM pg_class
+               WHERE relnamespace = 'outbox'::regnamespace AND relkind IN ('r', 'v') LOOP
+    EXECUTE format('COMMENT ON %s outbox.%I IS NULL', CASE each.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END,
+                   each.relname);
+  END LOOP;
+END $$
+"""
+COMMENTS = "SELECT objoid::regclass::text, description FROM pg_description WHERE classoid = 'pg_class'::regclass"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_restored_without_comments(empty: str, version: int) -> None:
+    """The comment that tells the version is gone; the history of `outbox migrate` tells it, which puts it back."""
+    migrate.migrate(empty)
+    before = set(rows(empty, COMMENTS))
+    migrate.migrate(empty, to=version)
+    rows(empty, UNCOMMENTED)
+    with pytest.raises(Misconfigured, match="does not tell its version") as refused:
+        status(empty)
+    assert refused.value.remedy.startswith("outbox migrate")
+    assert "comment on outbox.events" in migrate.problems(empty)[0]
+    assert migrate.migrate(empty) == (version, 2)
+    assert set(rows(empty, COMMENTS)) == before
+    assert migrate.problems(empty) == []
+    assert status(empty).schema_version == 2
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_restored_without_comments_or_a_history(empty: str, version: int) -> None:
+    """An application's own Alembic history made it: the words are the statement that puts the comment back."""
+    for each in range(1, version + 1):
+        for statement in schema.statements(each, "up"):
+            rows(empty, statement)
+    rows(empty, UNCOMMENTED)
+    with pytest.raises(Misconfigured, match="cannot be told") as refused:
+        migrate.migrate(empty)
+    rows(empty, refused.value.remedy.partition(": ")[2])
+    with psycopg.connect(empty) as connection:
+        assert migrate.installed(connection, "outbox") == version
+    assert not rows(empty, "SELECT 1 FROM pg_namespace WHERE nspname LIKE 'outbox\\_%'")
 
 
 def test_behind_is_named(empty: str) -> None:

@@ -112,6 +112,12 @@ def test_page(filled: psycopg.Connection[Any]) -> None:
     assert touched(filled, queries.PAGE, **{**page, "cursor": cursor * 2 + 10_000}) < 60
 
 
+def test_counters_cost_the_same_whatever_was_sent(filled: psycopg.Connection[Any]) -> None:
+    """All of it is behind the cursor."""
+    filled.execute("UPDATE outbox.relay SET cursor = %s, open_positions = '{[5,9]}'", [middle(filled)])
+    assert touched(filled, queries.COUNTERS) < 400
+
+
 def test_plan_of_a_new_leader(filled: psycopg.Connection[Any]) -> None:
     cursor = middle(filled)
     assert touched(filled, queries.PLANNED, positions=list(range(cursor + 1, cursor + 101))) < 1500

@@ -78,3 +78,27 @@ def test_what_is_gone_is_ours_only_as_far_as_it_was_tried() -> None:
     """The first two may be stored, the third was never sent: whoever took its place was somebody else."""
     finding = judge(outbox_id="me", shared=False, unanswered={1, 2}, base=10, plan=PLAN, last=16, seen={})
     assert (finding.look, finding.stored) == (Look.FOREIGN, 2)
+
+
+@pytest.mark.parametrize(
+    ("shared", "last", "seen", "look"),
+    [
+        (False, 20, {}, Look.AHEAD),
+        (False, 20, GOOD, Look.AHEAD),
+        (False, 16, {}, Look.SETTLED),  # all of the plan, and nothing behind it
+        (True, 20, GOOD, Look.FOREIGN),
+        (False, 20, {17: FOREIGN}, Look.FOREIGN),
+        (False, 20, {20: FOREIGN}, Look.FOREIGN),
+        (False, 20, {17: ours(9, 1)}, Look.IMPOSTOR),
+        (False, 9, {}, Look.WENT_BACK),
+    ],
+)
+def test_new_leader_takes_what_is_gone_behind_the_plan_for_nobodys(
+    last: int, seen: dict[int, Seen], look: Look, *, shared: bool
+) -> None:
+    """The database may be older than the stream. A leader that has looked before knows that it was somebody else."""
+    for fresh in (True, False):
+        finding = judge(
+            outbox_id="me", shared=shared, fresh=fresh, unanswered=ALL, base=10, plan=PLAN, last=last, seen=seen
+        )
+        assert finding.look is (Look.FOREIGN if look is Look.AHEAD and not fresh else look)
