@@ -6,7 +6,6 @@ stream back waits for NATS.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Liste
 from outbox.core.transaction import Limits, Transaction
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.event import matches
-from outbox.jetstream.client import JetStream
+from outbox.jetstream.client import JetStream, Sending
 from outbox.jetstream.stream import StreamInfo
 from outbox.postgres.rows import Lead, StreamRow
 from outbox.postgres.store import Store
@@ -69,8 +68,9 @@ class Lane:
         self.moved = moved
         self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
         self._settling: Errand[recovery.Settlement] = Errand(news)
-        self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
+        self._outcomes: deque[Sending] = deque()
         self._subjects: tuple[str, ...] = ()
+        self._max_message_bytes: int | None = None
         self._retry = Backoff()
         self._told = row.blocked
 
@@ -78,6 +78,11 @@ class Lane:
     def flying(self) -> bool:
         """True while outcomes are awaited."""
         return bool(self._outcomes)
+
+    @property
+    def unanswered(self) -> bool:
+        """True if something was sent and nobody has said what became of it."""
+        return self.flying or bool(self.chain.unanswered)
 
     def row(self) -> StreamRow:
         """What the database is to remember of the stream."""
@@ -97,17 +102,17 @@ class Lane:
             forbidden = None  # it is another stream's, or the API's
         learned = False
         while self._outcomes:
-            future, deadline = self._outcomes[0]
-            if future.done():
-                outcome = future.result()
-            elif forbidden or now >= deadline:
+            sending = self._outcomes[0]
+            if sending.outcome.done():
+                outcome = sending.outcome.result()
+            elif forbidden or now >= sending.since + self._settings.ack_timeout:
                 outcome = Unknown(why=forbidden[1] if forbidden else "no answer within the time limit")
             else:
                 break
             learned = True
             self._outcomes.popleft()
-            future.cancel()  # if nobody answered: what is not on the wire yet is not sent
-            self._ended(self.chain.in_flight[0], outcome, now - (deadline - self._settings.ack_timeout))
+            sending.outcome.cancel()  # if nobody answered: what is not on the wire yet is not sent
+            self._ended(self.chain.in_flight[0], outcome, now - sending.begun)
             self.chain.learn(outcome)
             if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
                 self.proven = True
@@ -133,8 +138,8 @@ class Lane:
 
     def _give_up(self) -> None:
         """Nobody waits for what is in flight any more; what is not on the wire yet is not sent."""
-        for future, _ in self._outcomes:
-            future.cancel()
+        for sending in self._outcomes:
+            sending.outcome.cancel()
         self._outcomes.clear()
 
     def _failed(self, outcome: Outcome, now: float, *, plain: bool) -> None:
@@ -154,8 +159,10 @@ class Lane:
         if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
             chain.block(chain.in_doubt or "")
 
-    def lost(self, why: str) -> None:
-        """The connection is gone: what was in flight is in doubt."""
+    def lost(self, why: str, *, deaths: int) -> None:
+        """The connection is gone: what was in flight is in doubt, and suspected after a few such deaths in a row."""
+        if self.unanswered and deaths >= BLOCKED_AFTER:
+            self.chain.block(f"{why} ({deaths} times in a row, before anything was stored)")
         self._settling.cancel()
         self._give_up()
         if self.chain.in_doubt is None:
@@ -211,20 +218,21 @@ class Lane:
                 )
             )
 
-    def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
-        """Take in what the stream and its server accept."""
-        self._subjects = info.subjects
-        sizes = [info.max_message_bytes, jetstream.max_payload if jetstream else None]
+    def limit(self, info: StreamInfo | None, jetstream: JetStream | None) -> None:
+        """Take in what the stream and its server accept; None where nothing new is known of the stream."""
+        if info is not None:
+            self._subjects, self._max_message_bytes = info.subjects, info.max_message_bytes
+        sizes = [self._max_message_bytes, jetstream.max_payload if jetstream else None]
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,
             max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
         )
 
-    def send(self, jetstream: JetStream, ids: Iterable[str], now: float) -> bool:
+    def send(self, jetstream: JetStream, ids: Iterable[str]) -> bool:
         """Send what the committed plan allows; True if anything went out."""
         batches = self.chain.launch(ids)
         for batch in batches:
-            self._outcomes.append((jetstream.send(batch, self._outbox_id), now + self._settings.ack_timeout))
+            self._outcomes.append(jetstream.send(batch, self._outbox_id))
             count = len(batch.transactions)
             self._tell(BatchSent(stream=batch.stream, base=batch.base, transactions=count, messages=batch.count))
         return bool(batches)
@@ -239,7 +247,7 @@ class Lane:
     def dues(self) -> Iterator[float]:
         """The loop's times at which this lane wants to be looked at."""
         if self._outcomes:
-            yield self._outcomes[0][1]
+            yield self._outcomes[0].since + self._settings.ack_timeout
         if self.chain.in_doubt and not self._settling.running:
             yield self._settling.due
 
@@ -257,6 +265,7 @@ class Lanes(dict[str, Lane]):
         """`proven` says that this process has published before."""
         super().__init__()
         self._settings, self._lead, self._proven, self._tell, self._news = settings, lead, proven, tell, news
+        self._max_payload = 0
 
     def add(self, row: StreamRow, *, moved: bool = False) -> Lane:
         """A lane for this stream; `moved` as in `Lane`."""
@@ -306,6 +315,11 @@ class Lanes(dict[str, Lane]):
         return any(lane.flying for lane in self.values())
 
     @property
+    def unanswered(self) -> bool:
+        """True if something was sent and nobody has said what became of it."""
+        return any(lane.unanswered for lane in self.values())
+
+    @property
     def proven(self) -> bool:
         """True if this process has published anything, in this term or before."""
         return self._proven or any(lane.proven for lane in self.values())
@@ -320,10 +334,17 @@ class Lanes(dict[str, Lane]):
         """Those with something to write down."""
         return [lane for lane in self.values() if lane.chain.dirty]
 
-    def lost(self, why: str) -> None:
-        """The connection is gone."""
+    def lost(self, why: str, *, deaths: int) -> None:
+        """The connection is gone; `deaths` in a row were, before anything was stored."""
         for lane in self.values():
-            lane.lost(f"the connection to NATS was lost: {why}")
+            lane.lost(f"the connection to NATS was lost: {why}", deaths=deaths)
+
+    def suit(self, jetstream: JetStream) -> None:
+        """Take in what the server accepts now: its limits change while the connection stands."""
+        if self._max_payload != (size := jetstream.max_payload):
+            self._max_payload = size
+            for lane in self.values():
+                lane.limit(None, jetstream)
 
     def dues(self) -> Iterator[float]:
         """The loop's times at which one of them wants to be looked at."""

@@ -122,13 +122,13 @@ class Leader:
         moved = self._learn(now)
         for lane in self._lanes.values():
             moved |= lane.settle(self._jetstream, now)
-        moved |= await self._send(now)
+        moved |= await self._send()
         await self._arrive()
         await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
         await self._route(now)
         self._lanes.extend(held_back=self._held_back)
         moved |= await self._commit()
-        moved |= await self._send(now)
+        moved |= await self._send()
         moved |= await self._read(now)
         await self._purger.run_once(now)
         await self._keep_alive(now)
@@ -137,10 +137,12 @@ class Leader:
     # --- NATS: the connection and what came over it
 
     def _reach_nats(self, now: float) -> None:
-        if (why := self._connection.lost()) is not None:
+        if (why := self._connection.lost(now, sent=self._lanes.unanswered)) is not None:
             self._router.lost()
-            self._lanes.lost(why)
-        self._connection.reach(now)
+            self._lanes.lost(why, deaths=self._connection.deaths)
+        self._connection.reach(now, sent=self._lanes.flying)
+        if self._jetstream is not None:
+            self._lanes.suit(self._jetstream)
 
     def _learn(self, now: float) -> bool:
         forbidden = self._jetstream.forbidden() if self._jetstream else None
@@ -152,14 +154,14 @@ class Leader:
                     self._router.forget()
         return learned
 
-    async def _send(self, now: float) -> bool:
+    async def _send(self) -> bool:
         """Send what is planned and committed, as far as the windows have room; True if anything went out."""
         sent = False
         if self._jetstream is not None and not self._held_back:
             for lane in self._lanes.values():
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
-                sent |= lane.send(self._jetstream, self._batch_ids, now)
+                sent |= lane.send(self._jetstream, self._batch_ids)
         return sent
 
     # --- streams
@@ -254,6 +256,7 @@ class Leader:
         for lane in dirty:
             self._marked(lane.chain.written())
         if receipts:
+            self._connection.sound()
             self._purger.marked()
             self._reader.hurry()
         self._report(verdicts)

@@ -19,6 +19,7 @@ from outbox.config import Durability, OnDead, Settings
 from outbox.core.telemetry import Connected, LeadEnded, Listener, LostLead, StandingBy, Stopped, Unreachable, silent
 from outbox.errors import Denied, Deposed, Halt, Misconfigured, Weather
 from outbox.jetstream.client import JetStream
+from outbox.jetstream.connect import Servers
 from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
 from outbox.relay.leader import Leader
@@ -50,6 +51,7 @@ class Relay:
         self._has_led = False
         self._proven = False
         self._reached: set[str] = set()
+        self._servers = Servers(settings.nats_servers)
         # Process ids come again, in a container at every start: the name must be this process's alone.
         self._name = f"{secrets.token_hex(4)}@{socket.gethostname()}:{os.getpid()}"
 
@@ -133,7 +135,7 @@ class Relay:
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
         with self._reaching("nats"):
-            jetstream = await JetStream.connect(self._settings, news)
+            jetstream = await JetStream.connect(self._settings, news, self._servers)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(jetstream.close)
             if self._create is not None:
