@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from outbox.errors import Denied
 TICK_SECONDS = 0.5
 PING_TICKS, DEAD_TICKS = 4, 16  # without a byte in either direction: ask, and give up
 UNSENT_BYTES = 131_072  # more are not given to the kernel before they go out
+MOST_LAST_WORDS = 65_536
 LINE_BYTES = 1_048_576  # an INFO of a large cluster
 NO_TLS = (
     "turn TLS on in the server; or, on a network that you trust, ask for none: nats:// in OUTBOX_NATS_URL, and no "
@@ -30,6 +32,20 @@ NO_TLS = (
 )
 NO_CERTIFICATE = "give one: OUTBOX_NATS_TLS_CERT and OUTBOX_NATS_TLS_KEY"
 LAME_DUCK = "the server is about to stop (lame duck mode)"
+
+
+class _ToTheEnd(asyncio.StreamReaderProtocol):
+    """Reads what a server said before it hung up, also when a failed write finds that out first."""
+
+    def __init__(self, reader: asyncio.StreamReader, made: socket.socket) -> None:
+        super().__init__(reader)
+        self._reader, self._made = reader, made
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        with contextlib.suppress(OSError):
+            if exc is not None and (rest := self._made.recv(MOST_LAST_WORDS)):
+                self._reader.feed_data(rest)
+        super().connection_lost(exc)
 
 
 class Wire(TcpTransport):
@@ -47,12 +63,15 @@ class Wire(TcpTransport):
             with contextlib.suppress(OSError, AttributeError):  # not on every system
                 # The kernel takes megabytes at once: who looks at what it has not taken would see nothing move.
                 made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-            await asyncio.get_running_loop().sock_connect(made, address)
-            self._bare_io_reader, self._bare_io_writer = await asyncio.open_connection(sock=made, limit=LINE_BYTES)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(made, address)
+            reader = asyncio.StreamReader(limit=LINE_BYTES)
+            transport, protocol = await loop.create_connection(lambda: _ToTheEnd(reader, made), sock=made)
         except BaseException:
             made.close()
             raise
-        self._io_reader, self._io_writer = self._bare_io_reader, self._bare_io_writer
+        self._bare_io_reader = self._io_reader = reader
+        self._bare_io_writer = self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def connect(self, *_: Any, **__: Any) -> None:
         """It is connected already."""
@@ -62,6 +81,11 @@ class Wire(TcpTransport):
         """Bytes that came, and bytes that went: while these grow, there is somebody on the other side."""
         waiting = self._io_writer.transport.get_write_buffer_size() if self._io_writer else 0
         return self._received, self._given - waiting
+
+    @property
+    def unread(self) -> bytes:
+        """What has come and nobody has read yet."""
+        return bytes(getattr(self._io_reader, "_buffer", b""))
 
     def abort(self) -> None:
         """Close the socket at once; idempotent. nats-py waits until the server has read all, which may be never."""
@@ -144,6 +168,12 @@ class Wary(Client):
         if PERMISSIONS_ERR not in err_msg:
             self.said = self.said or err_msg.strip("'")  # the end of the connection would be the last word
         await super()._process_err(err_msg)
+
+    async def _process_op_err(self, e: Exception) -> None:
+        # Who writes may find out first that the server has hung up: what it said is there, and was not read.
+        if found := re.search(rb"-ERR '([^']*)'", self.wire.unread):
+            self.said = self.said or found[1].decode(errors="replace").lower()
+        await super()._process_op_err(e)
 
     async def _ping_interval(self) -> None:
         """Give the connection up when nothing has moved for many looks, and a ping was of no avail.

@@ -162,7 +162,7 @@ class Lane:
     def lost(self, why: str, *, deaths: int) -> None:
         """The connection is gone: what was in flight is in doubt, and suspected after a few such deaths in a row."""
         if self.unanswered and deaths >= BLOCKED_AFTER:
-            self.chain.block(f"{why} ({deaths} times in a row, before anything was stored)")
+            self.chain.block(f"{why} (at least {BLOCKED_AFTER} times in a row, before anything was stored)")
         self._settling.cancel()
         self._give_up()
         if self.chain.in_doubt is None:

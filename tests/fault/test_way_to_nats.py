@@ -160,7 +160,8 @@ def log(server: Nats) -> str:
     return "".join(each.read_text(errors="replace") for each in server.directory.glob("*.log"))
 
 
-def test_server_hangs_up_over_what_it_is_sent(database: str, workplace: Path) -> None:
+@pytest.mark.parametrize(("events", "size"), [(1, 10), (30, 50_000)], ids=["short", "while more is written"])
+def test_server_hangs_up_over_what_it_is_sent(database: str, workplace: Path, events: int, size: int) -> None:
     """Fault: the server hangs up over a transaction, each time that it is sent. Promise: blocked, for the true reason.
 
     A few connections find that out, not hundreds.
@@ -172,9 +173,9 @@ def test_server_hangs_up_over_what_it_is_sent(database: str, workplace: Path) ->
             add(database, "s.x")
             wait_until_sent(database)
             before = proxy.connections
-            add(database, f"s.{'x' * 200}")
+            add(database, f"s.{'x' * 200}", events, size=size)
             relay.wait_for(Blocked, lambda each: "maximum control line exceeded" in each.why)
-            until(lambda: any("3 times in a row" in str(each.blocked) for each in status.status(database).streams))
+            until(lambda: any("times in a row" in str(each.blocked) for each in status.status(database).streams))
             assert proxy.connections - before < 10
             threading.Event().wait(1)
             assert proxy.connections - before < 20
