@@ -79,8 +79,12 @@ class Wire(TcpTransport):
     @property
     def moved(self) -> tuple[int, int]:
         """Bytes that came, and bytes that went: while these grow, there is somebody on the other side."""
-        waiting = self._io_writer.transport.get_write_buffer_size() if self._io_writer else 0
-        return self._received, self._given - waiting
+        return self._received, self._given - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that are to go out."""
+        return self._io_writer.transport.get_write_buffer_size() if self._io_writer else 0
 
     @property
     def unread(self) -> bytes:
@@ -129,6 +133,11 @@ class Wary(Client):
     def secured(self) -> bool:
         """True if the connection is in TLS."""
         return bool(self._server_info.get("tls_required"))
+
+    @property
+    def clear(self) -> bool:
+        """True if nothing waits to go out, and every ping was answered."""
+        return not (self._pongs or self.wire.waiting)
 
     @property
     def server_id(self) -> str:
