@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import random
+import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -87,15 +87,14 @@ class Servers:
         if info.get("ldm"):
             self._leaving.add(server)
         if urls := info.get("connect_urls"):
-            self._named = [_named(server, url, secured=secured) for url in urls]
+            self._named = [named for url in urls if (named := _named(server, str(url), secured=secured))]
 
     def in_order(self) -> list[Server]:
-        """All of them, each once: first those of the settings, last those that were about to stop."""
-        found = [*random.sample(self._given, len(self._given)), *random.sample(self._named, len(self._named))]
-        places: dict[tuple[str, int], Server] = {}
-        for each in found:
-            places.setdefault((each.host, each.port), each)
-        return sorted(places.values(), key=lambda each: each in self._leaving)
+        """All of them: first those of the settings, last those that were about to stop."""
+        places = {(each.host, each.port) for each in self._given}
+        named = [each for each in self._named if (each.host, each.port) not in places]
+        found = [*random.sample(self._given, len(self._given)), *random.sample(named, len(named))]
+        return sorted(found, key=lambda each: each in self._leaving)
 
     def is_given(self, server: Server) -> bool:
         """True if the settings name it."""
@@ -113,14 +112,15 @@ class Servers:
         return only
 
 
-def _named(by: Server, url: str, *, secured: bool) -> Server:
+def _named(by: Server, url: str, *, secured: bool) -> Server | None:
     """A server that another one names: an address is checked by the name of who told it, as all of nats.io does."""
     there = urlsplit(f"nats://{url}")
-    host = there.hostname or ""
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(host)
-        return replace(by, host=host, port=there.port or DEFAULT_PORT, secure=secured)
-    return replace(by, host=host, port=there.port or DEFAULT_PORT, name=host, secure=secured)
+    try:
+        host, port = there.hostname or "", there.port or DEFAULT_PORT
+    except ValueError:
+        return None
+    name = by.name if re.fullmatch(r"[\d.]+|.*:.*", host) else host
+    return replace(by, host=host, port=port, name=name, secure=secured)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

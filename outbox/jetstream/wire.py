@@ -117,7 +117,7 @@ class Wary(Client):
     """A client on an open `Wire`; raises `Denied` while it connects. `told` is called when an INFO came.
 
     `said` is why the connection ended, in the server's words or, where it left none, in ours; `moved` is the loop's
-    time at which bytes went over the connection, seen twice a second.
+    time at which it was seen last that bytes had come or gone.
     """
 
     def __init__(
@@ -127,7 +127,14 @@ class Wary(Client):
         self._transport = self.wire = wire
         self._where, self._secure, self._certified, self._told = where, secure, certified, told
         self.said: str | None = None
-        self.moved = 0.0
+        self._moved, self._seen = 0.0, wire.moved
+
+    @property
+    def moved(self) -> float:
+        """See the class: by a look at it now, and two a second."""
+        if (now := self.wire.moved) != self._seen:
+            self._seen, self._moved = now, asyncio.get_running_loop().time()
+        return self._moved
 
     @property
     def secured(self) -> bool:
@@ -189,11 +196,11 @@ class Wary(Client):
 
         Looks are counted, and not seconds: who was frozen looks first at what has come meanwhile.
         """
-        before, quiet = self.wire.moved, 0
+        before, quiet = self.moved, 0
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if (now := self.wire.moved) != before:
-                before, quiet, self.moved = now, 0, asyncio.get_running_loop().time()
+            if (now := self.moved) != before:
+                before, quiet = now, 0
                 continue
             quiet += 1
             if quiet == PING_TICKS and not self._pongs:

@@ -40,7 +40,7 @@ def proxy(nats: Nats) -> Iterator[NatsProxy]:
 @pytest.mark.parametrize(
     ("rate", "events", "size", "patience"),
     [
-        pytest.param(500_000, 150, 10_000, 0.5, id="small"),
+        pytest.param(500_000, 200, 10_000, 1, id="small"),
         pytest.param(1_500_000, 1000, 40_000, 10, id="40 MB", marks=pytest.mark.long),
     ],
 )
