@@ -95,6 +95,9 @@ class Settings(BaseModel):
     )
     nats_tls_first: bool = Field(False, description="Begin with TLS, as nats-server's handshake_first asks for.")
     nats_domain: str | None = Field(None, description="JetStream domain of the streams.")
+    nats_inbox_prefix: str | None = Field(
+        None, description="Prefix of the subjects on which NATS answers, where permissions ask for one of its own."
+    )
     schema: str = Field("outbox", description="Postgres schema of the outbox.")  # type: ignore[assignment]  # hides a deprecated method
     batch: BatchMode = Field(BatchMode.PACKED, description="Pack transactions into batches, or one batch each.")
     max_batch_messages: int = Field(
@@ -108,7 +111,9 @@ class Settings(BaseModel):
         16_000, ge=1, description="Messages read but not yet sent, at most: bounds memory."
     )
     read_ahead_bytes: int = Field(64_000_000, ge=1, description="Bytes read but not yet sent, about: bounds memory.")
-    ack_timeout: float = Field(10.0, gt=0, description="Seconds without an ack until the stream is read back.")
+    ack_timeout: float = Field(
+        10.0, gt=0, description="Seconds without an ack of a batch that has arrived, until the stream is read back."
+    )
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
     retention: float = Field(
@@ -190,6 +195,13 @@ class Settings(BaseModel):
     def _checked_nats_domain(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[\w-]+", value, re.ASCII):
             raise ValueError("may have letters, digits, - and _")
+        return value
+
+    @field_validator("nats_inbox_prefix")
+    @classmethod
+    def _checked_nats_inbox_prefix(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", value, re.ASCII):
+            raise ValueError("may have letters, digits, - and _, in parts separated by dots; no .> at its end")
         return value
 
     @field_validator("retention")

@@ -104,6 +104,25 @@ MUTATIONS = [
         'token = next(iter(self._awaited), "")',
         "test_acks.py::test_acks_in_the_opposite_order",
     ),
+    # What the account takes is told late; a server that hangs up is met with a back-off; time begins with the arrival.
+    Mutation(
+        "jetstream/wire.py",
+        'self._max_payload = info.get("max_payload", self._max_payload)',
+        "pass",
+        "test_way_to_nats.py::test_account_takes_less_than_its_server_says",
+    ),
+    Mutation(
+        "relay/connection.py",
+        "self._connecting.fail(now)",
+        "pass",
+        "test_way_to_nats.py::test_server_hangs_up_over_what_it_is_sent[short]",
+    ),
+    Mutation(
+        "jetstream/client.py",
+        "max(self.begun, self._nc.moved) if self._arrived is None else self._arrived",
+        "self.begun",
+        "test_way_to_nats.py::test_large_transaction_over_a_slow_link[small]",
+    ),
     # A frozen leader loses its session; a silent server is given up; a read-only one is weather.
     Mutation(
         "postgres/session.py",
@@ -190,7 +209,7 @@ MUTATIONS = [
     # Rows are hostile until they are checked.
     Mutation(
         "relay/routing.py",
-        "if (offence := invalid(head)) is None:",
+        "if (offence := self._spoiled.get(head.position) or invalid(head)) is None:",
         "if (offence := None) is None:",
         "test_data.py::test_rows_written_around_the_triggers_are_set_aside",
     ),

@@ -97,7 +97,7 @@ async def _publish(site: Site, transactions: int, events: int, payload: int) -> 
     while batches or in_flight:
         while batches and len(in_flight) < settings.window:
             batch = batches.popleft()
-            in_flight.append((batch, jetstream.send(batch, str(uuid4()))))  # type: ignore[arg-type]
+            in_flight.append((batch, jetstream.send(batch, str(uuid4())).outcome))  # type: ignore[arg-type]
         batch, outcome = in_flight.popleft()
         if await outcome != Stored(stream=STREAM, sequence=batch.last_sequence):
             raise OutboxError(f"a batch of the ceiling was not stored: {outcome.result()}")

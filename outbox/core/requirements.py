@@ -101,6 +101,21 @@ def of_nats(version: tuple[int, int, int]) -> Iterator[Problem]:
         )
 
 
+def of_subject(subject: str, *, mapped: bool) -> Problem:
+    """What is wrong with a subject that JetStream finds in no stream; `mapped` says that one takes it all the same."""
+    if mapped:
+        return Problem(
+            f"subject {subject} is in no stream, though one takes what is sent there: the account maps it to another",
+            "add events under the subject that the stream has; or take this one out of the account's mappings, and add "
+            "it to the stream's subjects",
+        )
+    return Problem(
+        f"subject {subject} is in no stream",
+        "add it to a stream's subjects (nats stream edit), or make one: "
+        f"nats stream add NAME --subjects {subject} --allow-batch --discard=new",
+    )
+
+
 def of_stream(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with a stream of this configuration, as STREAM.INFO tells it."""
     name = config["name"]

@@ -24,7 +24,7 @@ from outbox.core.outcome import (
     code_of,
     meaning,
 )
-from outbox.core.requirements import of_stream
+from outbox.core.requirements import of_stream, of_subject
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream.client import JetStream, Refused
@@ -70,15 +70,18 @@ async def examine(jetstream: JetStream, known: Facts) -> AsyncIterator[Check]:
         words = f"the account cannot be asked for: {weather.message}"
         yield CHECKS.yellow("account", words, "allow this user to publish to $JS.API.INFO, to see its limits")
     routes: dict[str, str | None] = {}
+    mapped: list[str] = []
     try:
         for subject in sorted({subject for group in known.subjects for subject in group}):
             routes[subject] = await jetstream.stream_of(subject)
+            if routes[subject] is None and await jetstream.is_mapped(subject):
+                mapped.append(subject)
     except Weather as weather:
         words = f"nobody tells where subjects go: {weather.message}"
         yield CHECKS.red(
             "subjects", words, "allow this user to publish to $JS.API.STREAM.NAMES; or see the server's log"
         )
-    for check in _routing(routes, known.subjects):
+    for check in _routing(routes, mapped, known.subjects):
         yield check
     others = await _all(jetstream)
     for name in sorted({*known.streams, *(stream for stream in routes.values() if stream)}):
@@ -134,15 +137,13 @@ def _account(info: dict[str, Any]) -> Iterator[Check]:
         yield CHECKS.green("account", f"JetStream is there, API level {level}")
 
 
-def _routing(routes: Mapping[str, str | None], groups: Sequence[Sequence[str]]) -> Iterator[Check]:
+def _routing(
+    routes: Mapping[str, str | None], mapped: Sequence[str], groups: Sequence[Sequence[str]]
+) -> Iterator[Check]:
     for subject, stream in routes.items():
         if stream is None:
-            yield CHECKS.red(
-                "subjects",
-                f"subject {subject} is in no stream: a transaction with it waits, and all behind it",
-                "add it to a stream's subjects (nats stream edit), or make one: "
-                f"nats stream add NAME --subjects {subject} --allow-batch --discard=new",
-            )
+            what, remedy = of_subject(subject, mapped=subject in mapped)
+            yield CHECKS.red("subjects", f"{what}: a transaction with it waits, and all behind it", remedy)
     for group in groups:
         streams = sorted({stream for subject in group if (stream := routes.get(subject)) is not None})
         if len(streams) > 1:

@@ -1,18 +1,19 @@
 """The relay's only hand on NATS: one connection, stream facts, single messages, and batches with windowed acks.
 
-Built on nats-py's public calls, but for one function that writes frames, and `connect`'s look at TLS and its end of a
-connection. nats-py buffers what is published while it reconnects and sends it later, even what its caller has given up:
-so this connection never reconnects. When it is lost, every batch in flight has the outcome `Unknown`, and the leader
-opens a new one.
+Built on nats-py's public calls, but for what `wire` changes, where batches are written. nats-py buffers what is
+published while it reconnects and sends it later, even what its caller has given up: so this connection never
+reconnects. When it is lost, every batch in flight has the outcome `Unknown`, and the leader opens a new one. No time is
+counted while bytes are on their way: a limit is what the server may take once it has read all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Self
 
 import nats.errors
@@ -33,13 +34,18 @@ from outbox.core.outcome import (
 )
 from outbox.core.plan import Seen
 from outbox.core.requirements import of_nats
-from outbox.errors import Misconfigured, Weather
-from outbox.jetstream.connect import Wary, close, dial
+from outbox.errors import Denied, Misconfigured, Weather
+from outbox.jetstream.connect import Servers, close, dial
 from outbox.jetstream.credentials import options
 from outbox.jetstream.stream import StreamInfo, seen, stream_info
+from outbox.jetstream.wire import UNSENT_BYTES, Wary
 
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0
 READ_AT_ONCE = 32  # each answer carries the whole message
+SLOW_SECONDS = 1.0  # in which fewer are read at once; the server hangs up over an answer that takes ten
+LIMITS_SECONDS = 5.0
+FEW = 30  # pieces of frames
+CHUNK_BYTES = 262_144  # so often the server's answer to a ping shows that it reads
 
 
 class Refused(Weather):
@@ -50,6 +56,25 @@ class Refused(Weather):
         self.code = code
 
 
+class Sending:
+    """A batch on its way, and its outcome."""
+
+    def __init__(self, nc: Wary) -> None:
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.begun = asyncio.get_running_loop().time()
+        self._nc = nc
+        self._arrived: float | None = None
+
+    @property
+    def since(self) -> float:
+        """The loop's time since which only the server keeps us waiting, as far as is known."""
+        return max(self.begun, self._nc.moved) if self._arrived is None else self._arrived
+
+    def arrived(self, _: object = None) -> None:
+        """The server has read all of it."""
+        self._arrived = asyncio.get_running_loop().time()
+
+
 class JetStream:
     """One connection to NATS. When it is lost, `lost` says why, and a new one must be made."""
 
@@ -58,39 +83,69 @@ class JetStream:
         self._nc: Wary
         self._api = "$JS.API"
         self._prefix = ""
-        self._tokens = 0
-        self._awaited: dict[str, asyncio.Future[Outcome]] = {}
+        self._tokens = itertools.count(1)
+        self._awaited: dict[str, Sending] = {}
+        self._asked: dict[str, asyncio.Future[Msg]] = {}
         self._outgoing: asyncio.Queue[tuple[str, Batch, str]] = asyncio.Queue()
         self._sender: asyncio.Task[None] | None = None
         self._forbidden: dict[str, str] = {}
         self._forbidden_calls: dict[str, str] = {}
+        self._deaf = ""
+        self._settings: Settings
+        self._servers: Servers
+        self._limits_due = 0.0
+        self._at_once = 1
 
     @classmethod
-    async def connect(cls, settings: Settings, news: Callable[[], None] = lambda: None) -> Self:
+    async def connect(
+        cls, settings: Settings, news: Callable[[], None] = lambda: None, servers: Servers | None = None
+    ) -> Self:
         """Connect, with the settings' credentials and certificates as they are on disk now; close it when done.
 
         Raises `Weather` if no server answers, `Misconfigured` if it cannot keep the promises. Of the weather, `Denied`
-        is what credentials or TLS must settle. `news` is called, without arguments, whenever a reply came in or the
-        connection was lost.
+        is what credentials, TLS or permissions must settle. `news` is called, without arguments, whenever a reply came
+        in, the server has other limits, or the connection was lost. `servers` remembers whom the servers have named.
         """
         self = cls(news)
+        self._settings, self._servers = settings, servers or Servers(settings.nats_servers)
         self._nc = await dial(
-            settings.nats_servers, error_cb=self._on_error, closed_cb=self._on_closed, **options(settings)
+            self._servers,
+            news=news,
+            error_cb=self._on_error,
+            closed_cb=self._on_closed,
+            **options(settings),
         )
         self._api = f"$JS.{settings.nats_domain}.API" if settings.nats_domain else "$JS.API"
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
             self._check_version()
+            await self._listen()
             await self._look_for_jetstream()
-            self._prefix = self._nc.new_inbox()
-            try:
-                await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply)
-            except nats.errors.Error as error:
-                raise Weather(f"the connection to NATS was lost at once: {error}") from error
             undo.pop_all()
         self._sender = asyncio.create_task(self._send_in_order())
         self._sender.add_done_callback(lambda _: self._news())
         return self
+
+    async def _listen(self) -> None:
+        """Subscribe to our inbox; what the server has against it comes before its answer to a ping."""
+        self._prefix = self._nc.new_inbox()
+        lost = self._asked[""] = asyncio.get_running_loop().create_future()
+        try:
+            # nats-py throws away what is over its limit.
+            await self._nc.subscribe(f"{self._prefix}.*", cb=self._on_reply, pending_bytes_limit=0)
+            await self._arrival(lost, API_SECONDS)
+            if lost.done():
+                lost.result()
+        except (TimeoutError, nats.errors.Error) as error:
+            raise Weather(f"the connection to NATS was lost at once: {self.lost or error}") from error
+        finally:
+            del self._asked[""]
+        if self._deaf:
+            raise Denied(
+                f"NATS lets the relay hear no answers: {self._deaf}",
+                remedy="allow its user to subscribe to _INBOX.>, or set OUTBOX_NATS_INBOX_PREFIX to the prefix that "
+                "its permissions allow",
+            )
 
     def _check_version(self) -> None:
         for problem in of_nats(self.version):
@@ -100,7 +155,7 @@ class JetStream:
         """Raise `Weather` if nobody listens where JetStream should; who is only silent may lack a leader just now."""
         with contextlib.suppress(TimeoutError, nats.errors.Error):
             try:
-                await self._nc.request(f"{self._api}.STREAM.NAMES", timeout=API_SECONDS)
+                await self._question(f"{self._api}.STREAM.NAMES")
             except nats.errors.NoRespondersError as error:
                 remedy = "turn JetStream on in nats-server; or, behind a leaf node, see OUTBOX_NATS_DOMAIN"
                 raise Weather(f"no JetStream answers at {self._api}", remedy=remedy) from error
@@ -117,8 +172,8 @@ class JetStream:
         if self._sender is not None and self._sender.done() and not self._sender.cancelled():
             return f"sending has ended: {self._sender.exception()!r}"
         if not self._nc.is_closed:
-            return None
-        return str(self._nc.last_error or "the connection was closed")
+            return self._deaf or None
+        return self._nc.said or str(self._nc.last_error or "the connection was closed")
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -128,8 +183,21 @@ class JetStream:
 
     @property
     def max_payload(self) -> int:
-        """The most bytes of payload and headers that the server takes; more closes the connection for good."""
+        """The most bytes of payload and headers that the server takes now; more closes the connection for good."""
         return self._nc.max_payload
+
+    async def learn_limits(self) -> None:
+        """Take in the limits that a new connection to the same server is told; at most every few seconds.
+
+        A server that was reloaded with a higher limit says nothing of it to those that are connected.
+        """
+        if (now := asyncio.get_running_loop().time()) < self._limits_due:
+            return
+        self._limits_due = now + LIMITS_SECONDS
+        other = await JetStream.connect(self._settings, servers=self._servers.last())
+        if other._nc.server_id == self._nc.server_id:  # noqa: SLF001 - it is one of these
+            self._nc.take_in({"max_payload": other.max_payload})
+        await other.close()
 
     async def ask(self, call: str, body: object = None) -> dict[str, Any]:
         """JetStream's own answer to a call of its API; raises `Weather`, or `Refused` with the code of its refusal."""
@@ -142,7 +210,7 @@ class JetStream:
         """
         headers = {"Nats-Batch-Id": "probe", "Nats-Batch-Sequence": "2", "Nats-Expected-Stream": "~probe~"}
         try:
-            reply = await self._nc.request(subject, b"", headers=headers, timeout=API_SECONDS)
+            reply = await self._question(subject, headers=headers)
         except nats.errors.NoRespondersError:
             return Unknown(why="no responders: the subject is in no stream, or the stream has no leader")
         except (TimeoutError, nats.errors.Error) as error:
@@ -153,6 +221,10 @@ class JetStream:
         """The stream that takes `subject` by JetStream's own answer, or None if it says that there is none."""
         names = (await self._request("STREAM.NAMES", {"subject": subject})).get("streams") or []
         return str(names[0]) if names else None
+
+    async def is_mapped(self, subject: str) -> bool:
+        """True if a stream takes what is published to `subject`, though the subject is in no stream."""
+        return isinstance(await self.probe(subject), Rejected)
 
     async def stream(self, name: str) -> StreamInfo | None:
         """What the stream's leader says of it now, or None if there is no such stream."""
@@ -197,9 +269,12 @@ class JetStream:
     async def read(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
         """The headers of these messages, read from the stream's leader; None for one that is gone."""
         found: dict[int, Seen | None] = {}
-        for start in range(0, len(sequences), READ_AT_ONCE):
-            part = sequences[start : start + READ_AT_ONCE]
+        clock = asyncio.get_running_loop().time
+        while len(found) < len(sequences):
+            part, began = sequences[len(found) : len(found) + self._at_once], clock()
             found |= zip(part, await asyncio.gather(*(self._message(stream, place) for place in part)), strict=True)
+            slow = clock() - began > SLOW_SECONDS
+            self._at_once = max(1, self._at_once // 2) if slow else min(READ_AT_ONCE, 2 * self._at_once)
         return found
 
     async def _message(self, stream: str, sequence: int) -> Seen | None:
@@ -214,7 +289,7 @@ class JetStream:
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""
         try:
-            reply = await self._nc.request(f"{self._api}.{call}", payload, timeout=seconds)
+            reply = await self._question(f"{self._api}.{call}", payload, seconds)
             answer: dict[str, Any] = json.loads(reply.data)
         except (TimeoutError, nats.errors.Error, ValueError) as error:
             asked = f"{self._api}.{call}"
@@ -224,17 +299,52 @@ class JetStream:
             raise Refused(int(refusal.get("err_code", 0)), str(refusal.get("description", "")))
         return answer
 
-    def send(self, batch: Batch, outbox_id: str) -> asyncio.Future[Outcome]:
-        """Queue a batch for the wire, in order; the future has its outcome. Never blocks; sets no time limit.
+    async def _question(
+        self, subject: str, payload: bytes = b"", seconds: float = API_SECONDS, headers: dict[str, str] | None = None
+    ) -> Msg:
+        """The reply; raises `TimeoutError` if the server has sent none so many seconds after it had read the question.
+
+        nats-py's `request` counts from the call: also while the question waits behind a batch that is being sent, or
+        the reply behind others.
+        """
+        token = str(next(self._tokens))
+        reply = self._asked[token] = asyncio.get_running_loop().create_future()
+        try:
+            await self._nc.publish(subject, payload, reply=f"{self._prefix}.{token}", headers=headers)
+            await self._arrival(reply, seconds)
+            await asyncio.wait({reply}, timeout=seconds)
+            await self._arrival(reply, seconds)  # what it has sent by now comes before its answer to a ping
+            if not reply.done():
+                raise nats.errors.TimeoutError
+            message: Msg = reply.result()
+        finally:
+            del self._asked[token]
+            reply.cancel()
+        if (message.headers or {}).get("Status") == "503":
+            raise nats.errors.NoRespondersError
+        return message
+
+    async def _arrival(self, reply: asyncio.Future[Msg], seconds: float) -> None:
+        """Wait until the server has read all that was sent, or the reply is there, or nothing moves for so long."""
+        if reply.done():
+            return
+        echo, moved = await self._nc.echo(), None
+        while not (echo.done() or reply.done()):
+            if moved == (moved := self._nc.wire.moved):
+                return
+            either: set[asyncio.Future[Any]] = {echo, reply}
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+    def send(self, batch: Batch, outbox_id: str) -> Sending:
+        """Queue a batch for the wire, in order. Never blocks; sets no time limit.
 
         Only the last message asks for a reply, but for a careful batch.
         """
-        self._tokens += 1
-        token = str(self._tokens)
-        future = self._awaited[token] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: self._awaited.pop(token, None))
+        token = str(next(self._tokens))
+        sending = self._awaited[token] = Sending(self._nc)
+        sending.outcome.add_done_callback(lambda _: self._awaited.pop(token, None))
         self._outgoing.put_nowait((token, batch, outbox_id))
-        return future
+        return sending
 
     async def sent(self, seconds: float = 1.0) -> bool:
         """Wait until all that was queued is on its way, at most so long; True if it is."""
@@ -249,7 +359,7 @@ class JetStream:
             self._outgoing.task_done()
 
     async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
-        if token not in self._awaited:
+        if (sending := self._awaited.get(token)) is None:
             return  # given up before it went out
         pieces, sizes = frames(batch, outbox_id, f"{self._prefix}.{token}")
         if (largest := max(sizes)) > self.max_payload:
@@ -258,30 +368,42 @@ class JetStream:
             self._tell(token, Rejected(code=MESSAGE_TOO_LARGE, description=description))
             return
         try:
+            before = self._nc.clear
             await self._write(pieces)
+            if before and self._nc.clear and len(pieces) <= FEW and sum(map(len, pieces)) <= UNSENT_BYTES:
+                sending.arrived()  # a ping would cost as much again
+            else:
+                (await self._nc.echo()).add_done_callback(sending.arrived)
         except (nats.errors.Error, OSError) as error:
             self._tell(token, Unknown(why=f"not sent in full: {str(error) or type(error).__name__}"))
 
     async def _write(self, pieces: Sequence[bytes]) -> None:
-        """Give frames to nats-py as one; waits while it has much to send. Uses its internals.
+        """Give frames to the connection, much at a time; waits while it has much to send.
 
-        Its public `publish` builds a frame from parts, checks what was checked, and takes several times as long.
+        nats-py's `publish` builds a frame from parts, checks what was checked, and takes several times as long.
         """
-        if self._nc.is_closed:
-            raise nats.errors.ConnectionClosedError
-        await self._nc._send_command(b"".join(pieces))  # noqa: SLF001 - see above; guarded by a test
-        await self._nc._flush_pending()  # noqa: SLF001
+        for chunk in _chunks(pieces):
+            if self._nc.is_closed:
+                raise nats.errors.ConnectionClosedError
+            self._nc.wire.write(chunk)
+            await self._nc.wire.drain()  # type: ignore[no-untyped-call]
+            if len(chunk) > CHUNK_BYTES:
+                await self._nc.echo()
 
     async def _on_reply(self, message: Msg) -> None:
         token = message.subject.rpartition(".")[2]
+        if (asked := self._asked.get(token)) is not None:
+            if not asked.done():
+                asked.set_result(message)
+            return
         if not message.data and not message.headers:
             return  # a message in the middle of a careful batch was staged
         self._tell(token, read_reply(message.data, (message.headers or {}).get("Status")))
 
     def _tell(self, token: str, outcome: Outcome) -> None:
-        future = self._awaited.pop(token, None)
-        if future is not None and not future.done():
-            future.set_result(outcome)
+        sending = self._awaited.pop(token, None)
+        if sending is not None and not sending.outcome.done():
+            sending.outcome.set_result(outcome)
             self._news()
 
     async def _on_error(self, error: Exception) -> None:
@@ -290,11 +412,28 @@ class JetStream:
             where = self._forbidden_calls if found[1].startswith(self._api) else self._forbidden
             where[found[1]] = str(error)
             self._news()
+        if "permissions violation for subscription" in str(error).lower():
+            self._deaf = str(error)
+            self._news()
 
     async def _on_closed(self) -> None:
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(nats.errors.ConnectionClosedError())
+                asked.exception()  # whoever waits will look; if nobody does, asyncio need not complain
         for token in list(self._awaited):
             self._tell(token, Unknown(why="the connection was lost"))
         self._news()
+
+
+def _chunks(pieces: Sequence[bytes]) -> Iterator[bytes]:
+    """Whole messages, of three pieces each, joined until there are enough of them."""
+    begun = size = 0
+    for end in range(3, len(pieces) + 1, 3):
+        size += sum(map(len, pieces[end - 3 : end]))
+        if size > CHUNK_BYTES or end == len(pieces):
+            yield b"".join(pieces[begun:end])
+            begun, size = end, 0
 
 
 @contextlib.asynccontextmanager

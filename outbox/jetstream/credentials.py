@@ -26,6 +26,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "password": _plain(settings.nats_password),
         "token": _plain(settings.nats_token),
         "nkeys_seed_str": _plain(settings.nats_nkey_seed),
+        "inbox_prefix": settings.nats_inbox_prefix,
         "user_credentials": settings.nats_credentials and credentials(settings.nats_credentials),
     }
     if settings.nats_tls_ca or settings.nats_tls_cert or settings.nats_tls_first:

@@ -1,6 +1,7 @@
 """The leader's connection to NATS: one at a time, made again with a back-off whenever it is lost.
 
-The leader's loop asks whether it was lost, and goes on; connecting runs beside the loop.
+The leader's loop asks whether it was lost, and goes on; connecting runs beside the loop. That a server lets us in says
+little: it may hang up over what is sent. A connection is sound when it has lasted, or something was stored over it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from outbox.errors import Weather
 from outbox.jetstream.client import JetStream
 from outbox.relay.background import Errand
 
+SOUND_SECONDS = 5.0
+
 
 class Connection:
-    """`jetstream` is the connection, or None while there is none. `news` is called when something has changed."""
+    """`jetstream` is the connection, or None while there is none. `news` is called when something has changed.
+
+    `deaths` is how many in a row were lost before they were sound; `last_words` is why the last one was.
+    """
 
     def __init__(
         self,
@@ -25,32 +31,49 @@ class Connection:
         news: Callable[[], None],
     ) -> None:
         self.jetstream: JetStream | None = None
+        self.deaths = 0
+        self.last_words = ""
+        self._since = 0.0
+        self._sound = False
         self._connect, self._tell, self._news = connect, tell, news
         self._connecting: Errand[JetStream] = Errand(news)
         self._closing: set[asyncio.Future[None]] = set()
 
-    def lost(self) -> str | None:
-        """Why the connection was lost, once; it is closed and forgotten."""
+    def lost(self, now: float, *, sent: bool) -> str | None:
+        """Why the connection was lost, once; it is closed and forgotten. `sent` says that something had no answer."""
         if self.jetstream is None or (why := self.jetstream.lost) is None:
             return None
-        self._tell(Unreachable(server="nats", why=why, delay=0.0))
+        if not self._sound and (sent or now - self._since < SOUND_SECONDS):
+            self.deaths, self.last_words = self.deaths + 1, why
+            self._connecting.fail(now)
+        self._tell(Unreachable(server="nats", why=why, delay=max(0.0, self._connecting.due - now)))
         closing = asyncio.ensure_future(self.jetstream.close())
         closing.add_done_callback(self._closing.discard)
         self._closing.add(closing)
         self.jetstream = None
         return why
 
-    def reach(self, now: float) -> None:
-        """Connect if there is no connection; raises `Misconfigured` if the server can never be used."""
+    def sound(self) -> None:
+        """Something was stored: the server takes what it is sent."""
+        self._sound = True
+        self.deaths = 0
+        self._connecting.reset()
+
+    def reach(self, now: float, *, sent: bool) -> None:
+        """Connect if there is no connection; raises `Misconfigured` if the server can never be used.
+
+        One that has lasted is sound, unless what was `sent` over it is still without an answer.
+        """
         if self.jetstream is not None:
+            if not self._sound and not sent and now - self._since >= SOUND_SECONDS:
+                self.sound()
             return
         self._connecting.start(lambda: self._connect(self._news), now)
         came = self._connecting.taken(now)
         if isinstance(came, Weather):
             self._tell(Unreachable(server="nats", why=came.line, delay=self._connecting.due - now))
         elif came is not None:
-            self.jetstream = came
-            self._connecting.reset()
+            self.jetstream, self._since, self._sound = came, now, False
             self._tell(Connected(server="nats", version=".".join(map(str, came.version))))
 
     def dues(self) -> Iterator[float]:

@@ -17,10 +17,10 @@ from outbox.core.chain import CHAINED, SHARED, Chain
 from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
-from outbox.core.transaction import NO_LIMIT, Limits, Transaction, never_fits
+from outbox.core.transaction import NO_LIMIT, Limits, Room, Transaction, never_fits
 from outbox.errors import Misconfigured, Unusable, Weather
 from outbox.event import matches
-from outbox.jetstream.client import JetStream
+from outbox.jetstream.client import JetStream, Sending
 from outbox.jetstream.stream import StreamInfo
 from outbox.postgres.rows import Lead, StreamRow
 from outbox.postgres.store import Store
@@ -71,8 +71,8 @@ class Lane:
         self.moved, self.fresh = moved, fresh
         self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
         self._settling: Errand[recovery.Settlement] = Errand(news)
-        self._outcomes: deque[tuple[asyncio.Future[Outcome], float]] = deque()
-        self._subjects: tuple[str, ...] = ()
+        self._outcomes: deque[Sending] = deque()
+        self._info: StreamInfo | None = None
         self._retry = Backoff()
         self._stored_bytes: int | None = None  # of what was refused alone because the stream is full
         # Until then a batch of a former leader, or of a former connection, may still arrive.
@@ -83,6 +83,11 @@ class Lane:
     def flying(self) -> bool:
         """True while outcomes are awaited."""
         return bool(self._outcomes)
+
+    @property
+    def unanswered(self) -> bool:
+        """True if something was sent and nobody has said what became of it."""
+        return self.flying or bool(self.chain.unanswered)
 
     def row(self) -> StreamRow:
         """What the database is to remember of the stream."""
@@ -98,22 +103,23 @@ class Lane:
 
     def learn(self, now: float, forbidden: tuple[str, str] | None) -> bool:
         """Take in the outcomes that have come, in order; `forbidden` is a subject, and what NATS has said of it."""
-        if forbidden is not None and not any(matches(forbidden[0], each) for each in self._subjects):
+        subjects = self._info.subjects if self._info else ()
+        if forbidden is not None and not any(matches(forbidden[0], each) for each in subjects):
             forbidden = None  # it is another stream's, or the API's
         learned = False
         while self._outcomes:
-            future, deadline = self._outcomes[0]
-            if future.done():
-                outcome = future.result()
-            elif forbidden or now >= deadline:
+            sending = self._outcomes[0]
+            if sending.outcome.done():
+                outcome = sending.outcome.result()
+            elif forbidden or now >= sending.since + self._settings.ack_timeout:
                 outcome = Unknown(why=forbidden[1] if forbidden else "no answer within the time limit")
             else:
                 break
             learned = True
             self._outcomes.popleft()
-            future.cancel()  # if nobody answered: what is not on the wire yet is not sent
+            sending.outcome.cancel()  # if nobody answered: what is not on the wire yet is not sent
             batch = self.chain.in_flight[0]
-            self._ended(batch, outcome, now - (deadline - self._settings.ack_timeout))
+            self._ended(batch, outcome, now - sending.begun)
             self._stored_bytes = None
             self.chain.learn(outcome)
             if self.chain.no_room:
@@ -142,8 +148,8 @@ class Lane:
 
     def _give_up(self) -> None:
         """Nobody waits for what is in flight any more; what is not on the wire yet is not sent."""
-        for future, _ in self._outcomes:
-            future.cancel()
+        for sending in self._outcomes:
+            sending.outcome.cancel()
         self._outcomes.clear()
 
     def _failed(self, outcome: Outcome, now: float, *, plain: bool) -> None:
@@ -163,9 +169,11 @@ class Lane:
         if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
             chain.block(chain.in_doubt or "")
 
-    def lost(self, why: str, now: float) -> None:
-        """The connection is gone: what was in flight is in doubt."""
+    def lost(self, why: str, now: float, *, deaths: int) -> None:
+        """The connection is gone: what was in flight is in doubt, and suspected after a few such deaths in a row."""
         self._frames_gone = now + FRAME_SECONDS
+        if self.unanswered and deaths >= BLOCKED_AFTER:
+            self.chain.block(f"{why} (at least {BLOCKED_AFTER} times in a row, before anything was stored)")
         self._settling.cancel()
         self._give_up()
         if self.chain.in_doubt is None:
@@ -247,21 +255,21 @@ class Lane:
         if (verdict := never_fits(head, self.limits.room, self._stored_bytes)) is not None:
             chain.condemn(verdict)
 
-    def limit(self, info: StreamInfo, jetstream: JetStream | None) -> None:
-        """Take in what the stream and its server accept."""
-        self._subjects = info.subjects
-        sizes = [info.max_message_bytes, jetstream.max_payload if jetstream else None]
+    def limit(self, info: StreamInfo | None, jetstream: JetStream | None) -> None:
+        """Take in what the stream and its server accept; None where nothing new is known of the stream."""
+        self._info = info or self._info
+        sizes = [self._info.max_message_bytes if self._info else None, jetstream.max_payload if jetstream else None]
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,
             max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
-            room=info.room,
+            room=self._info.room if self._info else Room(),
         )
 
-    def send(self, jetstream: JetStream, ids: Iterable[str], now: float) -> bool:
+    def send(self, jetstream: JetStream, ids: Iterable[str]) -> bool:
         """Send what the committed plan allows; True if anything went out."""
         batches = self.chain.launch(ids)
         for batch in batches:
-            self._outcomes.append((jetstream.send(batch, self._outbox_id), now + self._settings.ack_timeout))
+            self._outcomes.append(jetstream.send(batch, self._outbox_id))
             count = len(batch.transactions)
             self._tell(BatchSent(stream=batch.stream, base=batch.base, transactions=count, messages=batch.count))
         return bool(batches)
@@ -276,7 +284,7 @@ class Lane:
     def dues(self) -> Iterator[float]:
         """The loop's times at which this lane wants to be looked at."""
         if self._outcomes:
-            yield self._outcomes[0][1]
+            yield self._outcomes[0].since + self._settings.ack_timeout
         if self.chain.in_doubt and not self._settling.running:
             yield self._looks
 
@@ -294,6 +302,7 @@ class Lanes(dict[str, Lane]):
         """`proven` says that this process has published before."""
         super().__init__()
         self._settings, self._lead, self._proven, self._tell, self._news = settings, lead, proven, tell, news
+        self._max_payload = 0
 
     def add(self, row: StreamRow, *, fresh: bool = False) -> Lane:
         """A lane for this stream; `fresh` as in `Lane`."""
@@ -352,6 +361,11 @@ class Lanes(dict[str, Lane]):
         return any(lane.flying for lane in self.values())
 
     @property
+    def unanswered(self) -> bool:
+        """True if something was sent and nobody has said what became of it."""
+        return any(lane.unanswered for lane in self.values())
+
+    @property
     def proven(self) -> bool:
         """True if this process has published anything, in this term or before."""
         return self._proven or any(lane.proven for lane in self.values())
@@ -366,10 +380,17 @@ class Lanes(dict[str, Lane]):
         """Those with something to write down."""
         return [lane for lane in self.values() if lane.chain.dirty]
 
-    def lost(self, why: str, now: float) -> None:
-        """The connection is gone."""
+    def lost(self, why: str, now: float, *, deaths: int) -> None:
+        """The connection is gone; `deaths` in a row were, before anything was stored."""
         for lane in self.values():
-            lane.lost(f"the connection to NATS was lost: {why}", now)
+            lane.lost(f"the connection to NATS was lost: {why}", now, deaths=deaths)
+
+    def suit(self, jetstream: JetStream) -> None:
+        """Take in what the server accepts now: its limits change while the connection stands."""
+        if self._max_payload != (size := jetstream.max_payload):
+            self._max_payload = size
+            for lane in self.values():
+                lane.limit(None, jetstream)
 
     def dues(self) -> Iterator[float]:
         """The loop's times at which one of them wants to be looked at."""

@@ -135,13 +135,13 @@ class Leader:
         moved = self._learn(now)
         for lane in self._lanes.values():
             moved |= lane.settle(self._jetstream, now)
-        moved |= await self._send(now)
+        moved |= await self._send()
         await self._arrive()
         await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
         await self._route(now)
         self._lanes.extend(held_back=self._held_back)
         moved |= await self._commit()
-        moved |= await self._send(now)
+        moved |= await self._send()
         moved |= await self._read(now)
         self._housekeeper.check()
         await self._keep_alive(now)
@@ -150,10 +150,12 @@ class Leader:
     # --- NATS: the connection and what came over it
 
     def _reach_nats(self, now: float) -> None:
-        if (why := self._connection.lost()) is not None:
+        if (why := self._connection.lost(now, sent=self._lanes.unanswered)) is not None:
             self._router.lost()
-            self._lanes.lost(why, now)
-        self._connection.reach(now)
+            self._lanes.lost(why, now, deaths=self._connection.deaths)
+        self._connection.reach(now, sent=self._lanes.flying)
+        if self._jetstream is not None:
+            self._lanes.suit(self._jetstream)
 
     def _learn(self, now: float) -> bool:
         forbidden = self._jetstream.forbidden() if self._jetstream else None
@@ -165,17 +167,17 @@ class Leader:
                     self._router.forget()
         return learned
 
-    async def _send(self, now: float) -> bool:
+    async def _send(self) -> bool:
         """Send what is planned and committed, as far as the windows have room; True if anything went out."""
         sent = False
-        if self._jetstream is not None and not self._held_back and await self._secured(now):
+        if self._jetstream is not None and not self._held_back and await self._secured():
             for lane in self._lanes.values():
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
-                sent |= lane.send(self._jetstream, self._batch_ids, now)
+                sent |= lane.send(self._jetstream, self._batch_ids)
         return sent
 
-    async def _secured(self, now: float) -> bool:
+    async def _secured(self) -> bool:
         """True if the standbys have what was planned last, where they must. They are waited for, and so said."""
         if self._unsecured is None:
             return True
@@ -183,7 +185,7 @@ class Leader:
         if await self._store.replicated(lsn):
             self._unsecured = self._insecure = None
             return True
-        if now - since > REPLICA_SECONDS:
+        if self._clock() - since > REPLICA_SECONDS:
             self._insecure = NOT_REPLICATED
         return False
 
@@ -282,6 +284,7 @@ class Leader:
         for lane in dirty:
             self._marked(lane.chain.written())
         if receipts:
+            self._connection.sound()
             self._housekeeper.marked()
             self._reader.hurry()
         self._report(verdicts)

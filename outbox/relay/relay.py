@@ -29,6 +29,7 @@ from outbox.core.telemetry import (
 )
 from outbox.errors import Denied, Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.jetstream.client import JetStream
+from outbox.jetstream.connect import Servers
 from outbox.postgres.rows import Home
 from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
@@ -62,6 +63,7 @@ class Relay:
         self._has_led = False
         self._proven = False
         self._reached: set[str] = set()
+        self._servers = Servers(settings.nats_servers)
         # Process ids come again, in a container at every start: the name must be this process's alone.
         self._name = f"{secrets.token_hex(4)}@{socket.gethostname()}:{os.getpid()}"
 
@@ -163,7 +165,7 @@ class Relay:
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
         with self._reaching("nats"):
-            jetstream = await JetStream.connect(self._settings, news)
+            jetstream = await JetStream.connect(self._settings, news, self._servers)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(jetstream.close)
             if self._create is not None:

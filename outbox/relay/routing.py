@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from outbox.config import OnDead, OnUnrouted, Settings
 from outbox.core.batch import POSITION
 from outbox.core.plan import Seen
+from outbox.core.requirements import of_subject
 from outbox.core.transaction import NO_ROLLUPS, DeadReason, Transaction, Verdict, fits, invalid, verdict
 from outbox.errors import Halt, Misconfigured, Unusable, Weather
 from outbox.event import matches
@@ -33,15 +34,23 @@ class Routes:
     """What is known of subjects and streams."""
 
     def __init__(self) -> None:
+        self.mapped: set[str] = set()
+        self._doubted = False
         self._infos: dict[str, StreamInfo] = {}
         self._tails: dict[str, Seen | None] = {}
         self._streams: dict[str, str] = {}
 
     def clear(self) -> None:
         """Forget everything: ask again."""
+        self.mapped.clear()
         self._infos.clear()
         self._tails.clear()
         self._streams.clear()
+
+    def doubt(self) -> None:
+        """Forget everything, and the server's limits with it."""
+        self.clear()
+        self._doubted = True
 
     def info(self, stream: str) -> tuple[StreamInfo, Seen | None]:
         """What was learnt of a stream when it was asked for last, and its last message, if it has one."""
@@ -61,10 +70,15 @@ class Routes:
     async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
         """Ask JetStream for the streams of these subjects; None where it says that there is none."""
         answers: dict[str, str | None] = {}
+        if self._doubted:
+            await jetstream.learn_limits()
+            self._doubted = False
         for subject in subjects:
             answers[subject] = name = (
                 self._streams.get(subject) or self._find(subject) or await jetstream.stream_of(subject)
             )
+            if name is None and await jetstream.is_mapped(subject):
+                self.mapped.add(subject)
             if name is not None and name not in self._infos:
                 info = await jetstream.stream(name)
                 if info is None:
@@ -160,7 +174,7 @@ class Router:
             if offence is not None and offence.reason in REMEMBERED and self._asked_again != head.position:
                 # An operator may have mended it since: never a dead letter by what is only remembered.
                 self._asked_again = head.position
-                self._routes.clear()
+                self._routes.doubt()
                 continue
             if offence is None:
                 lanes[name].chain.join(head)
@@ -230,7 +244,9 @@ class Router:
         elif isinstance(came, dict) and self.incoming:
             nowhere = next((subject for subject, stream in came.items() if stream is None), None)
             if nowhere is not None:
-                await self._unrouted(self.incoming[0], f"subject {nowhere} is in no stream", now)
+                what, remedy = of_subject(nowhere, mapped=nowhere in self._routes.mapped)
+                told = f"{what}; remedy: {remedy}" if nowhere in self._routes.mapped else what
+                await self._unrouted(self.incoming[0], told, now)
 
     async def _unrouted(self, head: Transaction, why: str, now: float) -> None:
         if self._settings.on_unrouted is OnUnrouted.DEAD:

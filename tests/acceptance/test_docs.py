@@ -62,7 +62,6 @@ SERVERS_WORDS = {
     "Connection refused",
     "Authorization Violation",
     "Connect call failed",
-    "no servers available for connection",
     "permission denied for schema outbox",
     "maximum messages exceeded",
     "maximum bytes exceeded",

@@ -74,7 +74,7 @@ def test_nobody_listens(settings: Settings) -> None:
             settings.model_copy(update={"nats_url": f"nats://127.0.0.1:{port}"}),
             "nats",
             "Connect call failed",
-            "no servers available for connection",
+            "Connection refused",
         )
 
 

@@ -121,16 +121,16 @@ def test_memory_stream_dies_with_its_server(
 
 def test_killed_while_the_relay_connects(database: str, server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: nats-server dies between the handshake and the relay's subscription. Promise: an outage like any other."""
-    look, kills = JetStream._look_for_jetstream, iter([True])
+    listen, kills = JetStream._listen, iter([True])
 
     async def killed(jetstream: JetStream) -> None:
-        await look(jetstream)
         if next(kills, False):
             await asyncio.to_thread(server.restart, kill=True)
             while not jetstream._nc.is_closed:  # noqa: ASYNC110 - nats-py has no event for it
                 await asyncio.sleep(0.01)
+        await listen(jetstream)
 
-    monkeypatch.setattr(JetStream, "_look_for_jetstream", killed)
+    monkeypatch.setattr(JetStream, "_listen", killed)
     broker = Broker(server.url)
     broker.create_stream("S", "s.>")
     add(database, "s.x")

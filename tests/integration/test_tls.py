@@ -17,6 +17,8 @@ from outbox.core.telemetry import Unreachable
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Denied, Misconfigured, Weather
 from outbox.jetstream.client import JetStream
+from outbox.jetstream.connect import Servers, close, dial
+from outbox.jetstream.credentials import tls_context
 from outbox.operate import status
 from tests.support.authority import Authority, Pair
 from tests.support.bed import ThreadRelay, broker_of, rows, value, wait_until_sent
@@ -182,6 +184,45 @@ async def test_one_wrong_server_of_several_is_no_reason(workplace: Path, authori
         assert not isinstance(error.value, Denied)
         with pytest.raises(Denied):
             await connect(wrong.url, wrong.url)
+
+
+async def test_named_server_is_checked_by_the_name_that_was_given(workplace: Path, authority: Authority) -> None:
+    """Fault: the server of the setting is gone, and the others, of which only addresses are known, have certificates
+    for names alone. Promise: the next one is reached in TLS, and one that has another name, or no TLS, is not."""
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    right, wrong = authority.issue("localhost"), authority.issue("elsewhere.example")
+    routes = [free_port() for _ in range(2)]
+    others = ", ".join(f"nats://127.0.0.1:{port}" for port in routes)
+
+    def node(number: int, pair: Pair | None) -> Nats:
+        tls = f'tls {{ cert_file: "{pair.cert}", key_file: "{pair.key}" }}' if pair else ""
+        cluster = f"cluster {{ name: two, listen: 127.0.0.1:{routes[number]}, routes: [{others}] }}"
+        return own_nats(workplace / f"n{number}", config=f"server_name: n{number}\n{cluster}\n{tls}\n# no store_dir")
+
+    first, second = node(0, right), node(1, right)
+    servers = Servers([f"tls://localhost:{first.port}"])
+    given: dict[str, Any] = {"tls": tls_context(authority.ca, None, None), "error_cb": nothing, "closed_cb": nothing}
+
+    async def reached() -> str:
+        client = await dial(servers, news=lambda: None, **given)
+        name, writer = client._server_info["server_name"], client.wire._io_writer
+        assert writer is not None
+        assert writer.get_extra_info("cipher")
+        await close(client)
+        return str(name)
+
+    with second:
+        with first:
+            while len(servers.in_order()) < 2:
+                assert await reached() == "n0"
+        assert await reached() == "n1"
+    for pair in (wrong, None):
+        second.config = node(1, pair).config
+        with second, pytest.raises(Weather):
+            await reached()
 
 
 @pytest.mark.parametrize("broken", ["nats_tls_ca", "nats_tls_key", "nats_credentials"])

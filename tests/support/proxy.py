@@ -31,6 +31,7 @@ class Flow:
     swallowed: bool = False
     holding: bool = False
     delay: float = 0.0
+    rate: float = 0.0  # bytes a second; 0: as fast as it goes
     bytes: int = 0
     held: int = 0
 
@@ -66,7 +67,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def change(self, flow: Flow, **values: bool | float) -> None:
-        """Change how a direction fails: `stalled`, `swallowed`, `holding`, `delay` in seconds."""
+        """Change how a direction fails: `stalled`, `swallowed`, `holding`, `delay` in seconds, `rate` in bytes/s."""
         with self._changed:
             for name, value in values.items():
                 setattr(flow, name, value)
@@ -76,7 +77,7 @@ class Proxy:
         """Let everything through again; what was stalled goes on."""
         self.refusing = False
         for flow in (self.up, self.down):
-            self.change(flow, stalled=False, swallowed=False, holding=False, delay=0.0)
+            self.change(flow, stalled=False, swallowed=False, holding=False, delay=0.0, rate=0.0)
 
     def cut(self) -> None:
         """Reset every connection."""
@@ -126,6 +127,8 @@ class Proxy:
                     if flow.delay:
                         self._changed.wait_for(lambda: not flow.delay or self._closed, flow.delay)
                     self._changed.wait_for(lambda: not flow.stalled or self._closed)
+                    if flow.rate:
+                        self._changed.wait_for(lambda: not flow.rate or self._closed, len(data) / flow.rate)
                 if flow.swallowed:
                     continue
                 flow.bytes += len(data)
