@@ -118,9 +118,9 @@ MUTATIONS = [
         "test_postgres_silent.py::test_relay_gives_up_on_a_server_that_never_answers[down]",
     ),
     Mutation(
-        "postgres/session.py",
-        "except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:",
-        "except psycopg.errors.DivisionByZero as error:",
+        "postgres/denials.py",
+        '"25006": (Weather,',
+        '"25006": (Halt,',
         "test_postgres_fails.py::test_read_only_for_a_while",
     ),
     # No phantom: a plan is sent only when its commit has reached the standbys, in this term or in the next.

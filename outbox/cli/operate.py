@@ -69,7 +69,7 @@ def _watch(given: Settings, *, as_json: bool) -> None:
                 try:
                     found = status.status(given.database_url, given.schema)
                 except Weather as weather:
-                    words = f"Postgres cannot be reached: {weather.message}"
+                    words = f"waiting for Postgres: {weather.line}"
                     if as_json:
                         err.print(words)
                     else:

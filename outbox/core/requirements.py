@@ -5,7 +5,7 @@ Pure: facts in, problems out. What is only worth a look is the doctor's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 OLDEST_POSTGRES = 140005
@@ -46,6 +46,15 @@ def of_outbox(
             f"raise OUTBOX_MAX_BATCH_MESSAGES (--max-batch-messages {max_transaction_events}), and "
             "jetstream.limits.batch.max_msgs of nats-server with it; or lower max_transaction_events in "
             f"{schema}.limits",
+        )
+
+
+def of_row_security(schema: str, role: str, hidden: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong where row security may hide rows of these tables from a role."""
+    if hidden:
+        yield Problem(
+            f"row security is on: it may hide rows of {', '.join(hidden)} from role {role}: they would never be sent",
+            f"ALTER TABLE {schema}.{hidden[0]} DISABLE ROW LEVEL SECURITY; or ALTER ROLE {role} BYPASSRLS",
         )
 
 

@@ -81,7 +81,7 @@ class LeadEnded(Happening):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreachable(Happening):
-    """A server cannot be reached; the relay tries again after `delay` seconds, for ever."""
+    """A server cannot be reached, or does not do as it must; the relay tries again after `delay` seconds, for ever."""
 
     level: ClassVar[Level] = Level.WARNING
     server: str
@@ -89,7 +89,7 @@ class Unreachable(Happening):
     delay: float
 
     def __str__(self) -> str:
-        return f"{self.server} cannot be reached, next try in {self.delay:.1f} s: {self.why}"
+        return f"waiting for {self.server}, next try in {self.delay:.1f} s: {self.why}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

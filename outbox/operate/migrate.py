@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.rows import TupleRow
 
 from outbox import schema
 from outbox.errors import Misconfigured
 from outbox.operate import queries
+from outbox.postgres.heritage import disinherit
 from outbox.postgres.queries import compose
-from outbox.postgres.session import command_session
+from outbox.postgres.session import begun, command_session, stepping_session
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -61,18 +63,21 @@ def migrate(url: str, name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VER
         move(config, _revision(to))
         if to == 0:
             _sweep(_raw(connection), name)
+        after = installed(_raw(connection), name)
         connection.commit()
-        return before, installed(_raw(connection), name)
+        return before, after
 
 
-def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION) -> str:
-    """The SQL that `migrate` runs on an empty database, for other tools. Needs no connection."""
+def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION, **roles: str | None) -> str:
+    """The SQL that `migrate` and `grant` run on an empty database, for other tools. Needs no connection."""
     from alembic import command
 
     _known(to)
     config = _config(name)
     printed = config.output_buffer = io.StringIO()
     command.upgrade(config, _revision(to), sql=True)
+    if statements := list(schema.grants(name, **roles)):
+        printed.write("".join(f"{line};\n\n" for line in ("BEGIN", disinherit(), *statements, "COMMIT")))
     return printed.getvalue()
 
 
@@ -81,18 +86,23 @@ def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
 
     Compares with a copy that is created in a transaction and rolled back; needs CREATE on the database.
     """
-    with _connected(url) as connection:
-        raw = _raw(connection)
-        found = installed(raw, name)
+    with stepping_session(url) as connection:
+        return differences(connection, name)
+
+
+def differences(connection: psycopg.Connection[TupleRow], name: str) -> list[str]:
+    """The same, within a `stepping_session`."""
+    with connection.transaction(force_rollback=True):
+        begun(connection)
+        found = installed(connection, name)
         if found != schema.VERSION:
             return [f"schema {name} is at version {found}, not {schema.VERSION}: outbox migrate"]
         copy = f"{name[:30]}_{secrets.token_hex(8)}"
         for version in range(1, schema.VERSION + 1):
             for statement in schema.statements(version, "up", copy):
-                raw.execute(statement.encode())
-        wanted = {_as_if(line, copy, name) for line in _fingerprint(raw, copy)}
-        actual = {_as_if(line, name, name) for line in _fingerprint(raw, name)}
-        connection.rollback()
+                connection.execute(statement.encode())
+        wanted = {_as_if(line, copy, name) for line in _fingerprint(connection, copy)}
+        actual = {_as_if(line, name, name) for line in _fingerprint(connection, name)}
     missing = [f"missing: {_short(line)}" for line in sorted(wanted - actual)]
     return missing + [f"unexpected: {_short(line)}" for line in sorted(actual - wanted)]
 
@@ -101,7 +111,11 @@ def grant(url: str, name: str, **roles: str | None) -> None:
     """Give existing roles what they need; see `outbox.schema.grants`. Commits."""
     with command_session(url) as connection:
         for statement in schema.grants(name, **roles):
-            connection.execute(statement.encode())
+            try:
+                connection.execute(statement.encode())
+            except psycopg.errors.UndefinedObject as error:
+                words = f"{error.diag.message_primary}"
+                raise Misconfigured(words, remedy="create the role first: CREATE ROLE … LOGIN") from error
 
 
 def installed(connection: psycopg.Connection[Any], name: str) -> int:
@@ -165,6 +179,7 @@ def _connected(url: str) -> Iterator[sa.Connection]:
         engine = sa.create_engine("postgresql+psycopg://", creator=lambda: raw, poolclass=sa.StaticPool)
         try:
             with engine.connect() as connection:
+                begun(raw)  # again: SQLAlchemy has rolled back after a look at the server
                 yield connection
         except sa.exc.DBAPIError as error:
             raise error.orig or error from error  # psycopg's own, which is told by whose fault it is

@@ -18,7 +18,7 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
          AS oldest_pending_seconds,
        (SELECT min(position) FROM {schema}.pending) AS oldest_pending_position,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_transactions,
-       clock_timestamp() AS observed_at
+       clock_timestamp() AS observed_at, current_setting('default_transaction_read_only')::boolean AS frozen
   FROM {schema}.relay AS r
 """
 

@@ -20,7 +20,7 @@ from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
 from outbox.postgres.queries import STREAMS, compose
-from outbox.postgres.session import command_session
+from outbox.postgres.session import step, stepping_session
 
 READ_AT_ONCE = 512
 Progress = Callable[[str, int, int], None]  # stream, messages read, messages in all
@@ -45,8 +45,7 @@ async def verify(
     """
     bounded = first > 1 or last < HIGHEST
     async with connected(settings) as jetstream:
-        with command_session(settings.database_url) as connection:
-            connection.autocommit = True  # each look-up sees what was committed by then
+        with stepping_session(settings.database_url, reads=True) as connection:
             outbox = _Outbox(connection, settings.schema)
             outbox_id, former, _, highest = outbox.one(queries.EXTENT)
             compared = []
@@ -116,14 +115,16 @@ class _Outbox:
         return [(name, shared) for name, shared in known.items() if only in (None, name)]
 
     def rows(self, positions: Sequence[int]) -> dict[int, Row]:
-        return known_rows(self._connection, self._name, positions)
+        with step(self._connection):
+            return known_rows(self._connection, self._name, positions)
 
     def receipts(self, after: int, to: int) -> list[Row]:
         rows = self._all(queries.RECEIPTS, after=after, to=to)
         return [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
 
     def _all(self, query: str, **parameters: object) -> list[TupleRow]:
-        return self._connection.execute(compose(query, self._name), parameters).fetchall()
+        with step(self._connection):
+            return self._connection.execute(compose(query, self._name), parameters).fetchall()
 
 
 def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: Sequence[int]) -> dict[int, Row]:

@@ -144,6 +144,9 @@ SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count
        (SELECT count(*) FROM planned)
 """
 
+# Before what fetches events, and for the same transaction.
+UNHURRIED = "SELECT set_config('statement_timeout', '0', true)"
+
 MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 
 WRITTEN = "SELECT pg_current_wal_insert_lsn()::text"
@@ -238,6 +241,13 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
        (SELECT oid FROM pg_database WHERE datname = current_database()),
        CASE WHEN pg_is_in_recovery() THEN 0
             ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint END
+"""
+
+# This role, and the tables whose rows row security may hide from it. Asked first: to read them would fail.
+ROW_SECURITY = """
+SELECT current_user::text, ARRAY(
+  SELECT c.relname::text FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+   WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND row_security_active(c.oid) ORDER BY c.relname)
 """
 
 # One page of old sent transactions with their events, beyond the position `after`: by transactions_pkey and

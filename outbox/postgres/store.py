@@ -81,6 +81,8 @@ class Store:
 
     async def preflight(self, max_batch_messages: int) -> Home:
         """Where the database is, when all that the relay builds on is true; else `Misconfigured`."""
+        ((role, hidden),) = await self._all(queries.ROW_SECURITY, schema=self._schema)
+        _refuse(requirements.of_row_security(self._schema, role, hidden))
         ((number, cluster, max_prepared, standby, max_events, cache, comment, database, timeline),) = await self._all(
             queries.PREFLIGHT
         )
@@ -165,7 +167,7 @@ class Store:
 
     async def page(self, cursor: int, open_positions: Sequence[Range], *, messages: int, size: int) -> Page:
         """The next transactions, in one snapshot; `messages` and `size` (bytes) bound it, but for the first one."""
-        rows = await self._all(
+        rows = await self._fetched(
             queries.PAGE,
             cursor=cursor,
             lows=[low for low, _ in open_positions],
@@ -195,7 +197,7 @@ class Store:
 
     async def planned(self, positions: Sequence[int]) -> list[Transaction]:
         """These transactions of a plan with all their events; raises `Halt` if one is not whole."""
-        page = read_page(await self._all(queries.PLANNED, positions=list(positions)), self._schema)
+        page = read_page(await self._fetched(queries.PLANNED, positions=list(positions)), self._schema)
         if missing := set(positions) - {transaction.position for transaction in page.transactions}:
             raise self._not_pending(min(missing))
         return page.transactions
@@ -333,16 +335,29 @@ class Store:
         return bool(rows[0][0])
 
     async def _all(self, query: str, **parameters: Any) -> list[TupleRow]:
+        return await self._rows(self._text(query), parameters)
+
+    async def _fetched(self, query: str, **parameters: Any) -> list[TupleRow]:
+        """Events, whose number of bytes nobody knows beforehand: for as long as bytes flow."""
+        return await self._rows(self._text(query), parameters, unhurried=True)
+
+    def _text(self, query: str) -> bytes:
         text = self._sql.get(query)
         if text is None:
             text = self._sql[query] = queries.compose(query, self._schema)
-        return await self._rows(text, parameters)
+        return text
 
-    async def _rows(self, text: bytes, parameters: dict[str, Any]) -> list[TupleRow]:
+    async def _rows(self, text: bytes, parameters: dict[str, Any], *, unhurried: bool = False) -> list[TupleRow]:
         async with contextlib.nullcontext() if self._whose is asyncio.current_task() else self.turn():
             with answered(self._connection):
                 cursor = self._connection.cursor(binary=True)
-                await cursor.execute(text, parameters)
+                if unhurried:
+                    # statement_timeout would count until the last byte is sent. One transaction, and then it is back.
+                    async with self._connection.pipeline():
+                        await self._connection.execute(queries.UNHURRIED)
+                        await cursor.execute(text, parameters)
+                else:
+                    await cursor.execute(text, parameters)
                 return await cursor.fetchall() if cursor.description else []
 
     def _noticed(self, diagnostic: psycopg.errors.Diagnostic) -> None:

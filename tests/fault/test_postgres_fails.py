@@ -81,13 +81,14 @@ def test_statement_time_outs_in_a_wait_for_a_lock(
     table: str,
 ) -> None:
     """Fault: somebody locks a table of the outbox, and every statement times out. Promise: waited out."""
-    monkeypatch.setitem(session.SESSION, "statement_timeout", "500ms")
+    for name in ("statement_timeout", "lock_timeout"):  # what fetches events has only the second one
+        monkeypatch.setitem(session.SESSION, name, "500ms")
     writers = Writers(database, stream.prefix, threads=3, endless=True, seed=107).start()
     with ThreadRelay(settings) as relay:
         more_sent(database)
         with psycopg.connect(database) as locking:
             locking.execute(f"LOCK TABLE outbox.{table} IN ACCESS EXCLUSIVE MODE".encode())
-            wait_for_times(relay, 3, "statement timeout")
+            wait_for_times(relay, 3, "timeout")
         more_sent(database)
         writers.stop()
         wait_until_sent(database)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from outbox.postgres.denials import denial
+from outbox.errors import Denied
+from outbox.postgres.denials import refusal
 
 AT = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
 
@@ -30,8 +31,8 @@ AT = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
     ],
 )
 def test_postgres_denies(words: str, remedy: str) -> None:
-    denied = denial(AT + words)
-    assert denied is not None
+    denied = refusal(AT + words)
+    assert isinstance(denied, Denied)
     assert remedy in denied.remedy
     assert "\n" not in denied.line
 
@@ -51,10 +52,10 @@ def test_postgres_denies(words: str, remedy: str) -> None:
     ],
 )
 def test_postgres_is_weather(words: str) -> None:
-    assert denial(AT + words) is None
+    assert not isinstance(refusal(AT + words), Denied)
 
 
 def test_of_several_hosts_one_that_is_down_may_be_the_right_one() -> None:
     down, denied = "Connection refused\n", 'FATAL:  no pg_hba.conf entry for host "10.0.0.9"\n'
-    assert denial(AT + down + AT + denied) is None
-    assert denial(AT + denied + AT + denied) is not None
+    assert not isinstance(refusal(AT + down + AT + denied), Denied)
+    assert isinstance(refusal(AT + denied + AT + denied), Denied)
