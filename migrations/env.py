@@ -6,7 +6,7 @@ Run by `outbox.operate.migrate`, which hands over the schema's name and, unless 
 from alembic import context
 from psycopg import sql
 
-from outbox.postgres.heritage import disinherit
+from outbox.postgres.heritage import disinherit_script
 
 schema: str = context.config.attributes["schema"]
 connection = context.config.attributes.get("connection")
@@ -14,8 +14,8 @@ target = {"connection": connection} if connection is not None else {"dialect_nam
 
 context.configure(**target, version_table="alembic_version", version_table_schema=schema, include_schemas=True)
 with context.begin_transaction():
-    # Whatever role and tool run it: no name means anything else, and nothing is left behind.
-    context.execute(disinherit().replace(":", "\\:"))
+    if connection is None:  # whatever role and tool run it, and nothing is left behind
+        context.execute(disinherit_script())
     # The version table is made before the first revision runs, and needs the schema.
     context.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)).as_string())
     context.run_migrations(schema=schema)

@@ -22,7 +22,7 @@ from psycopg.rows import TupleRow
 from outbox import schema
 from outbox.errors import Misconfigured
 from outbox.operate import queries
-from outbox.postgres.heritage import disinherit
+from outbox.postgres.heritage import disinherit_script
 from outbox.postgres.queries import compose
 from outbox.postgres.session import begun, command_session, stepping_session
 
@@ -77,7 +77,7 @@ def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION
     printed = config.output_buffer = io.StringIO()
     command.upgrade(config, _revision(to), sql=True)
     if statements := list(schema.grants(name, **roles)):
-        printed.write("".join(f"{line};\n\n" for line in ("BEGIN", disinherit(), *statements, "COMMIT")))
+        printed.write("".join(f"{line};\n\n" for line in ("BEGIN", disinherit_script(), *statements, "COMMIT")))
     return printed.getvalue()
 
 

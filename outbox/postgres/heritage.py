@@ -46,9 +46,9 @@ KEPT = (
     "transaction_deferrable",
 )
 
-# The path first, and by itself: what follows must not find an operator or a function of somebody else.
-DISINHERIT = """SET LOCAL search_path = pg_catalog, pg_temp;
-SET LOCAL statement_timeout = 0;
+# The first two by themselves: what follows must not be cut, nor find an operator or a function of somebody else.
+DISINHERIT = """SET LOCAL statement_timeout = 0;
+SET LOCAL search_path = pg_catalog, pg_temp;
 SELECT count(set_config(s.name, coalesce(o.value, s.boot_val), {local}))
   FROM pg_settings AS s LEFT JOIN unnest(ARRAY[{names}], ARRAY[{values}]) AS o (name, value) ON o.name = s.name
  WHERE (o.name IS NOT NULL AND (s.context = 'user' OR s.setting <> o.value))
@@ -63,6 +63,11 @@ def disinherit(ours: Mapping[str, str] = OURS) -> str:
     read-only by its server's configuration stays so.
     """
     return _disinherit(ours, sql.SQL("true"))
+
+
+def disinherit_script() -> str:
+    """The same for SQL that is printed: the first of its transaction, or of that of the tool that runs it."""
+    return f"SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE;\n{disinherit()}"
 
 
 def disinherit_session(ours: Mapping[str, str] = OURS, *, pid: int | None = None) -> bytes:
