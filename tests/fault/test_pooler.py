@@ -99,4 +99,4 @@ def test_commands_inherit_nothing_and_leave_nothing_behind(
             done = outbox(through, *words.split(), cwd=workplace)
             assert done.returncode == 0, (words, done.stdout, done.stderr)
             assert {**settings_of(url), **before} == settings_of(url), words
-        assert "pooler in transaction mode" in outbox(through, "doctor", cwd=workplace).stdout
+        assert "red     database  pooler" in outbox(through, "doctor", cwd=workplace).stdout
