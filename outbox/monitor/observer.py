@@ -17,6 +17,7 @@ from outbox.config import Settings
 from outbox.errors import OutboxError
 from outbox.postgres.queries import compose
 from outbox.postgres.session import looking, observer_session
+from outbox.sources import current
 
 SECONDS = 2.0  # between two looks
 SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog counting takes long; but so often
@@ -84,7 +85,7 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
     while True:
         began = clock()
         try:
-            async with observer_session(settings.database_url) as connection:
+            async with observer_session(current(settings, "database_").database_url) as connection:
                 while True:
                     seen = await _observed(connection, settings.schema, settled)
                     settled = max(settled or 0, seen.settled)

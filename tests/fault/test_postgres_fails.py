@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import psycopg
@@ -9,7 +10,10 @@ import pytest
 
 from outbox.config import Settings
 from outbox.core.telemetry import Connected, LostLead, Marked, TookLead, Unreachable
+from outbox.doctor.check import Colour
+from outbox.doctor.examine import examine
 from outbox.embedded import Nats
+from outbox.operate.status import status
 from outbox.postgres import session
 from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.support.faults import more_sent
@@ -103,11 +107,18 @@ def test_read_only_for_a_while(nats: Nats, broker: Broker, stream: Stream, workp
         url = prepared(server).url()
         writing = f"{url}?options=-c%20default_transaction_read_only%3Doff"
         writers = Writers(writing, stream.prefix, threads=3, endless=True, seed=109).start()
-        with ThreadRelay(Settings(database_url=url, nats_url=nats.url)) as relay:
+        settings = Settings(database_url=url, nats_url=nats.url)
+        with ThreadRelay(settings) as relay:
             more_sent(url)
             rows(url, "ALTER SYSTEM SET default_transaction_read_only = on")
             rows(url, "SELECT pg_reload_conf()")
             wait_for_times(relay, 2, "read-only")
+            (seen, *_) = [each for each in asyncio.run(examine(settings)) if each.colour is Colour.RED]
+            blocked = status(url).blocked
+            assert blocked is not None
+            for words in (f"{seen.found} {seen.remedy}", blocked, relay.wait_for(Unreachable).why):
+                assert "the database is read-only" in words
+                assert "ALTER SYSTEM RESET default_transaction_read_only" in words
             connected = sum(isinstance(each, Connected) for each in relay.happenings)
             rows(url, TERMINATE)
             until(lambda: sum(isinstance(each, Connected) for each in relay.happenings) > connected)
