@@ -70,7 +70,7 @@ def _watch(given: Settings, *, as_json: bool) -> None:
                 try:
                     found = status.status(current(given, "database_").database_url, given.schema)
                 except Weather as weather:
-                    words = f"waiting for Postgres: {weather.line}"
+                    words = f"Postgres cannot be used: {weather.line}"
                     if as_json:
                         err.print(words)
                     else:

@@ -89,7 +89,7 @@ class Unreachable(Happening):
     delay: float
 
     def __str__(self) -> str:
-        return f"waiting for {self.server}, next try in {self.delay:.1f} s: {self.why}"
+        return f"{self.server} cannot be used, next try in {self.delay:.1f} s: {self.why}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -13,6 +15,7 @@ from outbox.core.telemetry import Connected, LostLead, Marked, TookLead, Unreach
 from outbox.doctor.check import Colour
 from outbox.doctor.examine import examine
 from outbox.embedded import Nats
+from outbox.errors import OutboxError
 from outbox.operate.status import status
 from outbox.postgres import session
 from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
@@ -133,3 +136,28 @@ def test_read_only_for_a_while(nats: Nats, broker: Broker, stream: Stream, workp
         report = check(url, broker.read(stream.name))
     assert report.anomalies == {}
     assert report.transactions == writers.committed
+
+
+CODES = "22012 23514 26000 2F005 3F000 40001 42883 54000 57014 P0001 XX001 ZZ999"
+REFUSE = """
+CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no' USING ERRCODE = '{}'; END$$;
+CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON outbox.transactions FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+def test_no_error_of_a_statement_is_a_crash_or_a_verdict(database: str, settings: Settings, stream: Stream) -> None:
+    """Fault: marking fails in whatever way. Promise: the relay waits, or ends with a remedy, and blames none."""
+    rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+    for code in CODES.split():
+        rows(database, REFUSE.format(code))
+        relay = ThreadRelay(settings)
+        with contextlib.suppress(OutboxError), relay:
+            until(partial(has_met_it, relay))
+        assert relay.error is None or (isinstance(relay.error, OutboxError) and relay.error.remedy), code
+        rows(database, "DROP TRIGGER refuse ON outbox.transactions")
+        assert rows(database, "SELECT attempts, dead_at, sent_at FROM outbox.transactions") == [(0, None, None)], code
+    assert ThreadRelay(settings, drain=True).ended() is None
+
+
+def has_met_it(relay: ThreadRelay) -> bool:
+    return relay.error is not None or any(isinstance(each, Unreachable) for each in relay.happenings)
