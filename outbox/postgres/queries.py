@@ -144,8 +144,8 @@ SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count
        (SELECT count(*) FROM planned)
 """
 
-# Before what fetches events, and for the same transaction.
-UNHURRIED = "SELECT set_config('statement_timeout', '0', true)"
+# How long the statements from here on may take.
+HURRY = "SELECT set_config('statement_timeout', %(limit)s, false)"
 
 MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 

@@ -34,7 +34,7 @@ from outbox.postgres.rows import (
     ranges,
     read_page,
 )
-from outbox.postgres.session import answered, open_session
+from outbox.postgres.session import SESSION, answered, open_session
 
 PURGE_PAGE = 500
 DEATHS = 2  # leaders in a row that died before they had shown that they live
@@ -53,6 +53,7 @@ class Store:
         self._whose: asyncio.Task[Any] | None = None
         self._warnings: list[str] = []
         self._listening = False
+        self._unhurried = False
         self.polls_only = False
         self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
@@ -350,14 +351,14 @@ class Store:
     async def _rows(self, text: bytes, parameters: dict[str, Any], *, unhurried: bool = False) -> list[TupleRow]:
         async with contextlib.nullcontext() if self._whose is asyncio.current_task() else self.turn():
             with answered(self._connection):
+                if unhurried is not self._unhurried:
+                    # statement_timeout counts until the last byte is sent. Not in a pipeline: a process that is frozen
+                    # before its end keeps the session, as no time-out of an idle one runs there.
+                    limit = "0" if unhurried else SESSION["statement_timeout"]
+                    await self._connection.execute(queries.HURRY, {"limit": limit})
+                    self._unhurried = unhurried
                 cursor = self._connection.cursor(binary=True)
-                if unhurried:
-                    # statement_timeout would count until the last byte is sent. One transaction, and then it is back.
-                    async with self._connection.pipeline():
-                        await self._connection.execute(queries.UNHURRIED)
-                        await cursor.execute(text, parameters)
-                else:
-                    await cursor.execute(text, parameters)
+                await cursor.execute(text, parameters)
                 return await cursor.fetchall() if cursor.description else []
 
     def _noticed(self, diagnostic: psycopg.errors.Diagnostic) -> None:
