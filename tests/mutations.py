@@ -118,6 +118,18 @@ MUTATIONS = [
         "test_postgres_silent.py::test_relay_gives_up_on_a_server_that_never_answers[down]",
     ),
     Mutation(
+        "postgres/session.py",
+        "left = ANSWER_SECONDS - _silent_for(connection)",
+        "left = 0.0",
+        "test_postgres_silent.py::test_page_takes_longer_than_any_time_out[12]",
+    ),
+    Mutation(
+        "postgres/store.py",
+        "if unhurried is not self._unhurried:",
+        "if unhurried is None:",
+        "test_postgres_silent.py::test_page_takes_longer_than_any_time_out[12]",
+    ),
+    Mutation(
         "postgres/denials.py",
         '"25006": (Weather,',
         '"25006": (Halt,',

@@ -86,7 +86,8 @@ BY_FUNCTION: dict[tuple[str, str], tuple[type[OutboxError], str, str]] = {
         "ALTER TABLE … DISABLE ROW LEVEL SECURITY; or ALTER ROLE … BYPASSRLS",
     ),
     ("42501", "set_config_with_handle"): UNCHANGEABLE,
-    ("42501", "set_config_option"): UNCHANGEABLE,  # before PostgreSQL 16
+    ("42501", "set_config_option_ext"): UNCHANGEABLE,  # of older releases, as the next one
+    ("42501", "set_config_option"): UNCHANGEABLE,
     ("0A000", "call_bool_check_hook"): (Weather, READ_ONLY, UNWRITABLE),  # BEGIN READ WRITE on a standby
 }
 
