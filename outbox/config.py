@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 import psycopg.conninfo
-from pydantic import BaseModel, ConfigDict, Field, FilePath, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FilePath, PrivateAttr, SecretStr, field_validator
 from pydantic import ValidationInfo as Others
 
 from outbox.errors import Misconfigured
@@ -126,6 +126,7 @@ class Settings(BaseModel):
     listen: str = Field("", description="HOST:PORT for health and metrics over HTTP; empty: off.")
     log: LogFormat = Field(LogFormat.HUMAN, description="What the relay says on standard error: for people, or JSON.")
     traces: bool = Field(False, description="A span for each batch (OpenTelemetry); needs outbox-relay[traces].")
+    _files: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @field_validator("database_url")
     @classmethod
@@ -226,6 +227,11 @@ class Settings(BaseModel):
         if value and not (colon and port.isascii() and port.isdigit() and int(port) <= LAST_PORT):
             raise ValueError("is not HOST:PORT, such as 0.0.0.0:9464")
         return value
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The settings that were read from a file of their own, `OUTBOX_…_FILE`, by name; `outbox.sources.current`."""
+        return self._files
 
     @property
     def nats_servers(self) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from outbox.config import Settings
-from outbox.errors import Misconfigured
+from outbox.errors import Denied, Misconfigured
 
 FILE = Path("outbox.toml")
 PREFIX = "OUTBOX_"
@@ -75,26 +75,55 @@ def load(environment: Mapping[str, str] = os.environ, file: Path = FILE, **flags
     try:
         settings = Settings(**found.values)
     except ValidationError as error:
-        for each in error.errors(include_url=False, include_input=False):
-            name = ".".join(map(str, each["loc"]))
-            message = each["msg"].removeprefix("Value error, ")
-            mistakes.append(f"setting {name} ({found.origins.get(name, variable(name))}): {message}")
+        mistakes.extend(_invalid(error, found))
     if mistakes:
         raise WrongSettings(mistakes)
+    settings.files.update(found.files)
     return Loaded(settings=settings, origins=found.origins)
+
+
+def current(settings: Settings, prefix: str) -> Settings:
+    """The settings, with what the files of those whose names begin so hold now: passwords are renewed.
+
+    For each new connection. Raises `Denied` where a file cannot be used, which its next reader may find mended.
+    """
+    found = Found()
+    for name, path in settings.files.items():
+        if name.startswith(prefix):
+            _take(name, None, str(path), found)
+    # Only what goes together with it: that another file is gone is told by who reads that one.
+    others = {name: value for name, value in settings.model_dump().items() if name.startswith(prefix)}
+    renewed = settings
+    try:
+        if found.values:
+            renewed = Settings(**{**others, **found.values})
+    except ValidationError as error:
+        found.mistakes.extend(_invalid(error, found))
+    if found.mistakes:
+        raise Denied("; ".join(found.mistakes), remedy="put it right: it is read again for the next connection")
+    return settings.model_copy(update={name: getattr(renewed, name) for name in found.values})
+
+
+def _invalid(error: ValidationError, found: Found) -> Iterator[str]:
+    for each in error.errors(include_url=False, include_input=False):
+        name = ".".join(map(str, each["loc"]))
+        message = each["msg"].removeprefix("Value error, ")
+        yield f"setting {name} ({found.origins.get(name, variable(name))}): {message}"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the sources gave: the values by the setting's name, where each is from, and every mistake."""
+    """What the sources gave: the values by the setting's name, where each is from, its own file, and every mistake."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
 
     def add(self, name: str, value: Any, origin: str) -> None:
         """Take a value, over what a weaker source gave."""
         self.values[name], self.origins[name] = value, origin
+        self.files.pop(name, None)
 
 
 def variable(name: str) -> str:
@@ -131,6 +160,7 @@ def _take(name: str, value: str | None, path: str | None, found: Found) -> None:
             return
         if content:
             found.add(name, content, f"{variable(name)}{BY_FILE}: {path}")
+            found.files[name] = Path(path)
         else:
             found.mistakes.append(f"{variable(name)}{BY_FILE}: {path} is empty")
 

@@ -138,8 +138,20 @@ MUTATIONS = [
     ),
     Mutation(
         "postgres/session.py",
-        "except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_) as error:",
-        "except psycopg.errors.DivisionByZero as error:",
+        "left = ANSWER_SECONDS - _silent_for(connection)",
+        "left = 0.0",
+        "test_postgres_silent.py::test_page_takes_longer_than_any_time_out[12]",
+    ),
+    Mutation(
+        "postgres/store.py",
+        "if unhurried is not self._unhurried:",
+        "if unhurried is None:",
+        "test_postgres_silent.py::test_page_takes_longer_than_any_time_out[12]",
+    ),
+    Mutation(
+        "postgres/denials.py",
+        '"25006": (Weather,',
+        '"25006": (Halt,',
         "test_postgres_fails.py::test_read_only_for_a_while",
     ),
     # No phantom: a plan is sent only when its commit has reached the standbys, in this term or in the next.

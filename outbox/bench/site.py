@@ -26,7 +26,7 @@ from outbox.bench.figures import Storage
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Misconfigured, OutboxError
 from outbox.operate import migrate
-from outbox.postgres.session import command_session
+from outbox.postgres.session import stepping_session
 
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
 FAR_TXID = 1 << 40  # transaction ids that no server has come to
@@ -60,8 +60,7 @@ class Site:
 
     def sql(self, statement: str, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement by itself."""
-        with command_session(self.database_url) as connection:
-            connection.autocommit = True
+        with stepping_session(self.database_url) as connection:  # VACUUM runs in no transaction
             cursor = connection.execute(statement.encode(), parameters or None)
             return cursor.fetchall() if cursor.description else []
 

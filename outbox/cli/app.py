@@ -78,10 +78,9 @@ def migrate(
     from outbox.operate import migrate as migrations
 
     given = settings(database_url=database_url, schema=schema_name)
+    roles = {"application": application_role, "relay": relay_role, "operator": operator_role}
     if sql:
-        print(migrations.migration_sql(given.schema, to=to), end="")
-        for line in schema.grants(given.schema, application=application_role, relay=relay_role, operator=operator_role):
-            print(f"{line};")
+        print(migrations.migration_sql(given.schema, to=to, **roles), end="")
         return
     if check:
         problems = migrations.problems(given.database_url, given.schema)
@@ -92,9 +91,7 @@ def migrate(
         out.print(f"schema {given.schema} is at version {schema.VERSION}, without drift")
         return
     before, after = migrations.migrate(given.database_url, given.schema, to=to)
-    migrations.grant(
-        given.database_url, given.schema, application=application_role, relay=relay_role, operator=operator_role
-    )
+    migrations.grant(given.database_url, given.schema, **roles)
     out.print(f"schema {given.schema}: version {before} -> {after}")
 
 

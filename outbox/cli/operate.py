@@ -21,6 +21,7 @@ from outbox.config import LONGEST_HOURS, Settings
 from outbox.core.positions import HIGHEST
 from outbox.doctor.check import Colour
 from outbox.errors import Weather
+from outbox.sources import current
 from outbox.text import counted, printable, to_json
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ def _watch(given: Settings, *, as_json: bool) -> None:
         with Live(console=out, auto_refresh=False, screen=out.is_terminal and not as_json) as live:
             while True:
                 try:
-                    found = status.status(given.database_url, given.schema)
+                    found = status.status(current(given, "database_").database_url, given.schema)
                 except Weather as weather:
-                    words = f"Postgres cannot be reached: {weather.message}"
+                    words = f"Postgres cannot be used: {weather.line}"
                     if as_json:
                         err.print(words)
                     else:

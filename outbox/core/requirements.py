@@ -5,7 +5,7 @@ Pure: facts in, problems out. What is only worth a look is the doctor's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 OLDEST_POSTGRES = 140005
@@ -90,6 +90,15 @@ def of_counters(found: Counters) -> Iterator[Problem]:
 def stranded(position: int) -> str:
     """What is the matter with a pending transaction that is in no plan and not open, behind the cursor."""
     return f"transaction {position} is committed and neither sent nor dead, and is behind all that a relay looks at"
+
+
+def of_row_security(schema: str, role: str, hidden: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong where row security may hide rows of these tables from a role."""
+    if hidden:
+        yield Problem(
+            f"row security is on: it may hide rows of {', '.join(hidden)} from role {role}: they would never be sent",
+            f"ALTER TABLE {schema}.{hidden[0]} DISABLE ROW LEVEL SECURITY; or ALTER ROLE {role} BYPASSRLS",
+        )
 
 
 def of_nats(version: tuple[int, int, int]) -> Iterator[Problem]:

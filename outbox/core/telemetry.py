@@ -92,7 +92,7 @@ class LeadEnded(Happening):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreachable(Happening):
-    """A server cannot be reached; the relay tries again after `delay` seconds, for ever."""
+    """A server cannot be reached, or does not do as it must; the relay tries again after `delay` seconds, for ever."""
 
     level: ClassVar[Level] = Level.WARNING
     server: str
@@ -100,7 +100,7 @@ class Unreachable(Happening):
     delay: float
 
     def __str__(self) -> str:
-        return f"{self.server} cannot be reached, next try in {self.delay:.1f} s: {self.why}"
+        return f"{self.server} cannot be used, next try in {self.delay:.1f} s: {self.why}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

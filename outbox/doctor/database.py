@@ -16,12 +16,13 @@ from outbox.config import Settings
 from outbox.core import requirements
 from outbox.core.positions import HIGHEST
 from outbox.doctor import queries
-from outbox.doctor.check import Check, Checks
-from outbox.errors import Misconfigured, OutboxError
+from outbox.doctor.check import Check, Checks, Colour
+from outbox.errors import Misconfigured, OutboxError, Weather
 from outbox.operate import migrate
 from outbox.operate.queries import STRANDED
-from outbox.postgres.queries import COUNTERS, PARTS, STRAYS, compose
-from outbox.postgres.session import looked, refuse_pooler
+from outbox.postgres.denials import READ_ONLY, UNWRITABLE
+from outbox.postgres.queries import COUNTERS, PARTS, ROW_SECURITY, STRAYS, compose
+from outbox.postgres.session import LOOK, observer_session, refuse_pooler, step
 
 CHECKS = Checks("database")
 NEWEST = 180000
@@ -30,17 +31,17 @@ PREPARED_SECONDS, FORGOTTEN_SECONDS = 5.0, 3600.0  # the second half of a two-ph
 DEAD_ROWS, DEAD_SHARE, BLOATED_BYTES = 10_000, 0.5, 100_000_000
 ROW_BYTES = {"transactions": 500}  # of a row and the room that its page keeps, at most; of events nobody knows
 
-Connection = psycopg.AsyncConnection[TupleRow]
+Connection = psycopg.Connection[TupleRow]
 
 
 async def examine(connection: Connection, settings: Settings) -> AsyncIterator[Check]:
     """All checks of the database; ends early where the rest would make no sense."""
     name = settings.schema
-    (server,) = await _rows(connection, queries.SERVER, name, schema=name)
-    *_, autovacuum, _, role, may_create, comment, sees_all, may_use = server
+    (server,) = _rows(connection, queries.SERVER, name, schema=name)
+    *_, autovacuum, _, role, may_create, comment, sees_all, may_use, _ = server
     for check in _server(server):
         yield check
-    yield await _pooler(connection)
+    yield await _pooler(connection, settings)
     if may_use is None:
         yield CHECKS.red("schema", f"there is no schema {name} in this database", "outbox migrate")
         return
@@ -52,26 +53,29 @@ async def examine(connection: Connection, settings: Settings) -> AsyncIterator[C
     except Misconfigured as error:
         yield CHECKS.red("schema", error.message, error.remedy)
         return
-    lost = [row[0] for row in await _rows(connection, PARTS, name, schema=name)]
-    yield _lost(lost) if lost and not may_create else _drift(settings, may_create=may_create)
-    missing = [each async for each in _not_granted(connection, name)]
+    lost = [row[0] for row in _rows(connection, PARTS, name, schema=name)]
+    yield _lost(lost) if lost and not may_create else _drift(connection, name, may_create=may_create)
+    missing = list(_not_granted(connection, name))
     yield _missing(name, role, missing) if missing else CHECKS.green("privileges", f"role {role} may all")
     if missing:
         return
-    yield await _row_security(connection, name, role)
-    yield await _home(connection, name)
-    for check in await _limits(connection, settings):
+    row_security = _row_security(connection, name)
+    yield row_security
+    if row_security.colour is Colour.RED:
+        return
+    yield _home(connection, name)
+    for check in _limits(connection, settings):
         yield check
-    async for check in _counters(connection, name):
+    for check in _counters(connection, name):
         yield check
-    yield await _strays(connection, name)
-    holders = await _holders(connection, name, role, sees_all=sees_all)
-    for check in [*(await _tables(connection, name, autovacuum)), *holders]:
+    yield _strays(connection, name)
+    holders = _holders(connection, name, role, sees_all=sees_all)
+    for check in [*_tables(connection, name, autovacuum), *holders]:
         yield check
 
 
 def _server(row: TupleRow) -> Iterator[Check]:
-    number, standby, encoding, fsync, _, max_prepared, *_ = row
+    number, standby, encoding, fsync, _, max_prepared, *_, frozen = row
     version = f"{number // 10000}.{number % 10000}"
     if problem := next(requirements.of_postgres(number), None):
         yield CHECKS.red("server", problem.what, problem.remedy)
@@ -82,6 +86,9 @@ def _server(row: TupleRow) -> Iterator[Check]:
         yield CHECKS.green("server", f"PostgreSQL {version}{polls}")
     if standby:
         yield CHECKS.red("server", "it is a standby", "name the primary in OUTBOX_DATABASE_URL")
+    elif frozen:
+        words = f"{READ_ONLY}: its configuration has default_transaction_read_only on"
+        yield CHECKS.red("server", words, UNWRITABLE)
     if encoding != "UTF8":
         yield CHECKS.red("encoding", f"the database has encoding {encoding}", "use a database with encoding UTF8")
     if fsync != "on":
@@ -89,9 +96,12 @@ def _server(row: TupleRow) -> Iterator[Check]:
         yield CHECKS.red("fsync", found, "ALTER SYSTEM SET fsync = on; then reload")
 
 
-async def _pooler(connection: Connection) -> Check:
+async def _pooler(connection: Connection, settings: Settings) -> Check:
+    ((pid,),) = _rows(connection, queries.PROCESS, settings.schema)
     try:
-        await refuse_pooler(connection)
+        if pid != connection.info.backend_pid:
+            async with observer_session(settings.database_url) as other:
+                await refuse_pooler(other)
     except Misconfigured as error:
         return CHECKS.red("pooler", error.message, error.remedy)
     except OutboxError as error:
@@ -105,18 +115,21 @@ def _lost(parts: list[str]) -> Check:
     return CHECKS.red("drift", words, remedy)
 
 
-def _drift(settings: Settings, *, may_create: bool) -> Check:
+def _drift(connection: Connection, name: str, *, may_create: bool) -> Check:
     if not may_create:
         return CHECKS.yellow(
             "drift",
             f"version {schema.VERSION}; drift was not looked for, as this role may not CREATE in the database",
             "run as the owner: outbox migrate --check",
         )
+    connection.read_only = False
     try:
-        problems = migrate.problems(settings.database_url, settings.schema)
-    except (OutboxError, psycopg.Error) as error:
+        problems = migrate.differences(connection, name)
+    except psycopg.Error as error:
         words = f"drift could not be looked for: {' '.join(str(error).split())}"
         return CHECKS.yellow("drift", words, "run as the owner: outbox migrate --check")
+    finally:
+        connection.read_only = True
     if problems:
         rest = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         return CHECKS.red(
@@ -127,7 +140,7 @@ def _drift(settings: Settings, *, may_create: bool) -> Check:
     return CHECKS.green("drift", f"version {schema.VERSION}, without drift")
 
 
-async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
+def _not_granted(connection: Connection, name: str) -> Iterator[str]:
     """What the relay needs and this role may not."""
     for privileges, what in schema.GRANTS["relay"]:
         kinds, _, columns = privileges.partition(" (")
@@ -140,7 +153,7 @@ async def _not_granted(connection: Connection, name: str) -> AsyncIterator[str]:
                     "privilege": kind,
                     "columns": columns.rstrip(")").split(", ") if columns else [],
                 }
-                ((may,),) = await _rows(connection, queries.MAY, name, **given)
+                ((may,),) = _rows(connection, queries.MAY, name, **given)
                 if not may:
                     yield f"{kind}{f' ({columns}' if columns else ''} ON {table}"
 
@@ -151,19 +164,15 @@ def _missing(name: str, role: str, missing: list[str]) -> Check:
     return CHECKS.red("privileges", f"role {role} lacks {missing[0]}{rest} in schema {name}", remedy)
 
 
-async def _row_security(connection: Connection, name: str, role: str) -> Check:
-    hidden = [row[0] for row in await _rows(connection, queries.ROW_SECURITY, name, schema=name)]
-    if hidden:
-        return CHECKS.red(
-            "row security",
-            f"it may hide rows of {', '.join(hidden)} from role {role}: they would never be sent",
-            f"ALTER TABLE {name}.{hidden[0]} DISABLE ROW LEVEL SECURITY; or ALTER ROLE {role} BYPASSRLS",
-        )
+def _row_security(connection: Connection, name: str) -> Check:
+    ((role, hidden),) = _rows(connection, ROW_SECURITY, name, schema=name)
+    if problem := next(requirements.of_row_security(name, role, hidden), None):
+        return CHECKS.red("row security", problem.what, problem.remedy)
     return CHECKS.green("row security", "hides nothing from this role")
 
 
-async def _home(connection: Connection, name: str) -> Check:
-    rows = await _rows(connection, queries.HOME, name)
+def _home(connection: Connection, name: str) -> Check:
+    rows = _rows(connection, queries.HOME, name)
     if not rows:
         return _empty(name, "relay")
     ((cluster, database, _, now_cluster, now_database),) = rows
@@ -185,9 +194,9 @@ def _empty(name: str, table: str) -> Check:
     )
 
 
-async def _limits(connection: Connection, settings: Settings) -> list[Check]:
-    rows = await _rows(connection, queries.LIMITS, settings.schema)
-    ((cache,),) = await _rows(connection, queries.CACHES, settings.schema)
+def _limits(connection: Connection, settings: Settings) -> list[Check]:
+    rows = _rows(connection, queries.LIMITS, settings.schema)
+    ((cache,),) = _rows(connection, queries.CACHES, settings.schema)
     size, events = rows[0] if rows else (None, None)
     problems = requirements.of_outbox(
         settings.schema,
@@ -199,18 +208,18 @@ async def _limits(connection: Connection, settings: Settings) -> list[Check]:
     return found or [CHECKS.green("limits", f"{events} events in a transaction, {size:,} bytes in an event")]
 
 
-async def _counters(connection: Connection, name: str) -> AsyncIterator[Check]:
+def _counters(connection: Connection, name: str) -> Iterator[Check]:
     """Whether all that is committed is in a relay's sight; nothing where the table relay is empty."""
-    rows = await _rows(connection, COUNTERS, name)
+    rows = _rows(connection, COUNTERS, name)
     if not rows:
         return
     counters = requirements.Counters(*rows[0])
     looked_at_all = True
     if counters.stranded is None:
         try:
-            all_of_them = await _rows(connection, STRANDED, name, after=0, to=HIGHEST)
+            all_of_them = _rows(connection, STRANDED, name, after=0, to=HIGHEST)
             counters = counters._replace(stranded=all_of_them[0][0] if all_of_them else None)
-        except psycopg.errors.QueryCanceled:
+        except Weather:
             looked_at_all = False
     problems = list(requirements.of_counters(counters))
     for each in problems:
@@ -222,8 +231,8 @@ async def _counters(connection: Connection, name: str) -> AsyncIterator[Check]:
         yield CHECKS.green("counters", "nothing that is committed is out of a relay's sight")
 
 
-async def _strays(connection: Connection, name: str) -> Check:
-    strays = await _rows(connection, STRAYS, name)
+def _strays(connection: Connection, name: str) -> Check:
+    strays = _rows(connection, STRAYS, name)
     if strays:
         words = f"{strays[0][1]} events of txid {strays[0][0]} belong to no transaction: they are never sent"
         return CHECKS.red(
@@ -232,9 +241,9 @@ async def _strays(connection: Connection, name: str) -> Check:
     return CHECKS.green("strays", "every event lately added belongs to a transaction")
 
 
-async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Check]:
+def _tables(connection: Connection, name: str, autovacuum: str) -> list[Check]:
     found = []
-    for table, size, live, dead, enabled, seconds in await _rows(connection, queries.TABLES, name, schema=name):
+    for table, size, live, dead, enabled, seconds in _rows(connection, queries.TABLES, name, schema=name):
         if autovacuum != "on" or not enabled:
             remedy = "ALTER SYSTEM SET autovacuum = on" if autovacuum != "on" else f"ALTER TABLE {name}.{table} RESET"
             remedy += "" if autovacuum != "on" else " (autovacuum_enabled)"
@@ -249,18 +258,18 @@ async def _tables(connection: Connection, name: str, autovacuum: str) -> list[Ch
     return found or [CHECKS.green("vacuum", "autovacuum keeps up, and no table is bloated")]
 
 
-async def _holders(connection: Connection, name: str, role: str, *, sees_all: bool) -> list[Check]:
+def _holders(connection: Connection, name: str, role: str, *, sees_all: bool) -> list[Check]:
     found = []
-    for gid, owner, age in await _rows(connection, queries.PREPARED, name, seconds=PREPARED_SECONDS):
+    for gid, owner, age in _rows(connection, queries.PREPARED, name, seconds=PREPARED_SECONDS):
         words = f"prepared transaction {gid!r} of {owner} is {_ago(age)} old: what it added waits"
         literal = gid.replace("'", "''")
         remedy = f"ask who made it, then COMMIT PREPARED '{literal}' or ROLLBACK PREPARED '{literal}'"
         found.append((CHECKS.red if age > FORGOTTEN_SECONDS else CHECKS.yellow)("prepared transactions", words, remedy))
-    for pid, user, application, age in await _rows(connection, queries.WRITERS, name, seconds=LONG_SECONDS):
+    for pid, user, application, age in _rows(connection, queries.WRITERS, name, seconds=LONG_SECONDS):
         words = f"pid {pid} ({user}, {application}) has added events and is open for {_ago(age)}"
         remedy = f"end it in the application, or pg_terminate_backend({pid})"
         found.append(CHECKS.yellow("long transactions", words, remedy))
-    for pid, user, application, age in await _rows(connection, queries.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
+    for pid, user, application, age in _rows(connection, queries.SNAPSHOTS, name, seconds=OLD_SNAPSHOT_SECONDS):
         words = f"pid {pid} ({user}, {application}) keeps dead rows from being removed for {_ago(age)}"
         found.append(CHECKS.yellow("long transactions", words, f"end it, or pg_terminate_backend({pid})"))
     if not sees_all:
@@ -276,5 +285,6 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-async def _rows(connection: Connection, query: str, name: str, **given: Any) -> list[TupleRow]:
-    return await looked(connection, compose(query, name), given)
+def _rows(connection: Connection, query: str, name: str, **given: Any) -> list[TupleRow]:
+    with step(connection, LOOK):
+        return connection.execute(compose(query, name), given).fetchall()

@@ -17,17 +17,19 @@ from outbox.doctor.check import Check, Checks, Colour
 from outbox.doctor.streams import Facts
 from outbox.errors import OutboxError, told
 from outbox.jetstream.client import connected
+from outbox.operate import status
 from outbox.operate.queries import PENDING_SUBJECTS
-from outbox.operate.status import Status, status
+from outbox.operate.status import Status
 from outbox.postgres.queries import STREAMS, compose
 from outbox.postgres.rows import StreamRow
-from outbox.postgres.session import looked, observer_session
+from outbox.postgres.session import LOOK, step, stepping_session
 from outbox.text import counted
 
 CHECKS = Checks("outbox")
 OLD_SECONDS = 60.0
 SUBJECTS = 500  # are asked for, at most
-UNREADABLE = ("schema", "privileges", "relay", "limits")  # without these there is nothing to say of the outbox
+# Without these there is nothing to say of the outbox.
+UNREADABLE = ("schema", "privileges", "row security", "relay", "limits")
 NOTHING = Facts(outbox_ids=(), streams={}, subjects=(), max_event_bytes=0)
 
 
@@ -36,14 +38,15 @@ async def examine(settings: Settings) -> list[Check]:
     checks: list[Check] = []
     known = NOTHING
     try:
-        async with observer_session(settings.database_url) as connection:
+        with stepping_session(settings.database_url, reads=True) as connection:
             async for check in database.examine(connection, settings):
                 checks.append(check)  # noqa: PERF401 - what was found before an error counts
             if any(each.name in UNREADABLE and each.colour is Colour.RED for each in checks):
                 checks.append(CHECKS.yellow("outbox", "not looked at, nor its streams", "mend what is red above first"))
             else:
-                known = await _known(connection, settings.schema)
-                checks += _outbox(status(settings.database_url, settings.schema))
+                with step(connection, LOOK):
+                    known = _known(connection, settings.schema)
+                    checks += _outbox(status.read(connection, settings.schema))
     except OutboxError as error:
         remedy = error.remedy or "start Postgres, or correct OUTBOX_DATABASE_URL: outbox config shows what is used"
         name = "tables" if checks else "connection"
@@ -57,20 +60,20 @@ async def examine(settings: Settings) -> list[Check]:
         return checks + [check async for check in streams.examine(jetstream, known)]
 
 
-async def _known(connection: psycopg.AsyncConnection[TupleRow], name: str) -> Facts:
-    async def rows(query: str) -> list[TupleRow]:
-        return await looked(connection, compose(query, name))
+def _known(connection: psycopg.Connection[TupleRow], name: str) -> Facts:
+    def rows(query: str) -> list[TupleRow]:
+        return connection.execute(compose(query, name)).fetchall()
 
-    ((ids,),) = await rows(queries.OUTBOX_IDS)
-    ((size, _),) = await rows(queries.LIMITS)
-    pending = await rows(PENDING_SUBJECTS)
+    ((ids,),) = rows(queries.OUTBOX_IDS)
+    ((size, _),) = rows(queries.LIMITS)
+    pending = rows(PENDING_SUBJECTS)
     return Facts(
         outbox_ids=[str(each) for each in ids],
         streams={
             name: StreamRow(name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked)
-            for name, created, mode, last, _, blocked in await rows(STREAMS)
+            for name, created, mode, last, _, blocked in rows(STREAMS)
         },
-        subjects=[row[0] for row in await rows(queries.RECENT_SUBJECTS)] + [[row[0]] for row in pending[:SUBJECTS]],
+        subjects=[row[0] for row in rows(queries.RECENT_SUBJECTS)] + [[row[0]] for row in pending[:SUBJECTS]],
         max_event_bytes=size,
     )
 

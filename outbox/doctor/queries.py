@@ -12,19 +12,17 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), current_
        (SELECT obj_description(c.oid, 'pg_class') FROM pg_class AS c
          WHERE c.relname = 'events' AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s)),
        pg_has_role(current_user, 'pg_read_all_stats', 'USAGE'),
-       has_schema_privilege((SELECT oid FROM pg_namespace WHERE nspname = %(schema)s), 'USAGE')
+       has_schema_privilege((SELECT oid FROM pg_namespace WHERE nspname = %(schema)s), 'USAGE'),
+       current_setting('default_transaction_read_only')::boolean
 """
+
+PROCESS = "SELECT pg_backend_pid()"
 
 # Whether this role may: one row for each privilege on each table, with columns where the privilege is on columns.
 MAY = """
 SELECT CASE WHEN %(columns)s::text[] = ARRAY[]::text[] THEN has_table_privilege(%(table)s, %(privilege)s)
             ELSE (SELECT bool_and(has_column_privilege(%(table)s, c, %(privilege)s))
                     FROM unnest(%(columns)s::text[]) AS c) END
-"""
-
-ROW_SECURITY = """
-SELECT c.relname FROM pg_class AS c
- WHERE c.relnamespace = to_regnamespace(%(schema)s)::oid AND c.relkind = 'r' AND row_security_active(c.oid) ORDER BY 1
 """
 
 # Sizes and dead rows, as the statistics collector knows them.

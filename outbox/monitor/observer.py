@@ -16,7 +16,8 @@ from outbox import schema
 from outbox.config import Settings
 from outbox.errors import OutboxError
 from outbox.postgres.queries import compose
-from outbox.postgres.session import looked, observer_session
+from outbox.postgres.session import looking, observer_session
+from outbox.sources import current
 
 SECONDS = 2.0  # between two looks
 SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog counting takes long; but so often
@@ -90,7 +91,7 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
     while True:
         began = clock()
         try:
-            async with observer_session(settings.database_url) as connection:
+            async with observer_session(current(settings, "database_").database_url) as connection:
                 while True:
                     seen = await _observed(connection, settings.schema, settled)
                     settled = max(settled or 0, seen.settled)
@@ -104,9 +105,11 @@ async def observe_for_ever(settings: Settings, take: Callable[[Observation | Non
 
 async def _observed(connection: psycopg.AsyncConnection[TupleRow], name: str, after: int | None) -> Observation:
     keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-    (row,) = await looked(connection, compose(OBSERVE, name), keys, rows=dict_row)
-    streams = await looked(connection, compose(OBSERVE_STREAMS, name), rows=class_row(StreamObservation))
-    settled = row["settled"]
-    since = {"after": settled if after is None else after, "to": settled}
-    lags = await looked(connection, compose(OBSERVE_LAGS, name), since)
+    async with looking(connection):
+        (row,) = await (await connection.cursor(row_factory=dict_row).execute(compose(OBSERVE, name), keys)).fetchall()
+        known = connection.cursor(row_factory=class_row(StreamObservation))
+        streams = await (await known.execute(compose(OBSERVE_STREAMS, name))).fetchall()
+        settled = row["settled"]
+        since = {"after": settled if after is None else after, "to": settled}
+        lags = await (await connection.execute(compose(OBSERVE_LAGS, name), since)).fetchall()
     return Observation(**row, streams=streams, lags=[seconds for (seconds,) in lags])

@@ -58,7 +58,7 @@ class Selection:
 
 def dead_letters(url: str, name: str, selection: Selection) -> list[DeadLetter]:
     """The dead letters that are meant, by position. Reads only."""
-    with command_session(url) as connection:
+    with command_session(url, reads=True) as connection:
         letters = connection.cursor(row_factory=class_row(DeadLetter)).execute(compose(queries.DEAD_LETTERS, name))
         return [letter for letter in letters if selection.holds(letter)]
 

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.rows import TupleRow
 
 from outbox import schema
 from outbox.errors import Locked, Misconfigured
 from outbox.operate import queries
+from outbox.postgres.heritage import disinherit_script
 from outbox.postgres.queries import compose
-from outbox.postgres.session import command_session
+from outbox.postgres.session import begun, command_session, stepping_session
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -87,18 +89,21 @@ def _migrated(url: str, name: str, to: int) -> tuple[int, int]:
         elif before and not told:  # pg_restore --no-comments
             for statement in schema.comments(to, name):
                 _raw(connection).execute(statement.encode())
+        after = installed(_raw(connection), name)
         connection.commit()
-        return before, installed(_raw(connection), name)
+        return before, after
 
 
-def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION) -> str:
-    """The SQL that `migrate` runs on an empty database, for other tools. Needs no connection."""
+def migration_sql(name: str = schema.DEFAULT_SCHEMA, *, to: int = schema.VERSION, **roles: str | None) -> str:
+    """The SQL that `migrate` and `grant` run on an empty database, for other tools. Needs no connection."""
     from alembic import command
 
     _known(to)
     config = _config(name)
     printed = config.output_buffer = io.StringIO()
     command.upgrade(config, _revision(to), sql=True)
+    if statements := list(schema.grants(name, **roles)):
+        printed.write("".join(f"{line};\n\n" for line in ("BEGIN", disinherit_script(), *statements, "COMMIT")))
     return printed.getvalue()
 
 
@@ -107,18 +112,23 @@ def problems(url: str, name: str = schema.DEFAULT_SCHEMA) -> list[str]:
 
     Compares with a copy that is created in a transaction and rolled back; needs CREATE on the database.
     """
-    with _connected(url) as connection:
-        raw = _raw(connection)
-        found = installed(raw, name)
-        if problem := _unfinished(raw, name):
+    with stepping_session(url) as connection:
+        return differences(connection, name)
+
+
+def differences(connection: psycopg.Connection[TupleRow], name: str) -> list[str]:
+    """The same, within a `stepping_session`."""
+    with connection.transaction(force_rollback=True):
+        begun(connection)
+        found = installed(connection, name)
+        if problem := _unfinished(connection, name):
             return [problem.line]
-        if not _told(raw, name) and found:
+        if not _told(connection, name) and found:
             return [f"missing: the comment on {name}.events, which tells the version: outbox migrate"]
         if found != schema.VERSION:
             return [f"schema {name} is at version {found}, not {schema.VERSION}: outbox migrate"]
-        *_, wanted = _wanted(raw, name)
-        actual = _actual(raw, name)
-        connection.rollback()
+        *_, wanted = _wanted(connection, name)
+        actual = _actual(connection, name)
     missing = [f"missing: {_short(line)}" for line in sorted(wanted - actual)]
     return missing + [f"unexpected: {_short(line)}" for line in sorted(actual - wanted)]
 
@@ -127,7 +137,11 @@ def grant(url: str, name: str, **roles: str | None) -> None:
     """Give existing roles what they need; see `outbox.schema.grants`. Commits."""
     with command_session(url) as connection:
         for statement in schema.grants(name, **roles):
-            connection.execute(statement.encode())
+            try:
+                connection.execute(statement.encode())
+            except psycopg.errors.UndefinedObject as error:
+                words = f"{error.diag.message_primary}"
+                raise Misconfigured(words, remedy="create the role first: CREATE ROLE … LOGIN") from error
 
 
 def installed(connection: psycopg.Connection[Any], name: str) -> int:
@@ -227,6 +241,7 @@ def _connected(url: str) -> Iterator[sa.Connection]:
         engine = sa.create_engine("postgresql+psycopg://", creator=lambda: raw, poolclass=sa.StaticPool)
         try:
             with engine.connect() as connection:
+                begun(raw)  # again: SQLAlchemy has rolled back after a look at the server
                 yield connection
         except sa.exc.DBAPIError as error:
             raise error.orig or error from error  # psycopg's own, which is told by whose fault it is

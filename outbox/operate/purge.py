@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import Any
 
 from outbox.errors import Locked
-from outbox.postgres.housekeeping import Housekeeping
-from outbox.postgres.session import observer_session
+from outbox.postgres import queries
+from outbox.postgres.heritage import OURS
+from outbox.postgres.housekeeping import told
+from outbox.postgres.session import step, stepping_session
 
 PAGE = 1000
+PATIENT = {**OURS, "lock_timeout": "1s"}
 
 
 def purge(url: str, name: str, seconds: float) -> int:
     """Delete what was sent more than so many seconds ago; the number of transactions. Commits after each page.
 
-    Rows that somebody holds locked are passed by. Raises `Locked` where somebody holds an event of one.
+    Rows of transactions that somebody holds locked are passed by. Raises `Locked` where somebody holds an event of one.
     """
-    return asyncio.run(_purge(url, name, seconds))
-
-
-async def _purge(url: str, name: str, seconds: float) -> int:
     purged = after = 0
     page, more = PAGE, True
-    async with observer_session(url) as connection:
-        session = Housekeeping(connection, name)
+    with stepping_session(url) as connection:
         while more:
-            old = await session.old(after, seconds, page)
+            given: dict[str, Any] = {"after": after, "seconds": seconds, "most": page, "place": None}
             try:
-                purged += await session.purge(old.positions, seconds)
+                with step(connection, PATIENT):
+                    rows = connection.execute(queries.compose(queries.OLD, name), given).fetchall()
+                    old = told(rows, after, page)
+                    given["positions"] = old.positions
+                    ((gone, _, _),) = connection.execute(queries.compose(queries.PURGE, name), given).fetchall()
             except Locked:
                 if page == 1:
                     raise
                 page //= 2
                 continue
+            purged += int(gone)
             after, more = old.after, old.more
     return purged

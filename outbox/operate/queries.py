@@ -19,7 +19,7 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
        (SELECT min(position) FROM {schema}.pending) AS oldest_pending_position,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_transactions,
        h.stray_events, h.drift, h.failing AS housekeeping_failing, h.failing_since AS housekeeping_failing_since,
-       clock_timestamp() AS observed_at
+       clock_timestamp() AS observed_at, current_setting('default_transaction_read_only')::boolean AS frozen
   FROM {schema}.relay AS r CROSS JOIN {schema}.housekeeping AS h
 """
 

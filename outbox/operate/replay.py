@@ -8,7 +8,7 @@ publishes by itself: it would be a foreign writer in the stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -17,7 +17,7 @@ from outbox.errors import Misconfigured
 from outbox.event import matches
 from outbox.operate import queries
 from outbox.postgres.queries import compose
-from outbox.postgres.session import command_session
+from outbox.postgres.session import step, stepping_session
 
 PAGE = 1000
 
@@ -70,10 +70,12 @@ def replay(
     Interrupted, it has added whole transactions only. Needs what the operator's role may. May raise `Weather`.
     """
     done = Replayed()
-    with command_session(url) as connection:
-        connection.autocommit = True
-        ((done.purged,),) = connection.execute(compose(queries.PURGED, name)).fetchall()
-        for each in _chosen(connection, name, wanted, done):
+    with stepping_session(url) as connection:
+        with step(connection):
+            ((done.purged,),) = connection.execute(compose(queries.PURGED, name)).fetchall()
+            # Only up to what is there now: a replay must not meet its own work.
+            ((highest,),) = connection.execute(compose(queries.HIGHEST, name)).fetchall()
+        for each in _chosen(connection, name, replace(wanted, last=min(wanted.last, highest)), done):
             if dry_run or _again(connection, name, each):
                 done.transactions += 1
                 done.events += each.count
@@ -84,11 +86,13 @@ def replay(
 
 
 def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Wanted, done: Replayed) -> Iterator[_Sent]:
-    # Only up to what is there now: a replay must not meet its own work.
-    text = compose(queries.REPLAYABLE, name)
-    ((highest,),) = connection.execute(compose(queries.HIGHEST, name)).fetchall()
-    after, last = wanted.first - 1, min(wanted.last, int(highest))
-    while rows := connection.execute(text, {"after": after, "to": last, "page": PAGE}).fetchall():
+    after = wanted.first - 1
+    while True:
+        given = {"after": after, "to": wanted.last, "page": PAGE}
+        with step(connection):
+            rows = connection.execute(compose(queries.REPLAYABLE, name), given).fetchall()
+        if not rows:
+            return
         for position, txid, count, sent, dead, subjects, rollup in rows:
             if wanted.subject is not None and not any(matches(subject, wanted.subject) for subject in subjects):
                 continue
@@ -102,7 +106,7 @@ def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Wanted,
 def _again(connection: psycopg.Connection[TupleRow], name: str, sent: _Sent) -> bool:
     """Add one transaction again, in a transaction of its own; False if it was purged meanwhile."""
     try:
-        with connection.transaction():
+        with step(connection):
             copied = connection.execute(compose(queries.REPLAY_EVENTS, name), {"txid": sent.txid})
             if copied.rowcount == 0:
                 return False

@@ -64,7 +64,7 @@ class Shown:
 
 async def show(settings: Settings, position: int) -> Shown:
     """Everything about one transaction. Raises `Misconfigured` if there is none at this position."""
-    with command_session(settings.database_url) as connection:
+    with command_session(settings.database_url, reads=True) as connection:
         given = {"position": position}
         rows = connection.cursor(row_factory=dict_row)
         row = rows.execute(compose(queries.SHOW, settings.schema), given).fetchone()

@@ -9,11 +9,13 @@ from datetime import datetime
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import class_row, dict_row
+from psycopg.rows import TupleRow, class_row, dict_row
 
 from outbox import schema
 from outbox.core.requirements import Counters, of_counters
+from outbox.errors import Weather
 from outbox.operate import queries
+from outbox.postgres.denials import READ_ONLY, UNWRITABLE
 from outbox.postgres.queries import COUNTERS, compose
 from outbox.postgres.session import command_session
 
@@ -87,18 +89,23 @@ class Status:
 
 def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
     """Read the state; the cost grows with what is pending, not with what was sent. May raise `Weather`."""
-    with command_session(url) as connection:
-        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-        connection.read_only = True
-        keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-        row = connection.cursor(row_factory=dict_row).execute(compose(queries.STATUS, name), keys).fetchone()
-        assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-        comment, led = row.pop("comment"), row.pop("led")
-        schema.check_version(comment, name)
-        counters = connection.execute(compose(COUNTERS, name)).fetchall()
-        streams = connection.cursor(row_factory=class_row(StreamStatus)).execute(compose(queries.STATUS_STREAMS, name))
-        dead = connection.cursor(row_factory=class_row(RecentDead)).execute(compose(queries.STATUS_DEAD, name))
-        found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
+    with command_session(url, reads=True) as connection:
+        return read(connection, name)
+
+
+def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
+    """The same, within a transaction that only reads."""
+    keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
+    row = connection.cursor(row_factory=dict_row).execute(compose(queries.STATUS, name), keys).fetchone()
+    assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
+    comment, led, frozen = row.pop("comment"), row.pop("led"), row.pop("frozen")
+    schema.check_version(comment, name)
+    counters = connection.execute(compose(COUNTERS, name)).fetchall()
+    streams = connection.cursor(row_factory=class_row(StreamStatus)).execute(compose(queries.STATUS_STREAMS, name))
+    dead = connection.cursor(row_factory=class_row(RecentDead)).execute(compose(queries.STATUS_DEAD, name))
+    found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
+    if frozen:  # no relay can write down that this is in its way
+        found["blocked"] = str(Weather(READ_ONLY, remedy=UNWRITABLE))
     return Status(
         schema=name,
         schema_version=schema.version_of(comment),

@@ -21,7 +21,7 @@ from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries
 from outbox.postgres.queries import COUNTERS, STREAMS, compose
-from outbox.postgres.session import command_session
+from outbox.postgres.session import step, stepping_session
 
 READ_AT_ONCE = 512
 Progress = Callable[[str, int, int], None]  # stream, messages read, messages in all
@@ -47,8 +47,7 @@ async def verify(
     """
     bounded = first > 1 or last < HIGHEST
     async with connected(settings) as jetstream:
-        with command_session(settings.database_url) as connection:
-            connection.autocommit = True  # each look-up sees what was committed by then
+        with stepping_session(settings.database_url, reads=True) as connection:
             outbox = _Outbox(connection, settings.schema)
             outbox_id, former, _, highest = outbox.one(queries.EXTENT)
             positions = first, min(last, highest)
@@ -141,7 +140,8 @@ class _Outbox:
         return {name: shared for name, shared in known.items() if only in (None, name)}
 
     def rows(self, positions: Sequence[int]) -> dict[int, Row]:
-        return known_rows(self._connection, self._name, positions)
+        with step(self._connection):
+            return known_rows(self._connection, self._name, positions)
 
     def receipts(self, first: int, to: int) -> Iterator[list[Row]]:
         """The receipts of these positions, a page at a time."""
@@ -159,7 +159,8 @@ class _Outbox:
             after = rows[-1][0]
 
     def _all(self, query: str, **parameters: object) -> list[TupleRow]:
-        return self._connection.execute(compose(query, self._name), parameters).fetchall()
+        with step(self._connection):
+            return self._connection.execute(compose(query, self._name), parameters).fetchall()
 
 
 def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: Sequence[int]) -> dict[int, Row]:

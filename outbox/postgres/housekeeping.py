@@ -44,6 +44,19 @@ class Findings:
     failing: str | None = None
 
 
+def told(rows: Sequence[TupleRow], after: int, most: int) -> Old:
+    """What the rows of OLD say, which were asked for beyond `after`, and so many at most."""
+    kept = next((position for position, _, age in rows if age == "young"), None)
+    going = [(position, events) for position, events, age in rows if age == "old"]
+    return Old(
+        positions=[position for position, _ in going],
+        events=[events for _, events in going],
+        after=kept - 1 if kept is not None else (rows[-1][0] if rows else after),
+        more=len(rows) == most and kept is None,
+        passed=any(age == "passed" for _, _, age in rows),
+    )
+
+
 class Housekeeping:
     """Raises what the relay's session raises: `Locked` and the other weather, or `Misconfigured`."""
 
@@ -58,16 +71,7 @@ class Housekeeping:
 
     async def old(self, after: int, seconds: float, most: int) -> Old:
         """What was sent more than so many seconds ago, beyond a position: at most so many transactions."""
-        rows = await self._all(queries.OLD, after=after, seconds=seconds, most=most)
-        kept = next((position for position, _, age in rows if age == "young"), None)
-        going = [(position, events) for position, events, age in rows if age == "old"]
-        return Old(
-            positions=[position for position, _ in going],
-            events=[events for _, events in going],
-            after=kept - 1 if kept is not None else (rows[-1][0] if rows else after),
-            more=len(rows) == most and kept is None,
-            passed=any(age == "passed" for _, _, age in rows),
-        )
+        return told(await self._all(queries.OLD, after=after, seconds=seconds, most=most), after, most)
 
     async def purge(self, positions: Sequence[int], seconds: float) -> int:
         """Delete these transactions with their events, as far as they are old and nobody holds their rows; how many."""

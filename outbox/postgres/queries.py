@@ -158,6 +158,8 @@ SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count
 
 # Where the rows are that each commit updates.
 PLACES = "SELECT '', ctid::text FROM {schema}.relay UNION ALL SELECT name, ctid::text FROM {schema}.streams"
+# How long the statements from here on may take.
+HURRY = "SELECT set_config('statement_timeout', %(limit)s, false)"
 
 MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 
@@ -291,6 +293,13 @@ SELECT current_setting('server_version_num')::int, (SELECT system_identifier FRO
        (SELECT oid FROM pg_database WHERE datname = current_database()),
        CASE WHEN pg_is_in_recovery() THEN 0
             ELSE ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint END
+"""
+
+# This role, and the tables whose rows row security may hide from it. Asked first: to read them would fail.
+ROW_SECURITY = """
+SELECT current_user::text, ARRAY(
+  SELECT c.relname::text FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+   WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND row_security_active(c.oid) ORDER BY c.relname)
 """
 
 # Sent transactions beyond the position `after`, by transactions_pkey, and how old each is: old goes, young ends the

@@ -7,34 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import psycopg
-from psycopg.rows import AsyncRowFactory, TupleRow, tuple_row
+from psycopg import IsolationLevel
+from psycopg.rows import TupleRow
 
-from outbox.errors import Halt, Locked, Misconfigured, Weather
-from outbox.postgres.denials import denial
-from outbox.text import masked
+from outbox.errors import Misconfigured
+from outbox.postgres.denials import fault, refusal
+from outbox.postgres.heritage import OURS, disinherit, disinherit_session
 
-Row = TypeVar("Row")
 # The relay's statements must not depend on statistics taken while the table was empty; its commits must be flushed;
 # and a session whose process is frozen must end, because a frozen process's kernel still answers keepalives.
 SESSION = {
+    **OURS,
     "synchronous_commit": "on",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "enable_nestloop": "off",  # but for LATERAL, which has no other way: a join with a whole batch would be quadratic
     "jit": "off",
-    "default_transaction_isolation": "read committed",
     "idle_session_timeout": "5s",
     "idle_in_transaction_session_timeout": "5s",
-    "statement_timeout": "15s",
+    "statement_timeout": "15s",  # but for what fetches events: that takes as long as bytes flow
+    "lock_timeout": "15s",
     "tcp_user_timeout": "10s",
     "client_min_messages": "warning",
 }
+LOOK = {**OURS, "statement_timeout": "30s"}
 # Keepalives are not sent while data is unacknowledged: for a dead host tcp_user_timeout (ms) counts.
 CONNECTION = {
     "tcp_user_timeout": 10_000,
@@ -47,6 +51,7 @@ CONNECTION = {
 NOWHERE = "/nonexistent"  # a folder of sockets
 PROBES = 5
 ANSWER_SECONDS = 20.0  # more than statement_timeout: the server's own word comes first
+LAST_RECEIVED = slice(52, 56)  # of Linux' struct tcp_info: tcpi_last_data_recv, in milliseconds
 
 
 async def open_session(url: str, application: str = "outbox relay") -> psycopg.AsyncConnection[TupleRow]:
@@ -56,14 +61,13 @@ async def open_session(url: str, application: str = "outbox relay") -> psycopg.A
     """
     with connecting():
         connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, prepare_threshold=0, application_name=application, **_kept(url)
+            url, autocommit=True, prepare_threshold=0, **_given(url, application)
         )
-    settings = ", ".join(f"set_config('{key}', '{value}', false)" for key, value in SESSION.items())
     async with contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(connection.close)
         with answered(connection):
             await refuse_pooler(connection)  # before anything is set: the server connection may be shared
-            await connection.execute(f"SELECT {settings}".encode(), prepare=False)
+            await connection.execute(disinherit_session(SESSION), prepare=False)
         undo.pop_all()
     return connection
 
@@ -72,9 +76,24 @@ async def open_session(url: str, application: str = "outbox relay") -> psycopg.A
 def answered(connection: psycopg.AsyncConnection[TupleRow]) -> Iterator[None]:
     """`translated`, and hang up on a server that says nothing for long: whoever waits for it sees the session lost.
 
-    A network that swallows packets looks like a slow statement, for hours. Cancelling would need that network.
+    A network that swallows packets looks like a slow statement, for hours. Cancelling would need that network. Where
+    the kernel does not tell when it received bytes last, the whole answer must come within that time.
     """
-    watchdog = asyncio.get_running_loop().call_later(ANSWER_SECONDS, _hang_up, connection)
+    loop = asyncio.get_running_loop()
+    watchdog: asyncio.TimerHandle
+
+    def look_in(seconds: float) -> None:
+        nonlocal watchdog
+        watchdog = loop.call_later(seconds, look)
+
+    def look() -> None:
+        left = ANSWER_SECONDS - _silent_for(connection)
+        if left > 0:
+            look_in(left)
+        else:
+            _hang_up(connection)
+
+    look_in(ANSWER_SECONDS)
     try:
         with translated():
             yield
@@ -82,65 +101,94 @@ def answered(connection: psycopg.AsyncConnection[TupleRow]) -> Iterator[None]:
         watchdog.cancel()
 
 
+def _silent_for(connection: psycopg.AsyncConnection[TupleRow]) -> float:
+    """Seconds since the kernel received a byte of this connection; infinite if it does not say."""
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            told = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, LAST_RECEIVED.stop)
+    except (OSError, AttributeError, psycopg.OperationalError):  # no TCP, not Linux, closed
+        return math.inf
+    return int.from_bytes(told[LAST_RECEIVED], sys.byteorder) / 1000
+
+
 def _hang_up(connection: psycopg.AsyncConnection[TupleRow]) -> None:
-    with contextlib.suppress(OSError, psycopg.OperationalError):
-        same = socket.socket(fileno=os.dup(connection.fileno()))
+    with (
+        contextlib.suppress(OSError, psycopg.OperationalError),
+        socket.socket(fileno=os.dup(connection.fileno())) as same,
+    ):
         same.shutdown(socket.SHUT_RDWR)
-        same.close()
 
 
 @contextlib.contextmanager
-def command_session(url: str) -> Iterator[psycopg.Connection[TupleRow]]:
-    """A command's connection: commits at the end, rolls back on an error. Raises `Weather` or `Misconfigured`."""
+def command_session(url: str, *, reads: bool = False) -> Iterator[psycopg.Connection[TupleRow]]:
+    """A command's connection: commits at the end, rolls back on an error. Raises `Weather` or `Misconfigured`.
+
+    With `reads` all its statements see one snapshot, and none may write. It is one transaction: behind a pooler that is
+    as far as what is set for it reaches.
+    """
+    with _connection(url, reads=reads) as connection:
+        connection.autocommit = False
+        begun(connection)
+        yield connection
+
+
+@contextlib.contextmanager
+def stepping_session(url: str, *, reads: bool = False) -> Iterator[psycopg.Connection[TupleRow]]:
+    """A command's connection for work in several transactions, each within `step`. Raises as `command_session`."""
+    with _connection(url, reads=reads) as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def step(connection: psycopg.Connection[TupleRow], ours: Mapping[str, str] = OURS) -> Iterator[None]:
+    """One transaction of a `stepping_session`."""
+    with connection.transaction():
+        begun(connection, ours)
+        yield
+
+
+def begun(connection: psycopg.Connection[TupleRow], ours: Mapping[str, str] = OURS) -> None:
+    """Nothing that is inherited counts in this transaction; the first statement in it."""
+    connection.execute(disinherit(ours).encode(), prepare=False)
+
+
+@contextlib.contextmanager
+def _connection(url: str, *, reads: bool) -> Iterator[psycopg.Connection[TupleRow]]:
     with connecting():
-        opened = psycopg.connect(url, application_name="outbox", **_kept(url))
+        opened = psycopg.connect(url, autocommit=True, **_given(url, "outbox"))
     with translated(), opened as connection:
+        connection.execute(disinherit_session(pid=connection.info.backend_pid), prepare=False)
+        # Said with each BEGIN, which behind a pooler would take what is inherited there.
+        connection.isolation_level = IsolationLevel.REPEATABLE_READ if reads else IsolationLevel.READ_COMMITTED
+        connection.read_only, connection.deferrable = reads, False
         yield connection
 
 
 @contextlib.asynccontextmanager
 async def observer_session(url: str) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
-    """A connection for `looked`, in autocommit mode; raises `Weather` or `Misconfigured`.
+    """A connection for `looking`, in autocommit mode; raises `Weather` or `Misconfigured`.
 
     It leaves nothing behind on its server connection, which behind a pooler is the application's next.
     """
     with connecting():
         connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, prepare_threshold=None, application_name="outbox observer", **_kept(url)
+            url, autocommit=True, prepare_threshold=None, **_given(url, "outbox observer")
         )
     with translated():
         async with connection:
+            await connection.execute(disinherit_session(pid=connection.info.backend_pid), prepare=False)
+            await connection.set_isolation_level(IsolationLevel.REPEATABLE_READ)
+            await connection.set_read_only(True)
+            await connection.set_deferrable(False)
             yield connection
 
 
-@overload
-async def looked(
-    connection: psycopg.AsyncConnection[TupleRow], text: bytes, given: Mapping[str, Any] | None = None
-) -> list[TupleRow]: ...
-
-
-@overload
-async def looked(
-    connection: psycopg.AsyncConnection[TupleRow],
-    text: bytes,
-    given: Mapping[str, Any] | None = None,
-    *,
-    rows: AsyncRowFactory[Row],
-) -> list[Row]: ...
-
-
-async def looked(
-    connection: psycopg.AsyncConnection[TupleRow],
-    text: bytes,
-    given: Mapping[str, Any] | None = None,
-    *,
-    rows: AsyncRowFactory[Any] = tuple_row,
-) -> list[Any]:
-    """The rows of a statement in a transaction of its own, which may only read and takes half a minute at most."""
+@contextlib.asynccontextmanager
+async def looking(connection: psycopg.AsyncConnection[TupleRow]) -> AsyncIterator[None]:
+    """One transaction of an `observer_session`."""
     async with connection.transaction():
-        await connection.execute("SET TRANSACTION READ ONLY")
-        await connection.execute("SET LOCAL statement_timeout = '30s'")
-        return await (await connection.cursor(row_factory=rows).execute(text, given)).fetchall()
+        await connection.execute(disinherit(LOOK).encode(), prepare=False)
+        yield
 
 
 async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
@@ -168,7 +216,7 @@ async def refuse_pooler(connection: psycopg.AsyncConnection[TupleRow]) -> None:
 
 async def _server_pid(connection: psycopg.AsyncConnection[TupleRow]) -> int:
     # Not prepared: behind such a pooler the next server connection does not know the statement.
-    row = await (await connection.execute("SELECT pg_backend_pid()", prepare=False)).fetchone()
+    row = await (await connection.execute("SELECT pg_catalog.pg_backend_pid()", prepare=False)).fetchone()
     return int(row[0]) if row else 0
 
 
@@ -182,8 +230,8 @@ def connecting() -> Iterator[None]:
             "the connection to PostgreSQL is named by words that libpq does not read",
             remedy="see OUTBOX_DATABASE_URL, and libpq's variables (PG…)",
         ) from error
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise denial(str(error)) or Weather(_masked(error)) from error
+    except psycopg.Error as error:
+        raise refusal(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -191,27 +239,13 @@ def translated() -> Iterator[None]:
     """psycopg's errors, by whose fault they are: an outage is weather, a missing table or grant the operator's."""
     try:
         yield
-    except psycopg.errors.LockNotAvailable as error:
-        remedy = "see who holds it: pg_blocking_pids and pg_stat_activity; then run it again"
-        raise Locked(_masked(error), remedy=remedy) from error
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise Weather(_masked(error)) from error
-    except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InternalError_, psycopg.DataError) as error:
-        raise Weather(_masked(error)) from error
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName) as error:
-        raise Misconfigured(f"the outbox is not in this database: {_masked(error)}", remedy="outbox migrate") from error
-    except psycopg.errors.UndefinedObject as error:
-        raise Misconfigured(_masked(error), remedy="create the role first: CREATE ROLE … LOGIN") from error
-    except psycopg.IntegrityError as error:
-        raise Halt(
-            _masked(error), remedy="find out who changes the outbox's tables by hand, then start again"
-        ) from error
-    except psycopg.errors.InsufficientPrivilege as error:
-        raise Misconfigured(
-            _masked(error),
-            remedy="as the owner: outbox migrate --relay-role ROLE (or --operator-role, --application-role); "
-            "outbox migrate and outbox rebase of a database are the owner's own, outbox purge is the relay's",
-        ) from error
+    except psycopg.Error as error:
+        raise fault(error.sqlstate, error.diag.source_function, str(error) or type(error).__name__) from error
+
+
+def _given(url: str, name: str) -> dict[str, Any]:
+    """What is given with every connection: our name, the encoding, and parameters of ours that nobody else sets."""
+    return {"application_name": name, "client_encoding": "UTF8", **_kept(url)}
 
 
 def _kept(url: str) -> dict[str, Any]:
@@ -221,8 +255,3 @@ def _kept(url: str) -> dict[str, Any]:
     given = {option.keyword.decode(): option.val.decode() for option in known.info if option.val is not None}
     known.finish()
     return {key: given.get(key, value) for key, value in CONNECTION.items()}
-
-
-def _masked(error: psycopg.Error) -> str:
-    """The server's words on one line; a password never gets out."""
-    return masked(" ".join(str(error).split())) or type(error).__name__

@@ -34,7 +34,7 @@ from outbox.postgres.rows import (
     ranges,
     read_page,
 )
-from outbox.postgres.session import answered, open_session
+from outbox.postgres.session import SESSION, answered, open_session
 
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 
@@ -52,6 +52,7 @@ class Store:
         self._warnings: list[str] = []
         self._listening = False
         self._places: dict[str, str | None] = {}  # of the row of `relay`, as "", and of those of `streams`
+        self._unhurried = False
         self.polls_only = False
         self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
@@ -83,6 +84,8 @@ class Store:
 
         Raises `Unsuited` where the schema is of a version that this relay cannot work with.
         """
+        ((role, hidden),) = await self._all(queries.ROW_SECURITY, schema=self._schema)
+        _refuse(requirements.of_row_security(self._schema, role, hidden))
         (row,) = await self._all(queries.PREFLIGHT)
         number, cluster, max_prepared, standby, max_events, cache, comment, suits_from, database, timeline = row
         if standby:
@@ -173,7 +176,7 @@ class Store:
 
     async def page(self, cursor: int, open_positions: Sequence[Range], *, messages: int, size: int) -> Page:
         """The next transactions, in one snapshot; `messages` and `size` (bytes) bound it, but for the first one."""
-        rows = await self._all(
+        rows = await self._fetched(
             queries.PAGE,
             cursor=cursor,
             lows=[low for low, _ in open_positions],
@@ -203,7 +206,7 @@ class Store:
 
     async def planned(self, positions: Sequence[int]) -> Page:
         """These transactions of a plan with all their events; raises `Halt` if one is not there to be sent."""
-        page = read_page(await self._all(queries.PLANNED, positions=list(positions)), self._schema)
+        page = read_page(await self._fetched(queries.PLANNED, positions=list(positions)), self._schema)
         if missing := set(positions).difference(page.positions):
             raise self._not_pending(min(missing))
         return page
@@ -358,14 +361,27 @@ class Store:
         return bool(rows[0][0])
 
     async def _all(self, query: str, **parameters: Any) -> list[TupleRow]:
+        return await self._rows(self._text(query), parameters)
+
+    async def _fetched(self, query: str, **parameters: Any) -> list[TupleRow]:
+        """Events, whose number of bytes nobody knows beforehand: for as long as bytes flow."""
+        return await self._rows(self._text(query), parameters, unhurried=True)
+
+    def _text(self, query: str) -> bytes:
         text = self._sql.get(query)
         if text is None:
             text = self._sql[query] = queries.compose(query, self._schema)
-        return await self._rows(text, parameters)
+        return text
 
-    async def _rows(self, text: bytes, parameters: dict[str, Any]) -> list[TupleRow]:
+    async def _rows(self, text: bytes, parameters: dict[str, Any], *, unhurried: bool = False) -> list[TupleRow]:
         async with contextlib.nullcontext() if self._whose is asyncio.current_task() else self.turn():
             with answered(self._connection):
+                if unhurried is not self._unhurried:
+                    # statement_timeout counts until the last byte is sent. Not in a pipeline: a process that is frozen
+                    # before its end keeps the session, as no time-out of an idle one runs there.
+                    limit = "0" if unhurried else SESSION["statement_timeout"]
+                    await self._connection.execute(queries.HURRY, {"limit": limit})
+                    self._unhurried = unhurried
                 cursor = self._connection.cursor(binary=True)
                 await cursor.execute(text, parameters)
                 return await cursor.fetchall() if cursor.description else []

@@ -34,6 +34,7 @@ from outbox.postgres.rows import Home
 from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
 from outbox.relay.leader import Leader
+from outbox.sources import current
 
 STANDBY_SECONDS = 0.2
 SCHEMA_SECONDS = 1.0
@@ -79,7 +80,7 @@ class Relay:
             try:
                 with self._reaching("postgres"):
                     store = await Store.connect(
-                        self._settings.database_url,
+                        current(self._settings, "database_").database_url,
                         self._settings.schema,
                         replicas=self._settings.durability is Durability.REPLICAS,
                     )
@@ -165,7 +166,7 @@ class Relay:
 
     async def _connect(self, news: Callable[[], None]) -> JetStream:
         with self._reaching("nats"):
-            jetstream = await JetStream.connect(self._settings, news, self._servers)
+            jetstream = await JetStream.connect(current(self._settings, "nats_"), news, self._servers)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(jetstream.close)
             if self._create is not None:

@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+import psycopg
 
 from outbox.config import Settings
 from outbox.doctor import examine as doctor
 from outbox.doctor.check import Colour
-from outbox.embedded import Nats, Postgres, accepts_connections, free_port
+from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
 from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value
+from tests.support.commands import outbox
+from tests.support.pooler import pooler
 from tests.support.servers import Stream
+from tests.support.spoilt import TRAPS, spoil, whole, wrongly
 
-CONFIG = """
-[databases]
-{database} = host=127.0.0.1 port={server} dbname={database} user=postgres
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {port}
-unix_socket_dir =
-auth_type = any
-pool_mode = {mode}
-"""
+COMMANDS = (
+    "migrate",
+    "migrate --check",
+    "status",
+    "show 1",
+    "dead list",
+    "dead retry 3 --yes",
+    "pause",
+    "resume",
+    "replay --from 1 --to 3 --yes",
+    "verify",
+    "rebase --yes",
+    "purge",
+)
+PERSONAL = ("application_name", "client_encoding", "TimeZone")  # PgBouncer keeps these for each client
 
 
-@contextmanager
-def pooler(postgres: Postgres, database: str, directory: Path, mode: str) -> Iterator[str]:
-    """PgBouncer in this mode; yields the URL of the database through it. Skips where it is not installed."""
-    binary = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin:/usr/local/sbin")
-    if binary is None:
-        pytest.skip("PgBouncer is not installed on this machine")
-    port, name = free_port(), database.rpartition("/")[2]
-    config = directory / "pgbouncer.ini"
-    config.write_text(CONFIG.format(database=name, server=postgres.port, port=port, mode=mode))
-    for folder in (directory.parent, directory):
-        folder.chmod(0o755)
-    process = subprocess.Popen([binary, "-q", str(config)], stderr=subprocess.DEVNULL, **postgres._identity())
-    try:
-        until(lambda: accepts_connections(port), what="PgBouncer")
-        yield f"postgresql://postgres@127.0.0.1:{port}/{name}"
-    finally:
-        process.terminate()
-        process.wait()
+def settings_of(url: str) -> dict[str, str]:
+    """What an application's connection has; without an operator or a function that could be trapped."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT name, setting FROM pg_catalog.pg_settings").fetchall()
+    return {name: setting for name, setting in found if name not in PERSONAL}
 
 
 def test_transaction_mode_is_refused(
@@ -89,3 +80,23 @@ def test_the_doctor_and_the_metrics_leave_nothing_behind(
         for _ in range(5):
             rows(url, "SELECT outbox.add('a.b', 'x')")
         assert value(url, "SHOW enable_seqscan") == "on"
+
+
+def test_commands_inherit_nothing_and_leave_nothing_behind(
+    postgres: Postgres, database: str, environment: dict[str, str], workplace: Path
+) -> None:
+    """Fault: all settings are spoilt, and what a command sets would be the application's next."""
+    with whole(database) as application:
+        for number in range(3):
+            application.execute("SELECT outbox.add('a.b', %s::text)", [str(number)])
+        application.execute("UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'x' WHERE position = 3")
+        application.execute(TRAPS.encode())
+    spoil(database, f"DATABASE {database.rpartition('/')[2]}", wrongly(postgres))
+    before = settings_of(database)
+    with pooler(postgres, database, workplace, "transaction") as url:
+        through = environment | {"OUTBOX_DATABASE_URL": url}
+        for words in COMMANDS:
+            done = outbox(through, *words.split(), cwd=workplace)
+            assert done.returncode == 0, (words, done.stdout, done.stderr)
+            assert {**settings_of(url), **before} == settings_of(url), words
+        assert "red     database  pooler" in outbox(through, "doctor", cwd=workplace).stdout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -9,7 +12,11 @@ import pytest
 
 from outbox.config import Settings
 from outbox.core.telemetry import Connected, LostLead, Marked, TookLead, Unreachable
+from outbox.doctor.check import Colour
+from outbox.doctor.examine import examine
 from outbox.embedded import Nats
+from outbox.errors import OutboxError
+from outbox.operate.status import status
 from outbox.postgres import session
 from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
 from tests.support.faults import more_sent
@@ -81,13 +88,14 @@ def test_statement_time_outs_in_a_wait_for_a_lock(
     table: str,
 ) -> None:
     """Fault: somebody locks a table of the outbox, and every statement times out. Promise: waited out."""
-    monkeypatch.setitem(session.SESSION, "statement_timeout", "500ms")
+    for name in ("statement_timeout", "lock_timeout"):  # what fetches events has only the second one
+        monkeypatch.setitem(session.SESSION, name, "500ms")
     writers = Writers(database, stream.prefix, threads=3, endless=True, seed=107).start()
     with ThreadRelay(settings) as relay:
         more_sent(database)
         with psycopg.connect(database) as locking:
             locking.execute(f"LOCK TABLE outbox.{table} IN ACCESS EXCLUSIVE MODE".encode())
-            wait_for_times(relay, 3, "statement timeout")
+            wait_for_times(relay, 3, "timeout")
         more_sent(database)
         writers.stop()
         wait_until_sent(database)
@@ -102,11 +110,18 @@ def test_read_only_for_a_while(nats: Nats, broker: Broker, stream: Stream, workp
         url = prepared(server).url()
         writing = f"{url}?options=-c%20default_transaction_read_only%3Doff"
         writers = Writers(writing, stream.prefix, threads=3, endless=True, seed=109).start()
-        with ThreadRelay(Settings(database_url=url, nats_url=nats.url)) as relay:
+        settings = Settings(database_url=url, nats_url=nats.url)
+        with ThreadRelay(settings) as relay:
             more_sent(url)
             rows(url, "ALTER SYSTEM SET default_transaction_read_only = on")
             rows(url, "SELECT pg_reload_conf()")
             wait_for_times(relay, 2, "read-only")
+            (seen, *_) = [each for each in asyncio.run(examine(settings)) if each.colour is Colour.RED]
+            blocked = status(url).blocked
+            assert blocked is not None
+            for words in (f"{seen.found} {seen.remedy}", blocked, relay.wait_for(Unreachable).why):
+                assert "the database is read-only" in words
+                assert "ALTER SYSTEM RESET default_transaction_read_only" in words
             connected = sum(isinstance(each, Connected) for each in relay.happenings)
             rows(url, TERMINATE)
             until(lambda: sum(isinstance(each, Connected) for each in relay.happenings) > connected)
@@ -121,3 +136,28 @@ def test_read_only_for_a_while(nats: Nats, broker: Broker, stream: Stream, workp
         report = check(url, broker.read(stream.name))
     assert report.anomalies == {}
     assert report.transactions == writers.committed
+
+
+CODES = "22012 23514 26000 2F005 3F000 40001 42883 54000 57014 P0001 XX001 ZZ999"
+REFUSE = """
+CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no' USING ERRCODE = '{}'; END$$;
+CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON outbox.transactions FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+def test_no_error_of_a_statement_is_a_crash_or_a_verdict(database: str, settings: Settings, stream: Stream) -> None:
+    """Fault: marking fails in whatever way. Promise: the relay waits, or ends with a remedy, and blames none."""
+    rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+    for code in CODES.split():
+        rows(database, REFUSE.format(code))
+        relay = ThreadRelay(settings)
+        with contextlib.suppress(OutboxError), relay:
+            until(partial(has_met_it, relay))
+        assert relay.error is None or (isinstance(relay.error, OutboxError) and relay.error.remedy), code
+        rows(database, "DROP TRIGGER refuse ON outbox.transactions")
+        assert rows(database, "SELECT attempts, dead_at, sent_at FROM outbox.transactions") == [(0, None, None)], code
+    assert ThreadRelay(settings, drain=True).ended() is None
+
+
+def has_met_it(relay: ThreadRelay) -> bool:
+    return relay.error is not None or any(isinstance(each, Unreachable) for each in relay.happenings)

@@ -47,9 +47,9 @@ def test_statements_batches_and_bytes_of_a_drain(
     written: list[int] = []
     run, write = Store._rows, JetStream._write
 
-    async def counted(store: Store, text: bytes, parameters: dict[str, Any]) -> Any:
+    async def counted(store: Store, text: bytes, parameters: dict[str, Any], **how: bool) -> Any:
         statements[text] += 1
-        return await run(store, text, parameters)
+        return await run(store, text, parameters, **how)
 
     async def weighed(jetstream: JetStream, made: list[bytes]) -> None:
         written.extend(map(len, made))

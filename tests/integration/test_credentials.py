@@ -6,6 +6,7 @@ No message shows a secret.
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +19,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Connected, Marked, Unreachable
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Denied, Misconfigured
+from outbox.monitor.http import Health
 from outbox.operate import migrate, status
 from outbox.schema import grants
 from outbox.sources import load
@@ -36,6 +38,86 @@ def refusal(settings: Settings) -> Misconfigured:
     assert error.remedy
     assert not any(secret in f"{error} {relay.happenings}" for secret in (SECRET, WRONG))
     return error
+
+
+# --- renewed under a relay that runs
+
+
+def through_file(settings: Settings, **files: Path) -> Settings:
+    """The same, with these settings from files of their own."""
+    others = settings.model_dump(exclude_unset=True, exclude=set(files))
+    environment = {f"OUTBOX_{name.upper()}_FILE": str(path) for name, path in files.items()}
+    return load(environment, Path("no.toml"), **others).settings
+
+
+def says(name: str, words: str, unreachable: Unreachable) -> bool:
+    return name in unreachable.why and words in unreachable.why
+
+
+def test_postgres_password_in_a_file_is_read_for_each_connection(
+    passwords: Postgres, nats: Nats, stream: Stream, workplace: Path
+) -> None:
+    """Fault: a password is renewed, and its file is late, gone or garbage. Promise: said, tried again, and taken up."""
+    database, file = clone(passwords), workplace / "url"
+    migrate.grant(database, "outbox", relay="by_password")
+
+    def write(password: str) -> None:
+        file.write_text(psycopg.conninfo.make_conninfo(database, user="by_password", password=password) + "\n")
+
+    def cut() -> None:
+        rows(database, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'by_password'")
+
+    write(SECRET)
+    health = Health()
+    try:
+        with ThreadRelay(
+            through_file(Settings(nats_url=nats.url), database_url=file), listener=health.happened
+        ) as relay:
+            rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+            relay.wait_for(Marked)
+            rows(database, f"ALTER ROLE by_password PASSWORD '{WRONG}'")
+            cut()
+            relay.wait_for(Unreachable, lambda each: "password authentication failed" in each.why)
+            assert "password authentication failed" in str(until(lambda: health.problem))
+            garbage = {"": "is empty", f"host={SECRET} {SECRET}": "is neither a URL", "no file": "cannot be read"}
+            for content, words in garbage.items():
+                file.write_text(content)
+                if content == "no file":
+                    file.unlink()
+                relay.wait_for(Unreachable, partial(says, f"OUTBOX_DATABASE_URL_FILE: {file}", words))
+            assert not any(secret in f"{relay.happenings}" for secret in (SECRET, WRONG))
+            after = len(relay.happenings)
+            write(WRONG)
+            rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+            relay.wait_for(Marked, after=after)
+            assert until(lambda: health.problem is None)
+    finally:
+        rows(database, f"ALTER ROLE by_password PASSWORD '{SECRET}'")
+
+
+def test_nats_password_in_a_file_is_read_for_each_connection(database: str, workplace: Path) -> None:
+    def config(password: str) -> str:
+        return f'authorization {{ user: relay, password: "{password}", timeout: 1 }}'
+
+    server, file = own_nats(workplace / "nats", config=config(SECRET)), workplace / "password"
+    with server:
+        settings = Settings(database_url=database, nats_url=server.url, nats_user="relay", nats_password=SECRET)
+        broker_of(settings).create_stream("KEYS", "keys.>")
+        file.write_text(SECRET)
+        with ThreadRelay(through_file(settings, nats_password=file)) as relay:
+            rows(database, "SELECT outbox.add('keys.x', 'y')")
+            relay.wait_for(Marked)
+            path = server.directory / "nats.conf"
+            path.write_text(path.read_text().replace(server.config, config(WRONG)))
+            server.send_signal(signal.SIGHUP)
+            relay.wait_for(Unreachable, lambda each: "Authorization Violation" in each.why)
+            file.unlink()
+            relay.wait_for(Unreachable, lambda each: f"OUTBOX_NATS_PASSWORD_FILE: {file} cannot be read" in each.why)
+            after = len(relay.happenings)
+            file.write_text(WRONG)
+            rows(database, "SELECT outbox.add('keys.x', 'y')")
+            relay.wait_for(Marked, after=after)
+            assert not any(secret in f"{relay.happenings}" for secret in (SECRET, WRONG))
 
 
 # --- NATS

@@ -1,4 +1,4 @@
-"""A TCP proxy that fails on purpose: cuts, stalls, delays and swallows, in each direction; and one that knows acks.
+"""A TCP proxy that fails on purpose: cuts, stalls, delays, swallows, is slow, each way; and one that knows acks.
 
 Directions are the client's: `up` is what it sends to the server, `down` what the server answers.
 """
@@ -22,7 +22,7 @@ STREAM_ACK = re.compile(rb'\{"stream":"[^"]+", ?"seq":\d+')
 
 @dataclass
 class Flow:
-    """One direction of all connections. `bytes` counts what was let through.
+    """One direction of all connections. `bytes` counts what was let through; `rate`, if any, is how many a second are.
 
     What comes while it is `holding` is taken in (`held` bytes of it) and delivered later, though its sender be gone.
     """
@@ -124,6 +124,8 @@ class Proxy:
                 if flow.holding:
                     data = self._hold(pair, source, flow, data)
                 with self._changed:
+                    if flow.rate:
+                        self._changed.wait_for(lambda: not flow.rate or self._closed, len(data) / flow.rate)
                     if flow.delay:
                         self._changed.wait_for(lambda: not flow.delay or self._closed, flow.delay)
                     self._changed.wait_for(lambda: not flow.stalled or self._closed)
