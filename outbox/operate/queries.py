@@ -224,8 +224,8 @@ SELECT set_config(name, 'off', true)
 REBASE = (
     """
 UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids || outbox_id, epoch = epoch + 1,
-       system_identifier = NULL,
-       database_oid = NULL, timeline = NULL, leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL,
+       cursor = least(cursor, 1000000000000000), system_identifier = NULL, database_oid = NULL, timeline = NULL,
+       leader = NULL, leader_since = NULL, deaths = 0, suspect = NULL,
        open_positions = open_positions + %(behind)s::int8multirange
          + (SELECT coalesce(range_agg(places), int8multirange()) FROM {schema}.streams AS s, unnest(s.plan) AS places)
          + (SELECT coalesce(range_agg(int8range(position, position, '[]')), int8multirange())
@@ -238,7 +238,8 @@ UPDATE {schema}.relay SET outbox_id = gen_random_uuid(), former_ids = former_ids
 INSERT INTO {schema}.streams (name, created, last_sequence, plan_base, retired_at)
 SELECT name, '', 0, 0, clock_timestamp() FROM unnest(%(gone)s::text[]) AS name
 """,
-    # Positions above all that was ever reached, and all that lies in the streams, are drawn from here on; ids too.
+    # Positions above all that was ever reached, and all that lies in the streams, are drawn from here on; ids too. A
+    # cursor that somebody has set out of reach must not use them up.
     """
 SELECT setval('{schema}.transactions_position_seq',
               greatest(1, %(highest)s, cursor, upper(open_positions) - 1,

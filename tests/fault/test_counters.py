@@ -117,6 +117,10 @@ BEFORE = {
         "positions began anew",
     ),
     "cursor set by hand": (statements("UPDATE outbox.relay SET cursor = 1000"), "positions began anew"),
+    "cursor set out of reach": (
+        statements("UPDATE outbox.relay SET cursor = 9223372036854775807"),
+        "positions began anew",
+    ),
     "open positions of another time": (
         statements("UPDATE outbox.relay SET open_positions = '{[900,950)}'"),
         "positions began anew",
