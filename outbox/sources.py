@@ -23,8 +23,8 @@ from outbox.errors import Misconfigured
 FILE = Path("outbox.toml")
 PREFIX = "OUTBOX_"
 BY_FILE = "_FILE"
-# Kubernetes and Docker describe a service called "outbox" to its neighbours; and the tests have variables of their own.
-STRANGERS = re.compile(r"OUTBOX_(TESTS_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?))")
+# Kubernetes and Docker describe a service called "outbox" to its neighbours; tests and tracebacks have variables too.
+STRANGERS = re.compile(r"OUTBOX_(TESTS_\w+|DEBUG|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?))")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +97,11 @@ class Found:
         self.values[name], self.origins[name] = value, origin
 
 
+def is_text(given: str) -> bool:
+    """False for what was no UTF-8 when the interpreter took it from the environment or the command line."""
+    return given.isascii() or not any("\ud800" <= each <= "\udfff" for each in given)
+
+
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return PREFIX + name.upper()
@@ -119,7 +124,9 @@ def find(names: Collection[str], environment: Mapping[str, str], file: Path) -> 
 
 def _take(name: str, value: str | None, path: str | None, found: Found) -> None:
     both = f"{variable(name)} and {variable(name)}{BY_FILE}"
-    if value is not None and path is not None:
+    if not is_text(value or path or ""):
+        found.mistakes.append(f"{variable(name)} is not UTF-8 text")
+    elif value is not None and path is not None:
         found.mistakes.append(f"{both} are both given: give one of them")
     elif value is not None:
         found.add(name, value, variable(name))
@@ -142,7 +149,7 @@ def _table(file: Path, mistakes: list[str]) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         mistakes.append(f"{file} cannot be read: {_reason(error)}")
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         mistakes.append(f"{file} is not valid TOML: {error}")
     return {}
 

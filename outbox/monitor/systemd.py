@@ -27,8 +27,8 @@ class Supervisor:
         """Ready is a relay that leads, stands by, or waits out an outage: its settings can be worked with."""
         match happening:
             case telemetry.TookLead() | telemetry.StandingBy() | telemetry.Unreachable():
-                ready, self._ready = "" if self._ready else "READY=1\n", True
-                self._say(f"{ready}STATUS={_line(happening)}")
+                ready = "" if self._ready else "READY=1\n"
+                self._ready |= self._say(f"{ready}STATUS={_line(happening)}")
             case telemetry.Blocked() | telemetry.Unblocked() | telemetry.Paused() | telemetry.Resumed():
                 self._say(f"STATUS={_line(happening)}")
             case telemetry.Stopped():
@@ -42,14 +42,17 @@ class Supervisor:
             self._say("WATCHDOG=1")
             await asyncio.sleep(self._seconds)
 
-    def _say(self, words: str) -> None:
+    def _say(self, words: str) -> bool:
         if not self._path:
-            return
+            return True
         address = f"\0{self._path[1:]}" if self._path.startswith("@") else self._path
-        # A supervisor that does not listen is no reason to end.
+        # A supervisor that does not listen is no reason to end, nor to wait: sending blocks while its queue is full.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaking:
+            speaking.setblocking(False)
             speaking.connect(address)
             speaking.send(words.encode())
+            return True
+        return False
 
 
 def _line(happening: telemetry.Happening) -> str:
