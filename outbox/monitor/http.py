@@ -102,7 +102,10 @@ def serving(listen: str, registry: CollectorRegistry, health: Health) -> Iterato
         return _json(503 if problem else 200, {"ready": problem is None, "state": state, "problem": problem})
 
     def metrics(accept: str) -> Answer:
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is none
+            encode, kind = choose_encoder("")
         return Answer(200, kind, encode(registry))
 
     server = _listening(listen, {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics})

@@ -134,8 +134,8 @@ def test_what_was_dropped_is_counted_and_told(environment: dict[str, str], datab
             if lost := counted(port, "outbox_log_lines_dropped_total"):
                 break
         assert lost > 0
-        with open(reading, "rb") as log:
-            seen = []
+        with os.fdopen(reading, "rb") as log:
+            seen: list[dict[str, Any]] = []
             while not seen or seen[-1]["event"] != "LinesDropped":
                 seen.append(json.loads(log.readline()))
             assert seen[-1]["lines"] >= lost
@@ -291,7 +291,7 @@ def test_closed_descriptors_are_nobody_elses(
         if words == "relay":
             wait_until_sent(database)
             for each in closed:
-                assert not os.readlink(f"/proc/{process.pid}/fd/{each}").startswith("socket:")
+                assert not Path(f"/proc/{process.pid}/fd/{each}").is_socket()
             process.terminate()
         assert ended(process) == 0
 
@@ -385,7 +385,7 @@ def test_outage_is_told_at_its_beginning_and_at_its_end(
             proxy.cut()
             until(lambda: counted(port, failures, server) >= 6)
             proxy.heal()
-            lines = []
+            lines: list[str] = []
             while not lines or "connected to nats" not in lines[-1]:
                 lines.append(next(relay.stderr).decode())
             assert stopped(relay) == 0
@@ -394,3 +394,116 @@ def test_outage_is_told_at_its_beginning_and_at_its_end(
     assert "cannot be reached" in about[0]
     assert re.search(r"\(after [\d.]+ s\)$", about[1].strip())
     assert len(lines) <= 5
+
+
+# --- commands: never a traceback
+
+
+def said(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What a command wrote to standard error; never a traceback, and at most a few lines."""
+    words = done.stderr.decode()
+    assert "Traceback" not in words
+    assert "Exception ignored" not in words
+    assert len(words.splitlines()) <= 4
+    return words
+
+
+def command(environment: dict[str, str], *words: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    given = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    given = {name: value for name, value in given.items() if value != "unset"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **more}
+    return subprocess.run([sys.executable, "-m", "outbox", *words], env=given, timeout=60, check=False, **streams)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"COLUMNS": "0", "TERM": "dumb", "HOME": "unset"},
+        {"COLUMNS": "many", "NO_COLOR": "", "PYTHONUNBUFFERED": "1"},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_whatever_the_terminal_can_show(environment: dict[str, str], database: str, given: dict[str, str]) -> None:
+    """Fault: rows outside ASCII, on a terminal that takes no others, or has no width."""
+    rows(database, "INSERT INTO outbox.events (subject, payload) VALUES ('größe.→', '\\xc3bc'), ('größe.→', '\\xff')")
+    rows(database, "UPDATE outbox.relay SET paused_at = now(), paused_why = 'Maßnahme ☂'")
+    rows(database, "UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'by hand: größer 🦆'")
+    for words in (["status"], ["dead", "list"], ["show", "1"], ["status", "--json"]):
+        done = command({**environment, **given}, *words)
+        assert done.returncode == 0, said(done)
+        assert done.stdout.strip()
+        assert said(done) == ""
+
+
+@pytest.mark.parametrize("words", ["status", "status --json", "--help", "status --watch", "status --watch --json"])
+def test_output_that_cannot_be_written(environment: dict[str, str], words: str) -> None:
+    """Fault: a full disk, and a pipe that nobody reads. Promise: one error with its remedy; a silent end."""
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        done = command(environment, *words.split(), stdout=full)
+    assert done.returncode == 1
+    assert "No space left" in said(done)
+    reading, writing = closed_pipe()
+    done = command(environment, *words.split(), stdout=writing)
+    os.close(reading)
+    os.close(writing)
+    assert (done.returncode, said(done)) == (141, "")
+
+
+def test_errors_that_cannot_be_written_keep_their_exit_code(environment: dict[str, str]) -> None:
+    for code, words in ((1, ["status", "--schema", "none"]), (2, ["no-such-command"])):
+        for sink in (full_disk, closed_pipe):
+            reading, writing = sink()
+            assert command(environment, *words, stdout=writing, stderr=writing).returncode == code
+            os.close(reading)
+            os.close(writing)
+
+
+@pytest.mark.parametrize("words", ["status", "status --watch", "doctor", "migrate", "verify", "dead list"])
+def test_interrupt_is_silent(environment: dict[str, str], words: str) -> None:
+    """Fault: Ctrl-C while a command waits for a server that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        given = {**environment, "OUTBOX_DATABASE_URL": f"postgresql://x@127.0.0.1:{silent.getsockname()[1]}/x"}
+        with started(given, *words.split(), stderr=subprocess.PIPE) as process:
+            silent.settimeout(PATIENCE)
+            accepted, _ = silent.accept()
+            process.send_signal(signal.SIGINT)
+            assert process.stderr
+            words_said = process.stderr.read()
+            assert ended(process) in ((0, 130) if "watch" in words else (130,))
+            assert words_said.strip() == b""
+            accepted.close()
+
+
+def test_folder_that_is_gone_and_files_that_are_none(environment: dict[str, str], workplace: Path) -> None:
+    gone = workplace / "gone"
+    gone.mkdir()
+    done = command(environment, "status", cwd=gone, preexec_fn=gone.rmdir)
+    assert (done.returncode, said(done)) == (0, "")
+    for content in (b"\xff\x00\x01", b"window = " + b"[" * 100_000, b'listen = "\\u0000:1"\n'):
+        (workplace / "outbox.toml").write_bytes(content)
+        done = command(environment, "relay", "--drain", cwd=workplace)
+        assert done.returncode in (1, 2)
+        assert "defect" not in said(done)
+    (workplace / "outbox.toml").unlink()
+    word = "größe\udcfc"
+    for more, words in (({}, ["pause", "--why", word]), ({"OUTBOX_SCHEMA": word}, ["status"])):
+        done = command({**environment, **more}, *words)
+        assert (done.returncode, "UTF-8" in said(done)) == (2, True)
+
+
+def test_defect_is_one_line_and_a_traceback_on_request(environment: dict[str, str], workplace: Path) -> None:
+    (workplace / "sitecustomize.py").write_text(
+        "import outbox.operate.status\n"
+        "def broken(*a):\n    raise LookupError('postgresql://u:s3cr3t@h/d\\n odd')\n"
+        "outbox.operate.status.status = broken\n"
+    )
+    given = {**environment, "PYTHONPATH": f"{workplace}:{ROOT}"}
+    done = command(given, "status")
+    assert done.returncode == 1
+    assert "LookupError" in said(done)
+    assert "report it" in said(done)
+    shown = command({**given, "OUTBOX_DEBUG": "1"}, "status").stderr.decode()
+    assert "Traceback" in shown
+    assert "s3cr3t" not in shown + said(done)
