@@ -1,7 +1,7 @@
 """The relay's log: what happens, as lines on standard error, for people or as JSON. No payloads, no secrets.
 
-It never blocks: a thread writes, and what nobody takes is dropped, counted and told. All else that is written to
-standard error, by the interpreter or a library, becomes a line of it.
+It never blocks: a thread writes what is not taken at once, and what nobody takes is dropped, counted and told. All else
+that is written to standard error, by the interpreter or a library, becomes a line of it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import io
 import json
 import logging
 import os
+import socket
+import stat
 import sys
 import threading
 import time
@@ -33,16 +36,17 @@ LONGEST = 1 << 16  # characters of a line of somebody else's
 
 
 class Writer:
-    """Lines to a descriptor, by a thread of its own: who gives one never waits for who reads.
+    """Lines to a descriptor, and a thread for what is not taken at once: who gives one never waits for who reads.
 
     `missing` makes the line that tells how many were dropped before the next one.
     """
 
     def __init__(self, descriptor: int, missing: Callable[[int], str]) -> None:
         self.dropped: Callable[[], None] = lambda: None  # called for each line that is dropped
-        self._descriptor, self._missing = descriptor, missing
+        self._descriptor, self._missing, self._at_once = descriptor, missing, _at_once(descriptor)
         self._lines: deque[tuple[int, bytes]] = deque()  # with how many were dropped before it
         self._size = self._gap = 0
+        self._lost = 0  # that could not be written
         self._torn = False
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="outbox log", daemon=True).start()
@@ -51,6 +55,12 @@ class Writer:
         """Take a line, or drop it if there is no room; the last one is always taken."""
         data = line.encode(errors="backslashreplace") + b"\n"
         with self._changed:
+            # So that the last lines before a kill are there; a thread could be too late for them.
+            if not self._lines and not self._gap and not self._lost:
+                with contextlib.suppress(OSError):
+                    data = data[self._at_once(data) :]
+            if not data:
+                return
             if not last and self._size + len(data) > ROOM:
                 self._gap += 1
                 self.dropped()
@@ -65,16 +75,15 @@ class Writer:
             self._changed.wait_for(lambda: not self._lines and not self._gap, seconds)
 
     def _run(self) -> None:
-        lost = 0  # that could not be written
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines or self._gap)
                 gap, data = self._lines[0] if self._lines else (self._gap, b"")
-            lost += gap
-            if lost and self._put(self._missing(lost).encode() + b"\n"):
-                lost = 0
+            self._lost += gap
+            if self._lost and self._put(self._missing(self._lost).encode() + b"\n"):
+                self._lost = 0
             if data and not self._put(data):
-                lost += 1
+                self._lost += 1
                 self.dropped()
             with self._changed:
                 if data:
@@ -98,6 +107,24 @@ class Writer:
                 return False
         self._torn = False
         return True
+
+
+def _at_once(descriptor: int) -> Callable[[bytes], int]:
+    """What writes as much as is taken at once, and gives how much that was; raises `OSError` if nothing is.
+
+    A descriptor of our own, for others have the same pipe or terminal and expect it to block.
+    """
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return lambda data: os.write(descriptor, data)
+    if stat.S_ISSOCK(kind):
+        same = socket.socket(fileno=os.dup(descriptor))
+        return lambda data: same.send(data, socket.MSG_DONTWAIT)
+    try:
+        again = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # another system, or another user's
+        return lambda _: 0
+    return lambda data: os.write(again, data)
 
 
 class Log:
@@ -174,24 +201,46 @@ def failure(error: BaseException, *, show: bool = True) -> telemetry.Failed:
     )
 
 
+class _Printed(io.TextIOBase):
+    """Standard error for what Python prints: each whole line is one of the log."""
+
+    encoding = "utf-8"
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take, self._rest = take, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *whole, self._rest = (self._rest + text).split("\n")
+        for line in whole:
+            self._take(line)
+        return len(text)
+
+
 def _captured(log: Log) -> Callable[[], None]:
     """Make a line of the log of each line that anything writes to standard error; gives what ends that."""
-    reading, writing = os.pipe()
+
+    def take(line: str) -> None:
+        if words := line.rstrip():
+            log.tell(telemetry.Remark(source="stderr", kind=words, words=masked(words)))
+
+    sys.stderr = _Printed(take)
+    reading, writing = os.pipe()  # for C libraries
     os.dup2(writing, STANDARD_ERROR)
     os.close(writing)
 
     def read() -> None:
         with open(reading, encoding="utf-8", errors="backslashreplace") as lines:  # noqa: PTH123 - a descriptor
             for line in iter(lambda: lines.readline(LONGEST), ""):
-                if words := line.rstrip():
-                    log.tell(telemetry.Remark(source="stderr", kind=words, words=masked(words)))
+                take(line)
 
     reader = threading.Thread(target=read, name="outbox stderr", daemon=True)
     reader.start()
 
     def finish() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
+        print(file=sys.stderr)  # what has no end yet
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, STANDARD_ERROR)
         os.close(nowhere)
