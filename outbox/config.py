@@ -122,6 +122,8 @@ class Settings(BaseModel):
     log: LogFormat = Field(LogFormat.HUMAN, description="What the relay says on standard error: for people, or JSON.")
     traces: bool = Field(False, description="A span for each batch (OpenTelemetry); needs outbox-relay[traces].")
 
+    debug: bool = Field(False, description="Commands show the traceback of a defect, which a relay has in its log.")
+
     @field_validator("database_url")
     @classmethod
     def _checked_database_url(cls, value: str) -> str:

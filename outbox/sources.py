@@ -23,8 +23,8 @@ from outbox.errors import Misconfigured
 FILE = Path("outbox.toml")
 PREFIX = "OUTBOX_"
 BY_FILE = "_FILE"
-# Kubernetes and Docker describe a service called "outbox" to its neighbours; tests and tracebacks have variables too.
-STRANGERS = re.compile(r"OUTBOX_(TESTS_\w+|DEBUG|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?))")
+# Kubernetes and Docker describe a service called "outbox" to its neighbours; and the tests have variables of their own.
+STRANGERS = re.compile(r"OUTBOX_(TESTS_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?))")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

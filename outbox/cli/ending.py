@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FAILED, USAGE, NOT_DRAINED = 1, 2, 3
 INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
 CLOSED = 141  # 128 + SIGPIPE: as other tools, which die of it
-DEBUG = "OUTBOX_DEBUG"
+YES = ("1", "true", "yes", "on")
 
 
 def run(app: Callable[[], object]) -> int:
@@ -44,7 +44,7 @@ def run(app: Callable[[], object]) -> int:
             code, last = _ended(app, traceback=True)
             log.end(*last)
         return code
-    code, last = _ended(app, traceback=bool(os.environ.get(DEBUG)))
+    code, last = _ended(app, traceback=_debugging())
     for each in last:
         print(printable(f"{each.traceback}{each}"), file=sys.stderr)
     return code
@@ -78,11 +78,19 @@ def _check(word: str) -> None:
 
 
 def _log_format() -> LogFormat:
-    """As the relay's log is to be, though the words or the settings may be wrong: no mistake is told here."""
+    """As the relay's log is to be."""
     words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
-    found = sources.find(("log",), os.environ, sources.FILE).values.get("log")
-    given = dict(itertools.pairwise(words)).get("--log", found)
+    given = dict(itertools.pairwise(words)).get("--log") or _early("log")
     return LogFormat.JSON if given == LogFormat.JSON else LogFormat.HUMAN
+
+
+def _debugging() -> bool:
+    return _early("debug").lower() in YES
+
+
+def _early(name: str) -> str:
+    """A setting before the settings are read, though they may be wrong: no mistake is told here."""
+    return str(sources.find((name,), os.environ, sources.FILE).values.get(name, ""))
 
 
 # --- the process
@@ -123,7 +131,7 @@ def _own_process() -> None:
     _open_standard()
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__ or open(0, closefd=False), _safe(1), _safe(2)  # noqa: SIM115
     logging.lastResort = _Short(logging.WARNING)
-    if not os.environ.get(DEBUG):
+    if not _debugging():
         sys.unraisablehook = lambda _: None
         threading.excepthook = lambda _: None
 
