@@ -42,7 +42,8 @@ def run(app: Callable[[], object]) -> int:
     if sys.argv[1:2] == ["relay"]:
         with logs.taken(_log_format()) as log:
             code, last = _ended(app, traceback=True)
-            log.end(*last)
+            for each in last:
+                log.last(each)
         return code
     code, last = _ended(app, traceback=_debugging())
     for each in last:

@@ -152,11 +152,9 @@ class Log:
             self._repeats, said = self._repeats.calm(time.monotonic())
             self._say(said)
 
-    def end(self, *last: telemetry.Failed) -> None:
-        """Say the last words, and wait a moment for who reads."""
-        for each in last:
-            self.writer.write(self._form(Said(happening=each)), last=True)
-        self.writer.flush(LAST_SECONDS)
+    def last(self, words: telemetry.Failed) -> None:
+        """Say why the process ends, however much is waiting to be taken."""
+        self.writer.write(self._form(Said(happening=words)), last=True)
 
     def _say(self, said: list[Said]) -> None:
         for each in said:
@@ -170,7 +168,8 @@ _log: Log | None = None  # the process has one standard error
 def taken(form: LogFormat) -> Iterator[Log]:
     """The log on this process' standard error, which nobody else writes to from then on; within itself the same log.
 
-    Standard error is not given back: what the interpreter says at its very end would be no line of the log.
+    At its end it waits a moment for who reads. Standard error is not given back: what the interpreter says at its very
+    end would be no line of the log.
     """
     global _log  # noqa: PLW0603 - as standard error is
     if _log is not None:
@@ -186,7 +185,7 @@ def taken(form: LogFormat) -> Iterator[Log]:
         yield log
     finally:
         finish()
-        log.end()
+        log.writer.flush(LAST_SECONDS)
 
 
 def failure(error: BaseException, *, show: bool = True) -> telemetry.Failed:
@@ -196,7 +195,8 @@ def failure(error: BaseException, *, show: bool = True) -> telemetry.Failed:
     return telemetry.Failed(
         error=type(error).__name__,
         why=masked(" ".join(f"{type(error).__name__}: {error}".split())) + where,
-        remedy="this is a defect: report it with these words, and what OUTBOX_DEBUG=1 shows besides",
+        remedy="this is a defect: report it on the project's page with these words and the traceback, which "
+        "OUTBOX_DEBUG=1 shows and a relay has in its log",
         traceback=masked("".join(traceback.format_exception(error))) if show else "",
     )
 

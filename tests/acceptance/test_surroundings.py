@@ -107,7 +107,14 @@ def stopped_terminal() -> tuple[int, int]:
     return reading, writing
 
 
-@pytest.mark.parametrize("sink", [full_pipe, refusing_pipe, closed_pipe, full_disk, stopped_terminal])
+def full_socket() -> tuple[int, int]:
+    """What systemd gives for the journal."""
+    reading, writing = socket.socketpair()
+    writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return reading.detach(), writing.detach()
+
+
+@pytest.mark.parametrize("sink", [full_pipe, refusing_pipe, closed_pipe, full_disk, stopped_terminal, full_socket])
 def test_log_that_nobody_takes_stops_nothing(
     environment: dict[str, str], database: str, stream: Stream, sink: Callable[[], tuple[int, int]]
 ) -> None:
@@ -115,7 +122,7 @@ def test_log_that_nobody_takes_stops_nothing(
     reading, writing = sink()
     with started(environment, "relay", "--verbose", "--batch", "transaction", stderr=writing, stdout=writing) as relay:
         os.close(writing)
-        add(database, stream, 300)
+        add(database, stream, 80)
         wait_until_sent(database)
         assert stopped(relay) == 0
     os.close(reading)

@@ -319,6 +319,26 @@ def test_systemd_is_told(environment: dict[str, str], workplace: Path, notified:
     assert [words for words in heard if "READY=1" in words] == ["READY=1\nSTATUS=leading, epoch 1"]
 
 
+def test_systemd_that_does_not_listen_stops_nothing(
+    environment: dict[str, str], database: str, stream: Stream, workplace: Path, notified: socket.socket
+) -> None:
+    """Fault: the queue of the supervisor's socket is full. Promise: all goes on, and what matters is said later."""
+    given = {"NOTIFY_SOCKET": str(workplace / "notify"), "WATCHDOG_USEC": "2000"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as strange:
+        strange.setblocking(False)
+        strange.connect(given["NOTIFY_SOCKET"])
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                strange.send(b"full")
+    with ProcessRelay(workplace, environment | given) as relay:
+        relay.wait_for("Slept")
+        add(database, f"{stream.prefix}.x")
+        wait_until_sent(database)
+        while b"READY=1" not in notified.recv(4096):
+            pass
+        assert relay.stop() == 0
+
+
 def test_health_follows_what_happens() -> None:
     health = Health()
     assert health.problem
