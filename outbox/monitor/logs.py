@@ -110,21 +110,21 @@ class Writer:
 
 
 def _at_once(descriptor: int) -> Callable[[bytes], int]:
-    """What writes as much as is taken at once, and gives how much that was; raises `OSError` if nothing is.
-
-    A descriptor of our own, for others have the same pipe or terminal and expect it to block.
-    """
+    """What writes as much as is taken at once, and gives how much that was; raises `OSError` if nothing is."""
     kind = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(kind):
-        return lambda data: os.write(descriptor, data)
     if stat.S_ISSOCK(kind):
         same = socket.socket(fileno=os.dup(descriptor))
         return lambda data: same.send(data, socket.MSG_DONTWAIT)
+    own = descriptor if stat.S_ISREG(kind) else _own(descriptor)
+    return (lambda _: 0) if own is None else lambda data: os.write(own, data)
+
+
+def _own(descriptor: int) -> int | None:
+    """The same pipe or terminal once more, which does not block: that of others must stay as they expect it."""
     try:
-        again = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:  # another system, or another user's
-        return lambda _: 0
-    return lambda data: os.write(again, data)
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # a socket, another system, or another user's
+        return None
 
 
 class Log:
@@ -176,8 +176,10 @@ def taken(form: LogFormat) -> Iterator[Log]:
         yield _log
         return
     descriptor = os.dup(STANDARD_ERROR)
-    if faulthandler.is_enabled():
-        faulthandler.enable(file=descriptor)
+    # A crash, or systemd's SIGABRT after a watchdog, has no time for the log; its words are no JSON.
+    if form is LogFormat.HUMAN or faulthandler.is_enabled():
+        own = None if stat.S_ISREG(os.fstat(descriptor).st_mode) else _own(descriptor)
+        faulthandler.enable(file=descriptor if own is None else own)
     _log = log = Log(form, descriptor)
     finish = _captured(log)
     _heard(log)

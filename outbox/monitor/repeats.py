@@ -16,6 +16,7 @@ from outbox.core.telemetry import Happening, Level
 MINUTE = 60.0  # between two words on the same trouble
 CALM = 10.0  # so long after its end it is not back
 AS_BEFORE = "as before"
+MOST = 200  # troubles that are known at a time
 
 Key = tuple[str, ...]
 POSTGRES: Key = ("server", "postgres")
@@ -139,7 +140,8 @@ class Repeats:
         return next((key for key in above if key in self.troubles and self.troubles[key].lasts), None)
 
     def _with(self, key: Key, trouble: Trouble) -> Repeats:
-        return Repeats(troubles={**self.troubles, key: trouble})
+        known = sorted(self.troubles, key=lambda each: self.troubles[each].last)[1 - MOST :]
+        return Repeats(troubles={each: self.troubles[each] for each in known} | {key: trouble})
 
 
 def _quiet(key: Key, trouble: Trouble, now: float) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import signal
+import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib import metadata
 
@@ -37,7 +38,8 @@ def run(settings: Settings, *, drain: bool, create: tuple[str, list[str]] | None
     # What is read is freed by reference counts; looking for cycles in it took a quarter of the time.
     gc.freeze()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    with logs.taken(settings.log) as log:
+    # What anything prints is a line of the log, for standard output, too, may be a pipe that nobody reads.
+    with logs.taken(settings.log) as log, contextlib.redirect_stdout(sys.stderr):
         log.verbose = verbose
         return _in_a_loop(_run(settings, log, drain=drain, create=create))
 

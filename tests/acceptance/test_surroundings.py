@@ -186,6 +186,7 @@ def test_libraries_and_the_interpreter_write_lines_of_the_log(
         "async def strange(self, *a, **k):\n"
         "    warnings.warn('from a warning', UserWarning, stacklevel=1)\n"
         "    print('from a print', file=sys.stderr)\n"
+        "    print('from another')\n"
         "    threading.Thread(target=lambda: 1 / 0).start()\n"
         "    asyncio.ensure_future(broken())\n"
         "    await asyncio.sleep(0.05)\n"
@@ -207,7 +208,14 @@ def test_libraries_and_the_interpreter_write_lines_of_the_log(
         lines = parsed(relay.stderr.read())
         assert ended(relay) == 0
     said = "\n".join(each["message"] for each in lines)
-    for words in ("has group or world access", "from a warning", "from a print", "two lines", "a thread has ended"):
+    for words in (
+        "has group or world access",
+        "from a warning",
+        "from a print",
+        "from another",
+        "two lines",
+        "a thread has ended",
+    ):
         assert words in said
     (task,) = [each for each in lines if "never retrieved" in each["message"]]
     assert "ValueError: from a task" in task["traceback"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outbox.core import telemetry
 from outbox.core.telemetry import Happening
-from outbox.monitor.repeats import CALM, Repeats
+from outbox.monitor.repeats import CALM, MOST, Repeats
 
 LONG = "connection to server failed: " + "the whole text " * 20
 AWAY = telemetry.Unreachable(server="postgres", why=LONG, delay=1.0)
@@ -103,10 +103,14 @@ def test_what_blocks_is_told_by_its_reason() -> None:
     assert words.count(str(second)) == 1
 
 
-def test_what_libraries_say_over_and_over_is_forgotten_when_it_stops() -> None:
+def test_what_is_known_is_bounded_and_forgotten_when_it_stops() -> None:
     remarks = [telemetry.Remark(source="otel", kind="retry in %s", words=f"retry in {n}") for n in range(100)]
     said = log(*((float(at), each) for at, each in enumerate(remarks)))
     assert [at for at, _ in said] == [0, 60]
+    repeats = Repeats()
+    for number in range(2 * MOST):
+        repeats, _ = repeats.take(telemetry.Blocked(stream="", why=f"reason {number}"), float(number))
+    assert len(repeats.troubles) == MOST
     repeats, _ = Repeats().take(remarks[0], 0.0)
     repeats, _ = repeats.calm(100.0)
     assert not repeats.troubles
