@@ -61,7 +61,8 @@ class Writer:
                     data = data[self._at_once(data) :]
             if not data:
                 return
-            if not last and self._size + len(data) > ROOM:
+            # Once lines are dropped there must be room for many: one gap tells more than lines here and there.
+            if not last and self._size + len(data) > (ROOM // 2 if self._gap else ROOM):
                 self._gap += 1
                 self.dropped()
                 return
