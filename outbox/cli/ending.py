@@ -40,6 +40,9 @@ def run(app: Callable[[], object]) -> int:
     # nats-py's TLS makes the loop say so whenever a server hangs up; it means nothing.
     logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
     if sys.argv[1:2] == ["relay"]:
+        # From the start: loading the relay takes a moment, and then it tells them.
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         with logs.taken(_log_format()) as log:
             code, last = _ended(app, traceback=True)
             for each in last:

@@ -33,8 +33,6 @@ def run(settings: Settings, *, drain: bool, create: tuple[str, list[str]] | None
 
     Raises what ends it.
     """
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     # What is read is freed by reference counts; looking for cycles in it took a quarter of the time.
     gc.freeze()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
