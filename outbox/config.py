@@ -128,6 +128,8 @@ class Settings(BaseModel):
     traces: bool = Field(False, description="A span for each batch (OpenTelemetry); needs outbox-relay[traces].")
     _files: dict[str, Path] = PrivateAttr(default_factory=dict)
 
+    debug: bool = Field(False, description="Commands show the traceback of a defect, which a relay has in its log.")
+
     @field_validator("database_url")
     @classmethod
     def _checked_database_url(cls, value: str) -> str:

@@ -126,6 +126,11 @@ class Found:
         self.files.pop(name, None)
 
 
+def is_text(given: str) -> bool:
+    """False for what was no UTF-8 when the interpreter took it from the environment or the command line."""
+    return given.isascii() or not any("\ud800" <= each <= "\udfff" for each in given)
+
+
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return PREFIX + name.upper()
@@ -148,7 +153,9 @@ def find(names: Collection[str], environment: Mapping[str, str], file: Path) -> 
 
 def _take(name: str, value: str | None, path: str | None, found: Found) -> None:
     both = f"{variable(name)} and {variable(name)}{BY_FILE}"
-    if value is not None and path is not None:
+    if not is_text(value or path or ""):
+        found.mistakes.append(f"{variable(name)} is not UTF-8 text")
+    elif value is not None and path is not None:
         found.mistakes.append(f"{both} are both given: give one of them")
     elif value is not None:
         found.add(name, value, variable(name))
@@ -172,7 +179,7 @@ def _table(file: Path, mistakes: list[str]) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         mistakes.append(f"{file} cannot be read: {_reason(error)}")
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         mistakes.append(f"{file} is not valid TOML: {error}")
     return {}
 

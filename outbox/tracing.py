@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -24,6 +25,7 @@ from outbox.event import Event
 
 W3C = TraceContextTextMapPropagator()
 MOST_LINKS = 128  # what SDKs keep by default
+LAST_SECONDS = 2.0  # for the last spans, when the relay ends: a collector that is away is tried for longer
 
 
 def created(event: Event) -> Event:
@@ -93,7 +95,8 @@ def _as_parent(link: Link) -> Context:
 def exporting() -> Iterator[telemetry.Listener]:
     """The relay's listener, which exports as OpenTelemetry's variables say (OTEL_EXPORTER_OTLP_ENDPOINT and others).
 
-    A provider that is set already (by `opentelemetry-instrument`) is used. Raises `Misconfigured` without the extra.
+    A provider that is set already (by `opentelemetry-instrument`) is used. The end takes two seconds at most. Raises
+    `Misconfigured` without the extra.
     """
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -104,14 +107,16 @@ def exporting() -> Iterator[telemetry.Listener]:
         raise Misconfigured(
             f"traces need a package that is not installed: {error.name}", remedy="pip install 'outbox-relay[traces]'"
         ) from error
-    if isinstance(given := trace.get_tracer_provider(), sdk.TracerProvider):
-        yield Batches(given).happened
-        return
-    name = os.environ.get("OTEL_SERVICE_NAME", "outbox-relay")
-    resource = Resource.create({"service.name": name, "service.version": metadata.version("outbox-relay")})
-    provider = sdk.TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider = trace.get_tracer_provider()
+    if not isinstance(provider, sdk.TracerProvider):
+        name = os.environ.get("OTEL_SERVICE_NAME", "outbox-relay")
+        resource = Resource.create({"service.name": name, "service.version": metadata.version("outbox-relay")})
+        provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     try:
         yield Batches(provider).happened
     finally:
-        provider.shutdown()
+        # A shutdown tries a collector that is away again and again; what is left of it when we go is lost.
+        last = threading.Thread(target=provider.shutdown, name="outbox traces", daemon=True)
+        last.start()
+        last.join(LAST_SECONDS)

@@ -5,7 +5,6 @@ A command loads both servers' libraries, the relay and the migrations only when 
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from importlib import metadata
@@ -15,12 +14,10 @@ import typer
 
 from outbox import demo, schema
 from outbox.bench import command as bench
-from outbox.cli import dead, operate
+from outbox.cli import dead, ending, operate
 from outbox.cli.options import DatabaseURL, NatsURL, Schema, err, settings
 from outbox.cli.screen import out
 from outbox.config import BatchMode, Durability, LogFormat, OnDead, OnUnrouted
-from outbox.errors import OutboxError
-from outbox.text import printable
 
 app = typer.Typer(
     name="outbox",
@@ -33,13 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: errors are shown with their remedy, never as a traceback."""
-    # nats-py's TLS makes the loop say so whenever a server hangs up; it means nothing.
-    logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
-    try:
-        app()
-    except OutboxError as error:
-        err.print(printable(f"outbox: {error}"))
-        sys.exit(1)
+    sys.exit(ending.run(app))
 
 
 def _version(asked: bool) -> None:
@@ -56,7 +47,8 @@ def common(
 ) -> None:
     """Transactional outbox for Postgres and NATS JetStream.
 
-    Settings: flag, else OUTBOX_… in the environment, else outbox.toml. Exit codes: 0 done, 1 failed, 2 usage.
+    Settings: flag, else OUTBOX_… in the environment, else outbox.toml. Exit codes: 0 done, 1 failed, 2 usage,
+    3 stopped before it was drained.
     """
 
 
@@ -100,7 +92,9 @@ def relay(
     database_url: DatabaseURL = None,
     nats_url: NatsURL = None,
     schema_name: Schema = None,
-    drain: Annotated[bool, typer.Option("--drain", help="Exit with 0 when nothing is pending.")] = False,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Exit with 0 when nothing is pending; with 3 if stopped before.")
+    ] = False,
     batch: Annotated[BatchMode | None, typer.Option(help="Pack transactions, or one batch each.")] = None,
     max_batch_messages: Annotated[int | None, typer.Option(help="Messages in one batch, at most.")] = None,
     window: Annotated[int | None, typer.Option(help="Batches in flight, at most.")] = None,
@@ -115,7 +109,9 @@ def relay(
     log: Annotated[LogFormat | None, typer.Option(help="How to say what happens, on standard error.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say every page, batch and mark too.")] = False,
 ) -> None:
-    """Publish pending transactions until SIGTERM or SIGINT; start a second one as a standby.
+    """Publish pending transactions until SIGTERM, SIGINT or SIGQUIT; start a second one as a standby.
+
+    SIGHUP, SIGUSR1 and SIGUSR2 are ignored: files are read at each new connection, settings at the start.
 
     Example: outbox relay --nats-url nats://nats:4222 --create-stream SHOP --subjects 'shop.>'
     """
@@ -142,12 +138,14 @@ def relay(
     )
     from outbox.relay import process
 
-    process.run(
+    done = process.run(
         given,
         drain=drain,
         create=(create_stream, subjects) if create_stream and subjects else None,
         verbose=verbose,
     )
+    if not done:
+        raise typer.Exit(ending.NOT_DRAINED)
 
 
 operate.register(app)

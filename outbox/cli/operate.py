@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -63,9 +64,16 @@ def _watch(given: Settings, *, as_json: bool) -> None:
     from outbox.operate import status
     from outbox.operate.status import History
 
-    history = History()
+    history, terminal = History(), out.is_terminal and not as_json
     try:
-        with Live(console=out, auto_refresh=False, screen=out.is_terminal and not as_json) as live:
+        with Live(console=out, auto_refresh=False, screen=terminal) as live:
+
+            def show(view: RenderableType) -> None:
+                if terminal:
+                    live.update(view, refresh=True)
+                else:
+                    out.print(view)
+
             while True:
                 try:
                     found = status.status(current(given, "database_").database_url, given.schema)
@@ -74,13 +82,13 @@ def _watch(given: Settings, *, as_json: bool) -> None:
                     if as_json:
                         err.print(words)
                     else:
-                        live.update(Text(printable(words)), refresh=True)
+                        show(Text(printable(words)))
                 else:
                     rates = history.take(found)
                     if as_json:
                         print(to_json(found, indent=None), flush=True)
                     else:
-                        live.update(screen.status_view(found, rates, history.line()), refresh=True)
+                        show(screen.status_view(found, rates, history.line()))
                 time.sleep(SECONDS)
     except KeyboardInterrupt:
         return

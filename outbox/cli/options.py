@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from outbox.config import Settings
-from outbox.sources import Loaded, WrongSettings, load
+from outbox.sources import Loaded, load
 
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
@@ -20,18 +20,13 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 def settings(**flags: Any) -> Settings:
-    """Settings from the given flags and their sources; prints every mistake at once and exits with 2."""
+    """Settings from the given flags and their sources. Raises `WrongSettings` with every mistake at once."""
     return loaded(**flags).settings
 
 
 def loaded(**flags: Any) -> Loaded:
     """`settings`, and where each comes from."""
-    try:
-        return load(**flags)
-    except WrongSettings as error:
-        for mistake in error.mistakes:
-            err.print(f"outbox: {mistake}")
-        raise typer.Exit(2) from None
+    return load(**flags)
 
 
 def confirm(question: str, *, yes: bool) -> None:

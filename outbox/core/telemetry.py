@@ -335,6 +335,62 @@ class Slept(Happening):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ignored(Happening):
+    """A signal that has nothing to do here."""
+
+    signal: str
+
+    def __str__(self) -> str:
+        return f"{self.signal} is ignored: files are read at each new connection, settings at the start"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remark(Happening):
+    """A library or the interpreter has something to say; `kind` is what is the same each time that it says so."""
+
+    level: ClassVar[Level] = Level.WARNING
+    source: str
+    kind: str
+    words: str
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.words}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Complaint(Remark):
+    """What it calls an error."""
+
+    level: ClassVar[Level] = Level.ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinesDropped(Happening):
+    """Nobody has taken so many lines of the log, which would have stood here."""
+
+    level: ClassVar[Level] = Level.WARNING
+    lines: int
+
+    def __str__(self) -> str:
+        return f"the log could not be written: lines that are missing here: {self.lines}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Happening):
+    """The last words: why the process ends; `error` is the error's class."""
+
+    level: ClassVar[Level] = Level.ERROR
+    error: str
+    why: str
+    remedy: str = ""
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        return f"outbox: {self.why}\n  remedy: {self.remedy}" if self.remedy else f"outbox: {self.why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped(Happening):
     """The relay has ended in an orderly way."""
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import TimeoutError as NotInTime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -23,6 +25,9 @@ from outbox.core import telemetry
 from outbox.errors import Misconfigured
 
 LOOP_SECONDS = 5.0  # a loop that does not turn for so long is stuck
+METHODS = ("GET", "HEAD")
+MOST_CLIENTS = 32  # at a time: more are slow, or hostile
+MOST_BODY = 1 << 16  # bytes that are read of what nobody should send
 
 
 class Health:
@@ -92,19 +97,21 @@ def serving(listen: str, registry: CollectorRegistry, health: Health) -> Iterato
     loop = asyncio.get_running_loop()
 
     def healthz(_: str) -> Answer:
-        turned = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop)
-        try:
-            turned.result(LOOP_SECONDS)
-        except NotInTime:
-            return _json(503, {"alive": False})
-        return _json(200, {"alive": True})
+        turned = threading.Event()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(turned.set)
+        alive = turned.wait(LOOP_SECONDS)
+        return _json(200 if alive else 503, {"alive": alive})
 
     def readyz(_: str) -> Answer:
         state, problem = health.state, health.problem
         return _json(503 if problem else 200, {"ready": problem is None, "state": state, "problem": problem})
 
     def metrics(accept: str) -> Answer:
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is none
+            encode, kind = choose_encoder("")
         return Answer(200, kind, encode(registry))
 
     server = _listening(listen, {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics})
@@ -122,33 +129,75 @@ def _json(status: int, value: object) -> Answer:
     return Answer(status, "application/json", json.dumps(value).encode() + b"\n")
 
 
-def _listening(listen: str, pages: Mapping[str, Respond]) -> ThreadingHTTPServer:
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
+class _Server(ThreadingHTTPServer):
+    """Serves each client in a thread of its own; too many of them do not take the relay's descriptors."""
 
-    class Handler(BaseHTTPRequestHandler):
-        server_version, timeout = "outbox", 10
+    daemon_threads, block_on_close = True, False
 
-        def do_GET(self) -> None:
-            page = pages.get(self.path.partition("?")[0])
-            accept = self.headers.get("Accept", "")
-            answer = page(accept) if page is not None else _json(404, {"paths": list(pages)})
-            self.send_response(answer.status)
-            self.send_header("Content-Type", answer.kind)
-            self.send_header("Content-Length", str(len(answer.body)))
-            self.end_headers()
+    def __init__(self, host: str, port: int, pages: Mapping[str, Respond]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.pages = pages
+        self._clients: deque[socket.socket] = deque()
+        super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Whoever has been there for longest gives way."""
+        self._clients.append(request)
+        if len(self._clients) > MOST_CLIENTS:
+            with contextlib.suppress(OSError):
+                self._clients.popleft().shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def close_request(self, request: Any) -> None:
+        with contextlib.suppress(ValueError):
+            self._clients.remove(request)
+        super().close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's
+        """Who hangs up is not worth a line; a page that fails is."""
+        if not isinstance(sys.exception(), OSError):
+            logging.getLogger("outbox").exception("a page could not be made")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    server_version, timeout = "outbox", 10
+
+    def do_GET(self) -> None:
+        page = self.server.pages.get(self.path.partition("?")[0])
+        accept = self.headers.get("Accept", "")
+        self._answer(page(accept) if page is not None else _json(404, {"paths": list(self.server.pages)}))
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        # The base class looks for do_HEAD, do_POST and whatever a client thinks of.
+        if not name.startswith("do_"):
+            raise AttributeError(name)
+        return self.do_GET if name == "do_HEAD" else self._refuse
+
+    def _refuse(self) -> None:
+        # The system resets a connection of which something is not read, and the answer may be lost with that.
+        with contextlib.suppress(ValueError):
+            self.rfile.read(min(max(int(self.headers.get("Content-Length", 0)), 0), MOST_BODY))
+        self._answer(_json(405, {"methods": METHODS}), Allow=", ".join(METHODS))
+
+    def _answer(self, answer: Answer, **headers: str) -> None:
+        self.send_response(answer.status)
+        headers |= {"Content-Type": answer.kind, "Content-Length": str(len(answer.body))}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
             self.wfile.write(answer.body)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
-            """Requests are not worth a line."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
+        """Requests are not worth a line."""
 
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads, block_on_close = True, False
 
+def _listening(listen: str, pages: Mapping[str, Respond]) -> _Server:
+    host, _, port = listen.rpartition(":")
     try:
-        return Server((host, int(port)), Handler)
-    except (OSError, OverflowError) as error:
+        return _Server(host.strip("[]"), int(port), pages)
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:
         raise Misconfigured(
             f"cannot listen on {listen}: {error}", remedy="choose another HOST:PORT with --listen (OUTBOX_LISTEN)"
         ) from error

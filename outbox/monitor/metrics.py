@@ -81,6 +81,7 @@ class Metrics:
         self._observed = gauge(
             "observed_timestamp_seconds", "When the database was looked at last, in seconds since 1970."
         )
+        self._unsaid = counter("log_lines_dropped", "Lines of the log that nobody took: it never waits for who reads.")
         gauge("build_info", "The version of this relay.", "version").labels(schema, version).set(1)
         self._begin()
 
@@ -144,6 +145,10 @@ class Metrics:
                 self._paused.set(0)
             case _:
                 pass
+
+    def line_dropped(self) -> None:
+        """Count a line of the log; safe from any thread."""
+        self._unsaid.inc()
 
     def observe(self, seen: Observation | None) -> None:
         """Take in what the database said. If it said nothing, what it said before is no more known: NaN."""

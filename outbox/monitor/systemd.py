@@ -22,13 +22,15 @@ class Supervisor:
         microseconds = environment.get("WATCHDOG_USEC", "")
         self._seconds = int(microseconds) / 2e6 if microseconds.isdecimal() else None
         self._ready = False
+        self._owed = ""  # what must be heard, and was not yet
 
     def happened(self, happening: telemetry.Happening) -> None:
         """Ready is a relay that leads, stands by, or waits out an outage: its settings can be worked with."""
         match happening:
             case telemetry.TookLead() | telemetry.StandingBy() | telemetry.Waiting() | telemetry.Unreachable():
-                ready, self._ready = "" if self._ready else "READY=1\n", True
-                self._say(f"{ready}STATUS={_line(happening)}")
+                if not self._ready:
+                    self._ready, self._owed = True, "READY=1\n"
+                self._say(f"STATUS={_line(happening)}")
             case telemetry.Blocked() | telemetry.Unblocked() | telemetry.Paused() | telemetry.Resumed():
                 self._say(f"STATUS={_line(happening)}")
             case telemetry.Stopped():
@@ -46,10 +48,12 @@ class Supervisor:
         if not self._path:
             return
         address = f"\0{self._path[1:]}" if self._path.startswith("@") else self._path
-        # A supervisor that does not listen is no reason to end.
+        # A supervisor that does not listen is no reason to end, nor to wait: sending blocks while its queue is full.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaking:
+            speaking.setblocking(False)
             speaking.connect(address)
-            speaking.send(words.encode())
+            speaking.send(f"{self._owed}{words}".encode())
+            self._owed = ""
 
 
 def _line(happening: telemetry.Happening) -> str:

@@ -74,8 +74,12 @@ class Relay:
         if self._leader is not None:
             self._leader.stopping()
 
-    async def run(self, *, drain: bool = False) -> None:
-        """Relay until stopped, or with `drain` until nothing is pending. Raises `Halt` or `Misconfigured`."""
+    async def run(self, *, drain: bool = False) -> bool:
+        """Relay until stopped, or with `drain` until nothing is pending; False if it was stopped before that.
+
+        Raises `Halt` or `Misconfigured`.
+        """
+        drained = False
         while not self._stop.is_set():
             try:
                 with self._reaching("postgres"):
@@ -87,10 +91,12 @@ class Relay:
                 async with store:
                     self._tell(Connected(server="postgres", version=store.version))
                     if await self._serve(store, drain=drain):
+                        drained = not self._stop.is_set()
                         break
             except (Weather, Deposed) as error:
                 await self._wait_out(error)
         self._tell(Stopped())
+        return drained or not drain
 
     async def _serve(self, store: Store, *, drain: bool) -> bool:
         """Stand by and lead on one session; True if drained or stopped, False if another term is due."""

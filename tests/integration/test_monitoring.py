@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import socket
@@ -28,6 +29,7 @@ from outbox.monitor.metrics import Metrics
 from outbox.operate import pause
 from tests.support import promql
 from tests.support.bed import Broker, ProcessRelay, rows, until, wait_until_sent
+from tests.support.proxy import RESET
 from tests.support.servers import Stream, own_nats, own_postgres, prepared
 
 ALERTS = yaml.safe_load((Path(__file__).parents[2] / "docs/deploy/monitoring/alerts.yml").read_text())["groups"][0][
@@ -230,6 +232,61 @@ def test_loop_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(hang())
 
 
+def test_odd_requests_are_answered_and_harm_nothing() -> None:
+    """HEAD as GET, but for the body; what else a client thinks of is refused; who is slow or rude gives way."""
+
+    def asked(port: int, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(request)
+            head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+        first, *rest = head.decode().split("\r\n")
+        return int(first.split()[1]), dict(line.split(": ", 1) for line in rest), body
+
+    def work(port: int) -> None:
+        for path in ("/healthz", "/readyz", "/metrics", "/nothing"):
+            got = asked(port, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            head = asked(port, f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            old = asked(port, f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            assert got[0] == head[0] == old[0] == {"/nothing": 404, "/readyz": 503}.get(path, 200)
+            assert head[1]["Content-Length"] == got[1]["Content-Length"] or path == "/metrics"
+            assert head[2] == b""
+            assert got[2]
+        for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW"):
+            body = b"x" * 50_000
+            status, headers, _ = asked(
+                port, f"{method} /healthz HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            )
+            assert (status, headers["Allow"]) == (405, "GET, HEAD")
+        for request in (b"GET /healthz HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00 \x01 \x00\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(request)
+                assert b"Error code" in b"".join(iter(lambda: client.recv(65536), b""))
+        for request in (b"GET /healthz HTTP/1.1\r\nX: " + b"y" * 100_000, b"GET /" + b"z" * 70_000):
+            with contextlib.suppress(ConnectionError):  # more than the server reads: the answer may be lost
+                assert asked(port, request + b"\r\n\r\n")[0] >= 400
+        strange = b"application/openmetrics-text; version=odd; q=x,, ;;text/plain;version=1.x; escaping=no"
+        assert asked(port, b"GET /metrics HTTP/1.1\r\nAccept: " + strange + b"\r\n\r\n")[0] in (200, 406)
+        with contextlib.ExitStack() as stack:
+            for _ in range(3 * server.MOST_CLIENTS):
+                slow = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+                slow.sendall(b"GET /hea")
+            assert asked(port, b"GET /healthz HTTP/1.1\r\n\r\n")[0] == 200
+            until(lambda: sum(each.name.startswith("Thread-") for each in threading.enumerate()) <= 40)
+        rude = socket.create_connection(("127.0.0.1", port))
+        rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        rude.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        rude.close()
+        assert asked(port, b"GET /healthz HTTP/1.1\r\n\r\n")[0] == 200
+
+    async def serve() -> None:
+        registry = CollectorRegistry()
+        Metrics("shop", "1.2.3", registry)
+        with server.serving("127.0.0.1:0", registry, Health()) as port:
+            await asyncio.to_thread(work, port)
+
+    asyncio.run(serve())
+
+
 def test_address_that_is_taken_is_told(environment: dict[str, str], workplace: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         relay = ProcessRelay(workplace, environment, "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
@@ -260,6 +317,26 @@ def test_systemd_is_told(environment: dict[str, str], workplace: Path, notified:
         while "STOPPING=1" not in heard:
             heard.append(notified.recv(4096).decode())
     assert [words for words in heard if "READY=1" in words] == ["READY=1\nSTATUS=leading, epoch 1"]
+
+
+def test_systemd_that_does_not_listen_stops_nothing(
+    environment: dict[str, str], database: str, stream: Stream, workplace: Path, notified: socket.socket
+) -> None:
+    """Fault: the queue of the supervisor's socket is full. Promise: all goes on, and what matters is said later."""
+    given = {"NOTIFY_SOCKET": str(workplace / "notify"), "WATCHDOG_USEC": "2000"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as strange:
+        strange.setblocking(False)
+        strange.connect(given["NOTIFY_SOCKET"])
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                strange.send(b"full")
+    with ProcessRelay(workplace, environment | given) as relay:
+        relay.wait_for("Slept")
+        add(database, f"{stream.prefix}.x")
+        wait_until_sent(database)
+        while b"READY=1" not in notified.recv(4096):
+            pass
+        assert relay.stop() == 0
 
 
 def test_health_follows_what_happens() -> None:

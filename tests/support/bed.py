@@ -179,7 +179,7 @@ class ThreadRelay:
         self._changed = threading.Condition()
         self._relay: Relay | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[bool] | None = None
         self._thread = threading.Thread(target=self._run, args=(settings, drain, locked), daemon=True)
         self._thread.start()
 

@@ -17,6 +17,7 @@ from outbox.jetstream.credentials import options
 from outbox.postgres.session import CONNECTION, _kept
 from outbox.sources import Loaded, WrongSettings, find, load
 from outbox.text import masked
+from tests.support.commands import outbox
 
 NOWHERE = Path("nowhere.toml")
 SEED = "SUACSSL3UAHUDXKFSNVUZRF5UHPMWZ6BFDTJ7M6USDXIEDNPPQYYYCU3VY"
@@ -230,11 +231,10 @@ def test_config_shows_every_setting_with_its_source(tmp_path: Path, monkeypatch:
 def test_wrong_settings_end_every_command_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outbox.toml").write_text("window = \n")
-    code, text = shown(OUTBOX_SHEMA="x")
-    assert code == 2
-    assert "Traceback" not in text
-    assert "OUTBOX_SHEMA" in text
-    assert "valid TOML" in text
+    done = outbox({"OUTBOX_SHEMA": "x"}, "config")
+    assert done.returncode == 2
+    assert "OUTBOX_SHEMA" in done.stderr
+    assert "valid TOML" in done.stderr
 
 
 @pytest.mark.parametrize("url", ["user:secret@nats:4222", "h0:4222,user:secret@h1", "secret@nats", "tls://u:secret@h"])
