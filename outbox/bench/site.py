@@ -29,7 +29,7 @@ from outbox.operate import migrate
 from outbox.postgres.session import stepping_session
 
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
-FAR_TXID = 1 << 40  # transaction ids that no server has come to
+FAR_TXID = 1 << 63  # transaction ids that no server ever comes to
 WAIT_SECONDS = 60.0
 # What anybody would set on a server of its own: the backlog stays in memory, and no checkpoint falls into a round.
 POSTGRES = {"shared_buffers": "1GB", "max_wal_size": "8GB"}

@@ -151,7 +151,7 @@ def _quiet(key: Key, trouble: Trouble, now: float) -> bool:
     return key[0] == "remark" and now - trouble.last >= MINUTE
 
 
-def _trouble(happening: Happening) -> Key | None:
+def _trouble(happening: Happening) -> Key | None:  # noqa: PLR0911 - a return for each kind
     """Of which trouble this is a sign, or None."""
     match happening:
         case telemetry.Unreachable(server=server):

@@ -209,11 +209,6 @@ SELECT (SELECT coalesce(range_agg(int8range(position, position, '[]')), int8mult
 
 # For a transaction: no time limits, which a role or a database may have; and the planner as the relay has it, for what
 # goes by the indexes, page by page and under the lock.
-UNHURRIED = """
-SELECT set_config(name, '0', true)
-  FROM unnest(ARRAY['statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout']) AS name
-"""
-
 BY_INDEX = """
 SELECT set_config(name, 'off', true)
   FROM unnest(ARRAY['enable_seqscan', 'enable_bitmapscan', 'enable_hashjoin', 'enable_mergejoin']) AS name

@@ -111,7 +111,6 @@ async def rebase(settings: Settings, *, read_back: bool = True, progress: Progre
     """
     name = settings.schema
     with command_session(settings.database_url) as connection:
-        connection.execute(queries.UNHURRIED)
         await _lock(connection, name)
         outbox_id = _outbox_id(connection, name)
         txids.move(settings.database_url, name, lambda done, total: progress("transaction ids", done, total))

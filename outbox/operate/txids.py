@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow
 from outbox.errors import Halt
 from outbox.operate import queries
 from outbox.postgres.queries import compose
-from outbox.postgres.session import command_session
+from outbox.postgres.session import step, stepping_session
 
 PAGE = 2000
 
@@ -27,8 +27,7 @@ def move(url: str, name: str, progress: Callable[[int, int], None]) -> int:
 
     Idempotent. No relay may lead meanwhile. Raises `Halt` where it cannot be told which events are whose.
     """
-    with command_session(url) as connection:
-        connection.autocommit = True
+    with stepping_session(url) as connection:
         moved = _separate(connection, name)
         ((total, after),) = _rows(connection, name, queries.TO_MOVE)
         last = after if total else None
@@ -51,7 +50,7 @@ def _separate(connection: psycopg.Connection[TupleRow], name: str) -> int:
         times = [time for group, row in zip(groups, rows, strict=False) for time in (group[0], row[2])]
         if [row[1] for row in rows] != [group[1] for group in groups] or times != sorted(times):
             raise _tangled(name, txid, [row[0] for row in rows])
-        with connection.transaction():
+        with step(connection):
             for (position, _, _), (began, _) in zip(rows, groups, strict=True):
                 _rows(connection, name, queries.MOVE_ONE, position=position, txid=txid, began=began)
         moved += len(rows)
@@ -60,8 +59,7 @@ def _separate(connection: psycopg.Connection[TupleRow], name: str) -> int:
 
 def _rows(connection: psycopg.Connection[TupleRow], name: str, query: LiteralString, **given: object) -> list[TupleRow]:
     """A statement in a transaction of its own, whose settings leave nothing behind: there may be a pooler."""
-    with connection.transaction():
-        connection.execute(queries.UNHURRIED)
+    with step(connection):
         connection.execute(queries.BY_INDEX)
         cursor = connection.execute(compose(query, name), given)
         return cursor.fetchall() if cursor.description else []

@@ -218,7 +218,7 @@ def test_relay_drains_and_status_tells(
     assert outbox(environment, "relay", "--drain").returncode == 0
     after = json.loads(outbox(environment, "status", "--json").stdout)
     assert (after["pending_transactions"], after["sent_transactions"], after["sent_events"]) == (0, 1, 3)
-    assert after["schema_version"] == 1
+    assert after["schema_version"] == 2
     (told,) = after["streams"]
     assert (told["name"], told["mode"], told["last_sequence"]) == (stream.name, "chained", 3)
     table = outbox(environment, "status").stdout

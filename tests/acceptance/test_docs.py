@@ -200,7 +200,7 @@ def test_sql_of_the_operators_guide(database: str) -> None:
     assert purge.purge(as_relay, "outbox", 3600) == 1
     assert rows(database, "SELECT position FROM outbox.transactions ORDER BY 1") == [(42,), (43,)]
     assert value(database, "SELECT count(*) FROM outbox.events") == 4
-    assert value(database, "SELECT purged FROM outbox.relay") == 44
+    assert value(database, "SELECT purged FROM outbox.housekeeping") == 44
 
 
 def test_reasons_and_columns_of_dead_letters(database: str) -> None:

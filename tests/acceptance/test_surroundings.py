@@ -401,7 +401,7 @@ def test_outage_is_told_at_its_beginning_and_at_its_end(
             assert stopped(relay) == 0
     about = [line for line in lines if f"{server} cannot" in line or f"connected to {server}" in line]
     assert len(about) == 2, lines
-    assert "cannot be reached" in about[0]
+    assert "cannot be used" in about[0]
     assert re.search(r"\(after [\d.]+ s\)$", about[1].strip())
     assert len(lines) <= 5
 

@@ -40,7 +40,7 @@ def test_outage_is_told_when_it_begins_each_minute_and_when_it_ends() -> None:
     said = log(*later(0, 130, AWAY), (130.0, BACK))
     assert [at for at, _ in said] == [0, 60, 120, 130]
     assert said[0][1] == str(AWAY)
-    assert said[1][1] == "postgres cannot be reached, next try in 1.0 s: as before (61 times in 60 s)"
+    assert said[1][1] == "postgres cannot be used, next try in 1.0 s: as before (61 times in 60 s)"
     assert said[-1][1] == "connected to postgres 18.1 (after 130.0 s)"
     assert sum(LONG in words for _, words in said) == 1
 
@@ -65,7 +65,7 @@ def test_server_that_lets_in_and_cannot_work_is_one_outage() -> None:
     words = [line for _, line in said]
     first_round = [str(each) for each in (BACK, LEADS, NO_MORE, AWAY)]
     assert words[:4] == first_round
-    assert sum("cannot be reached" in line for line in words) <= 4
+    assert sum("cannot be used" in line for line in words) <= 4
     assert len(words) <= 12
     end = [at for at, line in said if line.startswith("connected") and at > 100]
     assert end
