@@ -15,7 +15,7 @@ from psycopg.rows import TupleRow
 
 from outbox.core import requirements
 from outbox.postgres import queries
-from outbox.postgres.session import answered
+from outbox.postgres.session import answered, hang_up
 
 LOCK_TIMEOUT = "SET LOCAL lock_timeout = '200ms'"
 
@@ -68,6 +68,10 @@ class Housekeeping:
     def closed(self) -> bool:
         """True when the session is lost."""
         return self._connection.closed
+
+    def abandon(self) -> None:
+        """End the session at once: what is waited for fails. To cancel a statement would take a server that answers."""
+        hang_up(self._connection)
 
     async def old(self, after: int, seconds: float, most: int) -> Old:
         """What was sent more than so many seconds ago, beyond a position: at most so many transactions."""

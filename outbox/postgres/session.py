@@ -91,7 +91,7 @@ def answered(connection: psycopg.AsyncConnection[TupleRow]) -> Iterator[None]:
         if left > 0:
             look_in(left)
         else:
-            _hang_up(connection)
+            hang_up(connection)
 
     look_in(ANSWER_SECONDS)
     try:
@@ -111,7 +111,8 @@ def _silent_for(connection: psycopg.AsyncConnection[TupleRow]) -> float:
     return int.from_bytes(told[LAST_RECEIVED], sys.byteorder) / 1000
 
 
-def _hang_up(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+def hang_up(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+    """End the connection at once, without a word: whoever waits for it sees the session lost. Idempotent."""
     with (
         contextlib.suppress(OSError, psycopg.OperationalError),
         socket.socket(fileno=os.dup(connection.fileno())) as same,

@@ -20,6 +20,7 @@ from outbox.postgres.housekeeping import Findings, Housekeeping
 from outbox.postgres.session import open_session
 from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
+from outbox.sources import current
 from outbox.text import counted
 
 LOOK_SECONDS = 2.0  # less than idle_session_timeout
@@ -29,6 +30,8 @@ LOCKED_IN_A_ROW = 5  # then somebody has locked many
 AGAIN_SECONDS, LOCKED_SECONDS, SHARE = 0.5, 3.0, 0.05  # from the beginning: so often, and of the time at most
 FIRST_PAGE, LARGEST_PAGE, PAGE_EVENTS = 500, 5000, 20_000
 SLOW_SECONDS, QUICK_SECONDS = 0.2, 0.05  # a page that takes longer is halved, one that is quicker doubled
+TOLD_AFTER = 3  # failures in a row: with the server's end the term ends too, and says why
+END_SECONDS = 0.5
 APPLICATION = "outbox housekeeping"
 
 
@@ -44,6 +47,8 @@ class Housekeeper:
         self._found = Findings()
         self._noted: Findings | None = None
         self._task: asyncio.Task[None] | None = None
+        self._session: Housekeeping | None = None
+        self._ends = False
         self._halt: Halt | None = None
         self._purge = Purge(settings.retention * 3600, tell, self._clock)
 
@@ -66,28 +71,36 @@ class Housekeeper:
 
     async def close(self) -> None:
         """Stop it; idempotent."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        task, self._task, self._ends = self._task, None, True
+        if task is None:
+            return
+        if self._session is not None:
+            self._session.abandon()
+            await asyncio.wait([task], timeout=END_SECONDS)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._ends:
             try:
-                connection = await open_session(self._settings.database_url, APPLICATION)
+                url = current(self._settings, "database_").database_url
+                connection = await open_session(url, APPLICATION)
                 async with connection:
-                    await self._serve(Housekeeping(connection, self._settings.schema))
+                    self._session = Housekeeping(connection, self._settings.schema)
+                    await self._serve(self._session)
             except OutboxError as error:
-                await self._failed(error)
+                self._session = None
+                if not self._ends:
+                    await self._failed(error)
 
     async def _failed(self, error: OutboxError) -> None:
         self._backoff = self._backoff.failed()
-        delay = self._backoff.delay(random.random())
-        self._tell(HousekeepingFailed(why=error.line))
-        with contextlib.suppress(Weather):  # the leader meets the same, and says so
-            await self._store.housekeeping_fails(error.line)
+        if self._backoff.failures >= TOLD_AFTER:
+            self._tell(HousekeepingFailed(why=error.line))
+            with contextlib.suppress(Weather):  # the leader meets the same, and says so
+                await self._store.housekeeping_fails(error.line)
         self._noted = None
-        await asyncio.sleep(delay)
+        await asyncio.sleep(self._backoff.delay(random.random()))
 
     async def _serve(self, session: Housekeeping) -> None:
         looks = strays = counts = 0.0
