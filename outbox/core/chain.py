@@ -33,9 +33,10 @@ from outbox.core.outcome import (
 )
 from outbox.core.plan import Planned
 from outbox.core.positions import Range, merged
-from outbox.core.transaction import Receipt, Transaction, Verdict
+from outbox.core.transaction import DeadReason, Receipt, Transaction, Verdict
 
 CHAINED, SHARED = "chained", "shared"
+HANG_UPS, SILENT_HANG_UPS = 3, 5  # in a row that are no chance; more where nobody said why
 AHEAD = 1.5  # how far the plan reaches, in windows
 
 
@@ -66,6 +67,8 @@ class Chain:
     squeezed: bool = False  # the last refusal was of a pack: half of it may go out at once
     no_room: int = 0  # the position of a transaction that was refused alone just now, because the stream is full
     _too_many: int = 0  # messages of a batch: for the stream's room, for an offender in it, or between two foreign ones
+    _hang_ups: int = 0  # connections that ended while something was in flight, since all was well
+    _deaths_alone: int = 0  # those of them with the head alone
     _suspected: Verdict | None = None
     _held: list[Range] = field(default_factory=list)
     _held_of: tuple[int, int, int] | None = None
@@ -235,7 +238,7 @@ class Chain:
     def _may_pipeline(self) -> bool:
         """True if a batch may be sent behind the last one in flight; see `Packing.pipeline_behind`."""
         large = self.in_flight[-1].count >= self.packing.pipeline_behind
-        return large and not self.shared and not self._alone and len(self.in_flight) < self.window
+        return large and not self.wary and not self.shared and not self._alone and len(self.in_flight) < self.window
 
     def learn(self, outcome: Outcome) -> None:
         """Take in the outcome of the oldest batch in flight."""
@@ -251,6 +254,7 @@ class Chain:
                 self.unblock()
                 self.dirty = True
                 self._too_many = 0 if 2 * self._too_many > self.packing.max_messages else 2 * self._too_many
+                self._hang_ups = self._hang_ups if self._too_many else 0
                 if self.shared:
                     self.doubt("the stream has other writers: look before each batch")
             case Stored():
@@ -290,6 +294,31 @@ class Chain:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
         self.unanswered |= {each.position for batch in self.in_flight for each in batch.transactions}
         self.doubt(why)
+
+    @property
+    def wary(self) -> bool:
+        """True while something in the plan may make the server hang up: nothing else is to be in flight with it."""
+        return self._hang_ups >= HANG_UPS
+
+    def hung_up(self, why: str, *, certain: bool) -> None:
+        """The connection ended while batches were in flight; `certain` says that the server blames what it was sent.
+
+        After a few times in a row the pack is halved, until the offender is alone, and then for a few times more.
+        """
+        self._hang_ups += 1
+        batch = self.in_flight[0]
+        if self.wary and len(batch.transactions) > 1:
+            self._squeeze(batch)
+        elif self.wary and batch.transactions[0].position not in self._alone:
+            self._alone.add(batch.transactions[0].position)
+            self._deaths_alone = 0
+        elif self.wary:
+            self._deaths_alone += 1
+            if self._deaths_alone >= (HANG_UPS if certain else SILENT_HANG_UPS):
+                detail = f"{self._deaths_alone} connections ended when it was sent alone: {why}"
+                position = batch.transactions[0].position
+                self._suspected = Verdict(position=position, reason=DeadReason.ENDS_CONNECTIONS, detail=detail)
+        self.learn_nothing(why)
 
     def doubt(self, why: str) -> None:
         """Forget the window: what was in flight is planned again, in the same order, until the stream was read back.

@@ -30,6 +30,7 @@ class DeadReason(StrEnum):
     INVALID_TTL = "invalid-ttl"
     INVALID_EVENT = "invalid-event"
     WRONG_COUNT = "wrong-count"
+    ENDS_CONNECTIONS = "ends-connections"
     KILLS_RELAY = "kills-relay"
 
 

@@ -37,6 +37,7 @@ from outbox.core.requirements import of_nats
 from outbox.errors import Denied, Misconfigured, Weather
 from outbox.jetstream.connect import Servers, close, dial
 from outbox.jetstream.credentials import options
+from outbox.jetstream.denials import blames_what_was_sent
 from outbox.jetstream.stream import StreamInfo, seen, stream_info
 from outbox.jetstream.wire import UNSENT_BYTES, Wary
 
@@ -174,6 +175,13 @@ class JetStream:
         if not self._nc.is_closed:
             return self._deaf or None
         return self._nc.said or str(self._nc.last_error or "the connection was closed")
+
+    @property
+    def blames(self) -> bool | None:
+        """Whether the server ended the connection over what it was sent: None if it did not say why."""
+        if self._nc.said is None:
+            return None if self._nc.is_closed and not self._deaf else False
+        return blames_what_was_sent(self._nc.said)
 
     @property
     def version(self) -> tuple[int, int, int]:

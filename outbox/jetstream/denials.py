@@ -40,6 +40,15 @@ DENIALS = {
 }
 
 
+# What a server says when it ends a connection over what it was sent.
+OFFENCES = r"maximum payload|control line|parser error|protocol operation|invalid publish|invalid subject|header"
+
+
+def blames_what_was_sent(words: str) -> bool:
+    """True if a server's last words blame what it was sent: sent again, it ends the connection again."""
+    return re.search(OFFENCES, words.lower()) is not None
+
+
 def denial(where: str, error: Exception) -> Denied | None:
     """What came of connecting to NATS, if that is not the weather; `where` is the server's host and port."""
     if isinstance(error, ssl.SSLCertVerificationError):

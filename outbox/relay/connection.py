@@ -20,7 +20,8 @@ SOUND_SECONDS = 5.0
 class Connection:
     """`jetstream` is the connection, or None while there is none. `news` is called when something has changed.
 
-    `deaths` is how many in a row were lost before they were sound; `last_words` is why the last one was.
+    `deaths` is how many in a row were lost before they were sound; `blamed` tells of the last one what
+    `JetStream.blames` does.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Connection:
     ) -> None:
         self.jetstream: JetStream | None = None
         self.deaths = 0
-        self.last_words = ""
+        self.blamed: bool | None = False
         self._since = 0.0
         self._sound = False
         self._connect, self._tell, self._news = connect, tell, news
@@ -44,8 +45,9 @@ class Connection:
         if self.jetstream is None or (why := self.jetstream.lost) is None:
             return None
         if not self._sound and (sent or now - self._since < SOUND_SECONDS):
-            self.deaths, self.last_words = self.deaths + 1, why
+            self.deaths += 1
             self._connecting.fail(now)
+        self.blamed = self.jetstream.blames
         self._tell(Unreachable(server="nats", why=why, delay=max(0.0, self._connecting.due - now)))
         closing = asyncio.ensure_future(self.jetstream.close())
         closing.add_done_callback(self._closing.discard)

@@ -78,6 +78,7 @@ class Lane:
         # Until then a batch of a former leader, or of a former connection, may still arrive.
         self._frames_gone = asyncio.get_running_loop().time() + FRAME_SECONDS if row.plan else 0.0
         self._told = row.blocked
+        self.sent = 0.0  # the loop's time at which something went out last
 
     @property
     def flying(self) -> bool:
@@ -169,16 +170,22 @@ class Lane:
         if (plain or self._retry.failures >= BLOCKED_AFTER) and chain.blocked is None:
             chain.block(chain.in_doubt or "")
 
-    def lost(self, why: str, now: float, *, deaths: int) -> None:
-        """The connection is gone: what was in flight is in doubt, and suspected after a few such deaths in a row."""
+    def lost(self, why: str, now: float, *, blamed: bool | None) -> None:
+        """The connection is gone: what was in flight is in doubt. `blamed` as in `JetStream.blames`."""
+        chain = self.chain
         self._frames_gone = now + FRAME_SECONDS
-        if self.unanswered and deaths >= BLOCKED_AFTER:
-            self.chain.block(f"{why} (at least {BLOCKED_AFTER} times in a row, before anything was stored)")
         self._settling.cancel()
         self._give_up()
-        if self.chain.in_doubt is None:
-            self._tell(InDoubt(stream=self.chain.stream, why=why))
-        self.chain.learn_nothing(why)
+        if chain.in_doubt is None:
+            self._tell(InDoubt(stream=chain.stream, why=why))
+        if not chain.in_flight or blamed is False:
+            chain.learn_nothing(why)
+            return
+        chain.hung_up(why, certain=bool(blamed))
+        if chain.wary:
+            self._retry = self._retry.failed()
+            self._settling.postpone(now + self._retry.delay(random.random()))
+            chain.block(f"{why} (at least {BLOCKED_AFTER} times in a row, before anything was stored)")
 
     def settle(self, jetstream: JetStream | None, now: float) -> bool:
         """Read the stream back if the chain is in doubt; True when that told where it stands.
@@ -268,6 +275,8 @@ class Lane:
     def send(self, jetstream: JetStream, ids: Iterable[str]) -> bool:
         """Send what the committed plan allows; True if anything went out."""
         batches = self.chain.launch(ids)
+        if batches:
+            self.sent = asyncio.get_running_loop().time()
         for batch in batches:
             self._outcomes.append(jetstream.send(batch, self._outbox_id))
             count = len(batch.transactions)
@@ -380,10 +389,18 @@ class Lanes(dict[str, Lane]):
         """Those with something to write down."""
         return [lane for lane in self.values() if lane.chain.dirty]
 
-    def lost(self, why: str, now: float, *, deaths: int) -> None:
-        """The connection is gone; `deaths` in a row were, before anything was stored."""
+    def lost(self, why: str, now: float, *, blamed: bool | None) -> None:
+        """The connection is gone; `blamed` as in `JetStream.blames`."""
         for lane in self.values():
-            lane.lost(f"the connection to NATS was lost: {why}", now, deaths=deaths)
+            lane.lost(f"the connection to NATS was lost: {why}", now, blamed=blamed)
+
+    @property
+    def in_turn(self) -> Iterator[Lane]:
+        """Those that may send, who has waited longest first; where a server hangs up over something, one at a time."""
+        wary = any(chain.wary for chain in self.chains)
+        for lane in sorted(self.values(), key=lambda lane: lane.sent) if wary else list(self.values()):
+            if not wary or not any(other.flying for other in self.values() if other is not lane):
+                yield lane
 
     def suit(self, jetstream: JetStream) -> None:
         """Take in what the server accepts now: its limits change while the connection stands."""

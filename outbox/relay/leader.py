@@ -152,7 +152,7 @@ class Leader:
     def _reach_nats(self, now: float) -> None:
         if (why := self._connection.lost(now, sent=self._lanes.unanswered)) is not None:
             self._router.lost()
-            self._lanes.lost(why, now, deaths=self._connection.deaths)
+            self._lanes.lost(why, now, blamed=self._connection.blamed)
         self._connection.reach(now, sent=self._lanes.flying)
         if self._jetstream is not None:
             self._lanes.suit(self._jetstream)
@@ -171,7 +171,7 @@ class Leader:
         """Send what is planned and committed, as far as the windows have room; True if anything went out."""
         sent = False
         if self._jetstream is not None and not self._held_back and await self._secured():
-            for lane in self._lanes.values():
+            for lane in self._lanes.in_turn:
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids)

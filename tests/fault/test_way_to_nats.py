@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from outbox.config import Settings
-from outbox.core.telemetry import Blocked, Connected, Died, InDoubt, Marked, Settled, Unreachable
+from outbox.core.telemetry import Blocked, Connected, Died, InDoubt, LeadEnded, Marked, Settled, Unreachable
 from outbox.doctor.examine import examine
 from outbox.embedded import Nats
 from outbox.errors import Misconfigured
@@ -164,7 +164,7 @@ def log(server: Nats) -> str:
 def test_server_hangs_up_over_what_it_is_sent(database: str, workplace: Path, events: int, size: int) -> None:
     """Fault: the server hangs up over a transaction, each time that it is sent. Promise: blocked, for the true reason.
 
-    A few connections find that out, not hundreds.
+    A few connections find that out, not hundreds; then it is set aside.
     """
     config = "max_control_line: 200"
     with own_nats(workplace / "nats", config=config) as server, NatsProxy(server.port) as proxy:
@@ -177,10 +177,42 @@ def test_server_hangs_up_over_what_it_is_sent(database: str, workplace: Path, ev
             relay.wait_for(Blocked, lambda each: "maximum control line exceeded" in each.why)
             until(lambda: any("times in a row" in str(each.blocked) for each in status.status(database).streams))
             assert proxy.connections - before < 10
-            threading.Event().wait(1)
+            died = relay.wait_for(Died).verdict
+            assert (died.position, died.reason) == (2, "ends-connections")
+            assert "maximum control line exceeded" in died.detail
+            add(database, "s.x")
+            wait_until_sent(database)
             assert proxy.connections - before < 20
     delays = [each.delay for each in relay.happenings if isinstance(each, Unreachable)]
     assert 0 < max(delays) <= 3
+
+
+@pytest.mark.parametrize("words", [True, False], ids=["with a reason", "without a word"])
+def test_offender_over_which_connections_end_is_found_among_many(database: str, workplace: Path, words: bool) -> None:
+    """Fault: one of 60 transactions ends each connection that it is sent over. Promise: the others flow, in order,
+
+    and so does another stream, which uses the same connections.
+    """
+    config = "max_control_line: 200" if words else ""
+    with own_nats(workplace / "nats", config=config) as server, NatsProxy(server.port) as proxy:
+        proxy.poison = b"poison"
+        broker = Broker(f"nats://127.0.0.1:{server.port}")
+        broker.create_stream("S", "s.>")
+        broker.create_stream("OTHER", "other.>")
+        add(database, "s.x")
+        with ThreadRelay(Settings(database_url=database, nats_url=proxy.url), drain=True) as relay:
+            assert relay.ended() is None
+        bad = f"s.{'x' * 200}" if words else "s.poison"
+        for number in range(60):
+            add(database, bad if number == 20 else "s.x")
+            add(database, "other.x")
+        with ThreadRelay(Settings(database_url=database, nats_url=proxy.url)) as relay:
+            wait_until_sent(database, patience=60)
+        dead = rows(database, "SELECT position, split_part(dead_reason, ':', 1) FROM outbox.dead")
+        assert dead == [(42, "ends-connections")]
+        assert [each.position for each in broker.read("S")] == [1, *(n for n in range(2, 122, 2) if n != 42)]
+        assert [each.position for each in broker.read("OTHER")] == list(range(3, 122, 2))
+        assert not any(isinstance(each, LeadEnded) for each in relay.happenings[:-3])
 
 
 # --- addresses where nobody answers

@@ -59,6 +59,7 @@ class Proxy:
         self.target, self.port = target, free_port()
         self.up, self.down = Flow(), Flow()
         self.refusing = False
+        self.poison = b""  # what a client may not send: its connection is reset
         self.connections = 0
         self._changed = threading.Condition()
         self._pairs: list[_Pair] = []
@@ -129,10 +130,11 @@ class Proxy:
                     if flow.delay:
                         self._changed.wait_for(lambda: not flow.delay or self._closed, flow.delay)
                     self._changed.wait_for(lambda: not flow.stalled or self._closed)
-                    if flow.rate:
-                        self._changed.wait_for(lambda: not flow.rate or self._closed, len(data) / flow.rate)
                 if flow.swallowed:
                     continue
+                if flow is self.up and self.poison and self.poison in data:
+                    pair.reset()
+                    break
                 flow.bytes += len(data)
                 with pair.lock:
                     target.sendall(self.passed(pair, data) if flow is self.down else data)

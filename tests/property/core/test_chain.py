@@ -38,6 +38,7 @@ class Model:
     sizes: list[int]
     room: int = 1 << 30  # a batch of more messages is refused
     offenders: frozenset[int] = frozenset()  # a batch with one of them is refused
+    killers: frozenset[int] = frozenset()  # one with one of these ends the connection
     stream: list[tuple[int, int] | None] = field(default_factory=list)  # position and number; None is foreign
     epoch: int = 0
     base: int = 0
@@ -49,10 +50,13 @@ class Model:
     frames: deque[tuple[int, Batch]] = field(default_factory=deque)
     ids: count[int] = field(default_factory=count)
 
-    def deliver(self, index: int) -> tuple[int, Batch, Stored | Rejected]:
+    def deliver(self, index: int) -> tuple[int, Batch, Stored | Rejected | None]:
         self.frames.rotate(-index)
         leader, batch = self.frames.popleft()
         self.frames.rotate(index if index <= len(self.frames) else 0)
+        if self.killers & {t.position for t in batch.transactions}:
+            self.frames = deque(each for each in self.frames if each[0] != leader)
+            return leader, batch, None
         if batch.base != len(self.stream):
             return leader, batch, Rejected(code=10071, description="wrong last sequence")
         if self.offenders & {t.position for t in batch.transactions}:
@@ -171,6 +175,11 @@ class Play:
             return
         epoch, batch, outcome = self.model.deliver(0 if pick < 8 else pick % len(self.model.frames))
         leader = next(each for each in self.leaders if each.epoch == epoch)
+        if outcome is None:
+            if leader.pending and leader.chain.in_flight:
+                leader.chain.hung_up("the server hung up", certain=True)
+            leader.pending.clear()
+            return
         if ack and batch.id in leader.pending:
             leader.outcomes[batch.id] = outcome
 
@@ -184,7 +193,7 @@ class Play:
         """The weather clears: one last leader carries everything out."""
         self.elect(0)
         last = self.leaders[-1]
-        for _ in range(400):
+        for _ in range(800):
             self.work(last)
             while self.model.frames:
                 self.deliver(0, ack=True)
@@ -201,13 +210,14 @@ STEP = st.tuples(
 
 @settings(max_examples=400, deadline=None)
 # One foreign message in the place of a single-event batch would let the next batch in flight fit.
-@example([1, 1], [("elect", 2), ("work", 0), ("foreign", 0)], True, 12, set())
+@example([1, 1], [("elect", 2), ("work", 0), ("foreign", 0)], True, 12, set(), set())
 # A leader that was replaced finds its transaction behind a foreign message, where its successor has put it.
 @example(
     [1],
     [(each, 0) for each in ["work", "elect", "foreign", "work", "deliver", "deliver"]] + [("work", 1)],
     True,
     12,
+    set(),
     set(),
 )
 # Behind a dead letter those that follow move up, where an old batch with them would fit.
@@ -221,6 +231,7 @@ STEP = st.tuples(
     False,
     12,
     {2},
+    set(),
 )
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=25),
@@ -228,16 +239,22 @@ STEP = st.tuples(
     st.booleans(),
     st.integers(4, 12),
     st.sets(st.integers(1, 25), max_size=3),
+    st.sets(st.integers(1, 25), max_size=2),
 )
 def test_rival_leaders_keep_every_transaction_whole_once_and_in_order(
-    sizes: list[int], steps: list[tuple[str, int]], foreigners: bool, room: int, bad: set[int]
+    sizes: list[int], steps: list[tuple[str, int]], foreigners: bool, room: int, bad: set[int], killing: set[int]
 ) -> None:
-    """The stream has room for any one transaction and not for any pack, and refuses a pack with an offender in it."""
-    offenders = frozenset(each for each in bad if each <= len(sizes))
+    """The stream has room for any one transaction and not for any pack, and refuses a pack with an offender in it.
+
+    And the server hangs up over some.
+    """
+    killers = frozenset(each for each in killing if each <= len(sizes))
+    offenders = frozenset(each for each in bad if each <= len(sizes)) - killers
     # Alone in the stream anything may be pipelined; with foreigners only behind what they will not match by chance.
     behind = 1000 if foreigners else 0
     packings = [Packing(max_messages=10), Packing(max_messages=4), Packing(one_transaction=True)]
-    play = Play(Model(sizes, room, offenders), [replace(packing, pipeline_behind=behind) for packing in packings])
+    model = Model(sizes, room, offenders, killers)
+    play = Play(model, [replace(packing, pipeline_behind=behind) for packing in packings])
     for what, pick in steps:
         leader = play.leaders[-1 - pick % min(2, len(play.leaders))]  # the leader, or the one before, thawed
         match what:
@@ -258,8 +275,8 @@ def test_rival_leaders_keep_every_transaction_whole_once_and_in_order(
     play.finish()
     ours = [there for there in play.model.stream if there is not None]
     wanted = [(position, n) for position, size in enumerate(sizes, 1) for n in range(1, size + 1)]
-    assert ours == [(position, n) for position, n in wanted if position not in offenders]
-    assert sorted(play.model.dead) == sorted(offenders)
+    assert ours == [(position, n) for position, n in wanted if position not in offenders | killers]
+    assert sorted(play.model.dead) == sorted(offenders | killers)
     for position, (first, last) in play.model.marked.items():
         assert [there for there in play.model.stream[first - 1 : last] if there] == [
             (position, n) for n in range(1, sizes[position - 1] + 1)
