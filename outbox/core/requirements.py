@@ -134,5 +134,9 @@ def of_stream(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("its persist_mode is async, which excludes atomic batches", f"re-create stream {name} without it")
     if not config.get("allow_atomic"):
         yield Problem("it lacks allow_atomic", f"nats stream edit {name} --allow-batch")
+    if config.get("allow_msg_counter"):
+        yield Problem("it counts (allow_msg_counter), and takes nothing but increments", "publish to another stream")
+    if config.get("sealed"):
+        yield Problem("it is sealed, and takes nothing any more", "publish to another stream")
     if config.get("no_ack"):
         yield Problem("it has no_ack, so nothing is ever acknowledged", f"nats stream edit {name} --ack")

@@ -34,6 +34,7 @@ class DeadReason(StrEnum):
     KILLS_RELAY = "kills-relay"
 
 
+HEADER_WEIGHT = 4  # bytes in memory, about, for each byte of headers as text: they are objects there
 EVENT_OVERHEAD = 200  # bytes in memory and on the wire, about, besides subject, headers and payload
 OWN_HEADER_BYTES = 190  # of the relay's headers on each message, at least
 NO_LIMIT = 1 << 62
@@ -67,7 +68,7 @@ class Transaction:
         size = EVENT_OVERHEAD * len(events) + sum(map(len, payloads))
         if all(each is NO_HEADERS for each in headers):
             return cls(position, ids, subjects, payloads, (), len(events), size, replay_of, NO_ROLLUPS)
-        size += sum(len(str(each)) for each in headers)
+        size += HEADER_WEIGHT * sum(len(str(each)) for each in headers)
         rollups = frozenset(event.subject for event in events if isinstance(event.headers, dict) and event.is_rollup)
         return cls(position, ids, subjects, payloads, headers, len(events), size, replay_of, rollups)
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from psycopg import sql
 
+from outbox.core.transaction import HEADER_WEIGHT
 from outbox.schema import channel, checked_name
 
 
 def compose(text: str, schema: str) -> bytes:
     """The statement for one schema, ready for psycopg: its name and its channel are put in as identifiers."""
-    names = {"schema": sql.Identifier(checked_name(schema)), "channel": sql.Identifier(channel(schema))}
+    names = {
+        "schema": sql.Identifier(checked_name(schema)),
+        "channel": sql.Identifier(channel(schema)),
+        "weight": sql.Literal(HEADER_WEIGHT),
+    }
     return sql.SQL(text).format(**names).as_bytes()
 
 
@@ -22,12 +27,14 @@ def compose(text: str, schema: str) -> bytes:
 # can close in between and its successor overtake it. Whole transactions until `messages` or `bytes` are reached, the
 # first one always. LATERAL with LIMIT keeps both reads on transactions_pkey and events_pkey whatever the statistics
 # say. The LEFT JOIN shows a transaction that has no events; LIMIT event_count + 1 shows one that has too many. Sorted
-# by position from the inside out and with one window, so that only the few transactions of a page are sorted.
+# by position from the inside out and with one window, so that only the few transactions of a page are sorted. Headers
+# count more than their bytes: in memory they are objects.
 # `replays` is null unless the transaction is pending, and then the position that it sends again, or 0.
 PAGE = """
 SELECT position, event_count, replays, message_id, subject, headers, payload FROM (
-  SELECT p.position, p.event_count, p.replays, p.running, e.id, e.message_id::text, e.subject, e.headers::text,
-         e.payload, sum(octet_length(e.payload)) OVER (ORDER BY p.position) AS size
+  SELECT p.position, p.event_count, p.replays, p.running, e.id, e.message_id::text, e.subject, e.headers, e.payload,
+         sum(octet_length(e.payload) + {weight} * coalesce(octet_length(e.headers), 0)) OVER (ORDER BY p.position)
+           AS size
     FROM (
       SELECT u.*, sum(u.event_count) OVER (ORDER BY u.position) AS running FROM (
         SELECT t.* FROM (SELECT %(cursor)s::bigint + 1 AS low, 9223372036854775807 AS high
@@ -41,8 +48,8 @@ SELECT position, event_count, replays, message_id, subject, headers, payload FRO
         ORDER BY t.position LIMIT %(messages)s
       ) AS u
     ) AS p LEFT JOIN LATERAL (
-      SELECT * FROM {schema}.events WHERE txid = p.txid AND p.replays IS NOT NULL
-       ORDER BY txid, id LIMIT p.event_count + 1
+      SELECT id, message_id, subject, headers::text AS headers, payload FROM {schema}.events
+       WHERE txid = p.txid AND p.replays IS NOT NULL ORDER BY txid, id LIMIT p.event_count + 1
     ) AS e ON true
    WHERE p.running - p.event_count < %(messages)s
 ) AS s WHERE s.size IS NULL OR s.size <= %(bytes)s OR s.running = s.event_count
@@ -61,11 +68,12 @@ SELECT t.position, t.attempts
  ORDER BY t.position LIMIT 1
 """
 
-# What a plan is judged by: positions, counts, the message id of each transaction's last event; and bytes of payload.
+# What a plan is judged by: positions, counts, the message id of each transaction's last event; and bytes in memory.
 ENTRIES = """
 SELECT p.position, t.event_count, t.attempts,
        (SELECT message_id FROM {schema}.events WHERE txid = t.txid ORDER BY txid DESC, id DESC LIMIT 1),
-       (SELECT coalesce(sum(octet_length(payload)), 0) FROM {schema}.events WHERE txid = t.txid)
+       (SELECT coalesce(sum(octet_length(payload) + {weight} * coalesce(octet_length(headers::text), 0)), 0)
+          FROM {schema}.events WHERE txid = t.txid)
   FROM unnest(%(positions)s::bigint[]) AS p (position)
  CROSS JOIN LATERAL (
    SELECT * FROM {schema}.transactions

@@ -5,6 +5,8 @@ A change that makes one of them grow is a change of the mechanism; see docs/perf
 
 from __future__ import annotations
 
+import asyncio
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -116,3 +118,25 @@ def test_writers_of_the_benchmark_write_what_they_say(database: str) -> None:
     """The writer's script is one transaction of so many events."""
     rows(database, load.script("outbox", 3, 256))
     assert rows(database, "SELECT event_count FROM outbox.transactions") == [(3,)]
+
+
+def test_headers_count_for_the_memory_of_a_page(database: str) -> None:
+    """Events that are nearly all headers would fill the memory many times over what may be read ahead."""
+    headers = "SELECT jsonb_object_agg('h' || n, 'value') FROM generate_series(1, 1500) AS n"
+    for _ in range(30):
+        rows(database, f"SELECT outbox.add('a.b', '', ({headers}))")
+
+    async def read() -> tuple[int, int]:
+        async with await Store.connect(database) as store:
+            page = await store.page(0, [], messages=1000, size=1_000_000)
+            (planned,) = await store.entries([1])
+            loaded = await store.planned([1])
+            return len(page.transactions), planned.size - loaded.transactions[0].size
+
+    tracemalloc.start()
+    count, difference = asyncio.run(read())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 1 <= count < 15
+    assert peak < 4_000_000
+    assert abs(difference) < 20_000  # what a plan says of it is about what it takes once it is loaded

@@ -10,6 +10,8 @@ import pytest
 
 from outbox.config import Settings
 from outbox.core.telemetry import Blocked, Marked, StandingBy, TookLead, Unreachable
+from outbox.doctor.check import Colour
+from outbox.doctor.examine import examine
 from outbox.embedded import Nats
 from outbox.errors import Halt, Misconfigured
 from outbox.operate import migrate, rebase, status
@@ -63,6 +65,27 @@ def test_unsuitable_stream_is_refused(
     assert words in error.message
     assert broker.last_sequence("UNSUITABLE") == 0
     broker.api("STREAM.DELETE.UNSUITABLE")
+
+
+def test_stream_that_only_counts_is_refused(database: str, nats: Nats, broker: Broker) -> None:
+    broker.create_stream("COUNTER", "counter.>", allow_msg_counter=True, allow_direct=True)
+    rows(database, "SELECT outbox.add('counter.x', 'y')")
+    settings = Settings(database_url=database, nats_url=nats.url)
+    assert "counts" in refusal(settings).message
+    checks = asyncio.run(examine(settings))
+    assert any(each.colour is Colour.RED and "counts" in each.found for each in checks)
+    broker.api("STREAM.DELETE.COUNTER")
+
+
+def test_stream_that_is_sealed_later_is_named(database: str, nats: Nats, broker: Broker) -> None:
+    broker.create_stream("SEALED", "sealed.>")
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
+        rows(database, "SELECT outbox.add('sealed.x', 'y')")
+        relay.wait_for(Marked)
+        broker.api("STREAM.UPDATE.SEALED", {**broker.info("SEALED")["config"], "sealed": True})
+        rows(database, "SELECT outbox.add('sealed.x', 'y')")
+        relay.wait_for(Blocked, lambda each: "sealed" in each.why)
+    broker.api("STREAM.DELETE.SEALED")
 
 
 def test_stream_that_became_a_mirror_is_refused(database: str, nats: Nats, broker: Broker, stream: Stream) -> None:
