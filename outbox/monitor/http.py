@@ -36,6 +36,7 @@ class Health:
     def __init__(self) -> None:
         self._state = "starting"
         self._waits: str | None = None
+        self._held: dict[str, str] = {}
         self._lost: dict[str, str] = {"postgres": "not connected yet", "nats": "not connected yet"}
 
     def happened(self, happening: telemetry.Happening) -> None:
@@ -55,8 +56,26 @@ class Health:
             case telemetry.LeadEnded():
                 self._state = "starting"
                 self._lost["nats"] = "not connected yet"
+                self._held = {}
             case telemetry.Stopped():
                 self._state = "stopped"
+            case _:
+                self._hold(happening)
+
+    def _hold(self, happening: telemetry.Happening) -> None:
+        match happening:
+            case telemetry.Blocked(stream=stream, why=why):
+                self._held[stream or "outbox"] = why
+            case telemetry.Unblocked(stream=stream):
+                self._held.pop(stream or "outbox", None)
+            case telemetry.Paused(why=why):
+                self._held["paused"] = why
+            case telemetry.Resumed():
+                self._held.pop("paused", None)
+            case telemetry.Drifted(what=what):
+                self._held |= {"drift": what}
+                if not what:
+                    del self._held["drift"]
             case _:
                 pass
 
@@ -64,6 +83,11 @@ class Health:
     def state(self) -> str:
         """What the relay is: starting, standby, leader or stopped."""
         return self._state
+
+    @property
+    def held(self) -> dict[str, str]:
+        """What holds transactions back though the relay is ready: by stream, or all as "outbox", "paused", "drift"."""
+        return dict(self._held)
 
     @property
     def problem(self) -> str | None:
@@ -105,7 +129,8 @@ def serving(listen: str, registry: CollectorRegistry, health: Health) -> Iterato
 
     def readyz(_: str) -> Answer:
         state, problem = health.state, health.problem
-        return _json(503 if problem else 200, {"ready": problem is None, "state": state, "problem": problem})
+        found = {"ready": problem is None, "state": state, "problem": problem, "held": health.held}
+        return _json(503 if problem else 200, found)
 
     def metrics(accept: str) -> Answer:
         try:

@@ -23,13 +23,13 @@ def purge(url: str, name: str, seconds: float) -> int:
     page, more = PAGE, True
     with stepping_session(url) as connection:
         while more:
-            given: dict[str, Any] = {"after": after, "seconds": seconds, "most": page, "place": None}
+            given: dict[str, Any] = {"after": after, "seconds": seconds, "most": page}
             try:
                 with step(connection, PATIENT):
                     rows = connection.execute(queries.compose(queries.OLD, name), given).fetchall()
                     old = told(rows, after, page)
                     given["positions"] = old.positions
-                    ((gone, _, _),) = connection.execute(queries.compose(queries.PURGE, name), given).fetchall()
+                    ((gone, _, _),) = connection.execute(queries.compose(queries.PURGE_BY_HAND, name), given).fetchall()
             except Locked:
                 if page == 1:
                     raise

@@ -18,6 +18,14 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
          AS oldest_pending_seconds,
        (SELECT min(position) FROM {schema}.pending) AS oldest_pending_position,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_transactions,
+       (SELECT coalesce(string_agg(concat_ws(' ', 'pid', b.pid, '(' || concat_ws(', ', b.usename,
+               nullif(b.application_name, '')) || ')'), ' and '), 'somebody')
+          FROM pg_locks AS l CROSS JOIN LATERAL unnest(pg_blocking_pids(l.pid)) AS blocking (pid)
+          LEFT JOIN pg_stat_activity AS b ON b.pid = blocking.pid
+         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = %(lock)s::bigint::oid
+           AND l.objid = %(key)s::bigint::oid
+           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        HAVING count(*) > 0) AS locked_out_by,
        h.stray_events, h.drift, h.failing AS housekeeping_failing, h.failing_since AS housekeeping_failing_since,
        clock_timestamp() AS observed_at, current_setting('default_transaction_read_only')::boolean AS frozen
   FROM {schema}.relay AS r CROSS JOIN {schema}.housekeeping AS h
@@ -372,6 +380,9 @@ ONE_MIGRATION_AT_A_TIME = "SELECT pg_advisory_xact_lock(%(lock)s, %(key)s)"
 
 # The comment on the table events, which has the version; null where there is no such table.
 INSTALLED = "SELECT obj_description(to_regclass(%(events)s), 'pg_class')"
+
+# The same, and whether there is that table.
+TOLD_VERSION = "SELECT to_regclass(%(events)s) IS NOT NULL, obj_description(to_regclass(%(events)s), 'pg_class')"
 
 # Whether there is this table. If `outbox migrate` made the schema, its version table is there.
 THERE = "SELECT to_regclass(%(table)s) IS NOT NULL"

@@ -96,9 +96,12 @@ def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
 def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
     """The same, within a transaction that only reads."""
     keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
+    ((there, comment),) = connection.execute(compose(queries.TOLD_VERSION, name), {"events": f"{name}.events"})
+    if there:  # of another version not all may be
+        schema.check_version(comment, name)
     row = connection.cursor(row_factory=dict_row).execute(compose(queries.STATUS, name), keys).fetchone()
     assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-    comment, led, frozen = row.pop("comment"), row.pop("led"), row.pop("frozen")
+    comment, led, frozen, holder = (row.pop(name) for name in ("comment", "led", "frozen", "locked_out_by"))
     schema.check_version(comment, name)
     counters = connection.execute(compose(COUNTERS, name)).fetchall()
     streams = connection.cursor(row_factory=class_row(StreamStatus)).execute(compose(queries.STATUS_STREAMS, name))
@@ -106,6 +109,9 @@ def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
     found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
     if frozen:  # no relay can write down that this is in its way
         found["blocked"] = str(Weather(READ_ONLY, remedy=UNWRITABLE))
+    if holder:  # just now; it may hold the very row in which this would be written
+        remedy = "end its transaction: pg_terminate_backend"
+        found["blocked"] = str(Weather(f"the relay waits for a lock that {holder} holds", remedy=remedy))
     return Status(
         schema=name,
         schema_version=schema.version_of(comment),

@@ -189,6 +189,11 @@ UPDATE {schema}.relay SET leader = NULL, leader_since = NULL, deaths = 0, suspec
  WHERE epoch = %(epoch)s
 """
 
+# Something holds everything back, and so the next COMMIT, which would say so.
+BLOCKS = """
+UPDATE {schema}.relay SET blocked = %(why)s, blocked_since = coalesce(blocked_since, now()) WHERE epoch = %(epoch)s
+"""
+
 SUSPECT = "UPDATE {schema}.relay SET suspect = %(position)s WHERE epoch = %(epoch)s"
 
 ARRIVED = "UPDATE {schema}.relay SET timeline = %(timeline)s WHERE epoch = %(epoch)s"
@@ -340,6 +345,11 @@ SELECT (SELECT count(*) FROM gone), (SELECT ctid::text FROM told),
        1 / ((SELECT count(*) FROM events) <= (SELECT coalesce(sum(event_count), 0) FROM going)
             AND EXISTS (SELECT FROM told))::int
 """
+
+# The same by hand: somebody else may purge at the same time, and what either tells must stay.
+PURGE_BY_HAND = PURGE.replace(
+    "ctid = coalesce(%(place)s::text::tid, (SELECT h.ctid FROM {schema}.housekeeping AS h))", "singleton"
+)
 
 # What housekeeping has found, for the status.
 NOTE = """

@@ -34,7 +34,7 @@ SESSION = {
     "idle_session_timeout": "5s",
     "idle_in_transaction_session_timeout": "5s",
     "statement_timeout": "15s",  # but for what fetches events: that takes as long as bytes flow
-    "lock_timeout": "15s",
+    "lock_timeout": "1s",  # a lock that somebody holds is waited for a moment at a time, and told
     "tcp_user_timeout": "10s",
     "client_min_messages": "warning",
 }

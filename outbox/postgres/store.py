@@ -52,7 +52,7 @@ class Store:
         self._warnings: list[str] = []
         self._listening = False
         self._places: dict[str, str | None] = {}  # of the row of `relay`, as "", and of those of `streams`
-        self._unhurried = False
+        self._slow = self._unhurried = False
         self.polls_only = False
         self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
@@ -305,6 +305,10 @@ class Store:
         """Every stream was settled after a promotion or a restore: the database is at home in this timeline."""
         await self._all(queries.ARRIVED, epoch=epoch, timeline=home.timeline)
 
+    async def blocks(self, epoch: int, why: str) -> None:
+        """Note for the status what holds everything back, where nothing else can be written."""
+        await self._all(queries.BLOCKS, epoch=epoch, why=why)
+
     async def housekeeping_fails(self, why: str) -> None:
         """Note for the status that housekeeping has no session of its own, and why."""
         await self._all(queries.FAILS, why=why)
@@ -364,7 +368,13 @@ class Store:
         return await self._rows(self._text(query), parameters)
 
     async def _fetched(self, query: str, **parameters: Any) -> list[TupleRow]:
-        """Events, whose number of bytes nobody knows beforehand: for as long as bytes flow."""
+        """Events, whose number of bytes nobody knows beforehand: for as long as bytes flow, if there is need."""
+        try:
+            return await self._rows(self._text(query), parameters, unhurried=self._slow)
+        except Weather as error:
+            if self._slow or not isinstance(error.__cause__, psycopg.errors.QueryCanceled):
+                raise
+        self._slow = True  # or more bytes than the link carries within statement_timeout
         return await self._rows(self._text(query), parameters, unhurried=True)
 
     def _text(self, query: str) -> bytes:

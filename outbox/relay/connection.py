@@ -15,6 +15,7 @@ from outbox.jetstream.client import JetStream
 from outbox.relay.background import Errand
 
 SOUND_SECONDS = 5.0
+AWAY_SECONDS = 2.0
 
 
 class Connection:
@@ -33,6 +34,7 @@ class Connection:
     ) -> None:
         self.jetstream: JetStream | None = None
         self.deaths = 0
+        self._failing: tuple[str, float] | None = None  # why there is no connection, and since when
         self.blamed: bool | None = False
         self._since = 0.0
         self._sound = False
@@ -48,6 +50,7 @@ class Connection:
             self.deaths += 1
             self._connecting.fail(now)
         self.blamed = self.jetstream.blames
+        self._failing = self._failing or (why, now)
         self._tell(Unreachable(server="nats", why=why, delay=max(0.0, self._connecting.due - now)))
         closing = asyncio.ensure_future(self.jetstream.close())
         closing.add_done_callback(self._closing.discard)
@@ -73,15 +76,24 @@ class Connection:
         self._connecting.start(lambda: self._connect(self._news), now)
         came = self._connecting.taken(now)
         if isinstance(came, Weather):
+            self._failing = self._failing or (came.line, now)
             self._tell(Unreachable(server="nats", why=came.line, delay=self._connecting.due - now))
         elif came is not None:
-            self.jetstream, self._since, self._sound = came, now, False
+            self.jetstream, self._since, self._sound, self._failing = came, now, False, None
             self._tell(Connected(server="nats", version=".".join(map(str, came.version))))
 
-    def dues(self) -> Iterator[float]:
-        """The loop's time of the next try."""
+    def problem(self, now: float) -> str | None:
+        """Why there has been no connection for a while, in words that stay the same; for the status."""
+        if self._failing is None or now - self._failing[1] < AWAY_SECONDS:
+            return None
+        return f"no connection to NATS: {self._failing[0]}"
+
+    def dues(self, now: float) -> Iterator[float]:
+        """The loop's times of the next try, and of the word that there is no connection."""
         if not self._connecting.running:
             yield self._connecting.due
+        if self._failing is not None and (told := self._failing[1] + AWAY_SECONDS) > now:
+            yield told
 
     async def close(self) -> None:
         """Close what is open and what is being opened; idempotent, blocks for at most two seconds."""

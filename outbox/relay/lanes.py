@@ -27,8 +27,9 @@ from outbox.postgres.store import Store
 from outbox.relay import recovery
 from outbox.relay.background import Backoff, Errand
 from outbox.relay.caution import Caution
+from outbox.text import counted
 
-FRAME_SECONDS = 3.0
+FRAME_SECONDS = SLOW_SECONDS = 3.0
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status
 
 
@@ -283,6 +284,12 @@ class Lane:
             self._tell(BatchSent(stream=batch.stream, base=batch.base, transactions=count, messages=batch.count))
         return bool(batches)
 
+    def watch(self, now: float) -> None:
+        """Say what has been on its way for long: a slow link, or a server that takes its time."""
+        if self._outcomes and self.chain.blocked is None and now - self._outcomes[0].begun >= SLOW_SECONDS:
+            sent = counted(self.chain.in_flight[0].count, "message")
+            self.chain.block(f"{sent} on the way for {SLOW_SECONDS:.0f} s and more, without an ack")
+
     def report(self) -> None:
         """Say it when something has begun, or ceased, to hold this stream back."""
         if self.chain.blocked != self._told:
@@ -294,6 +301,8 @@ class Lane:
         """The loop's times at which this lane wants to be looked at."""
         if self._outcomes:
             yield self._outcomes[0].since + self._settings.ack_timeout
+            if self.chain.blocked is None:
+                yield self._outcomes[0].begun + SLOW_SECONDS
         if self.chain.in_doubt and not self._settling.running:
             yield self._looks
 

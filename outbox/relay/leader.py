@@ -17,7 +17,7 @@ from outbox.core.batch import COUNT, POSITION, SIZE
 from outbox.core.positions import Range, below, coarse
 from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
 from outbox.core.transaction import Receipt, Transaction, Verdict
-from outbox.errors import Halt, Misconfigured
+from outbox.errors import Halt, Locked, Misconfigured
 from outbox.jetstream.client import JetStream
 from outbox.postgres.rows import Decisions, Lead
 from outbox.postgres.store import Store
@@ -30,6 +30,7 @@ from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
 
 OPEN_RANGES = 20
+LOCK_SECONDS = 0.2  # between two tries; each waits for lock_timeout
 REPLICA_SECONDS, REPLICA_POLL_SECONDS = 1.0, 0.01  # until it is said that they are waited for, and between two looks
 NOT_REPLICATED = "no standby that could take over, or not every one, has what is planned (--durability replicas)"
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
@@ -69,6 +70,7 @@ class Leader:
         self._told: str | None = None
         self._unsecured: tuple[str, float] | None = None  # what the standbys must have first, and since when
         self._insecure: str | None = None
+        self._lock: str | None = None  # that somebody else holds, and that is waited for
         self._began = self._clock()
         self._pulse = Pulse(store, lead, tell=tell)
         self._arrived = False
@@ -83,7 +85,7 @@ class Leader:
     @property
     def _blocked(self) -> str | None:
         """What holds the head of the outbox back, for the status."""
-        return self._insecure or self._router.blocked
+        return self._lock or self._insecure or self._connection.problem(self._clock()) or self._router.blocked
 
     @property
     def _jetstream(self) -> JetStream | None:
@@ -108,7 +110,7 @@ class Leader:
             for row in await self._store.streams():
                 await self._lanes.restore(row, self._store)
             while not self._stop.is_set():
-                if await self.run_once() or self._news.is_set():
+                if await self._round() or self._news.is_set():
                     self._news.clear()
                 elif self._quiet and (self._caution.over or (self._drain and await self._drained())):
                     break
@@ -125,6 +127,24 @@ class Leader:
         finally:
             await self._close()
 
+    async def _round(self) -> bool:
+        """`run_once`, unless somebody holds a lock that it needs: that is waited for, and the lead is kept."""
+        try:
+            moved = await self.run_once()
+        except Locked as error:
+            await self._locked_out(error)
+            return False
+        self._lock = None
+        return moved
+
+    async def _locked_out(self, error: Locked) -> None:
+        if self._lock is None:
+            self._lock = f"somebody holds a lock that the relay needs: {error.line}"
+            with contextlib.suppress(Locked):  # then status finds that out by itself
+                await self._store.blocks(self._lead.epoch, self._lock)
+        self._report([])
+        await asyncio.sleep(LOCK_SECONDS)
+
     async def _drained(self) -> bool:
         return self._reader.dry or bool(self._pulse.paused and not await self._store.pending())
 
@@ -135,6 +155,7 @@ class Leader:
         moved = self._learn(now)
         for lane in self._lanes.values():
             moved |= lane.settle(self._jetstream, now)
+            lane.watch(now)
         moved |= await self._send()
         await self._arrive()
         await self._lanes.load(self._store, self._caution, busy=self._caution.active and self._busy)
@@ -366,7 +387,7 @@ class Leader:
         if self._next_page() is not None:
             yield self._reader.due
         if self._jetstream is None:
-            yield from self._connection.dues()
+            yield from self._connection.dues(self._clock())
             return
         if (due := self._router.due(self._clock())) is not None:
             yield due

@@ -108,7 +108,8 @@ class Reader:
         """
         if self._reading is None or not self._reading.done():
             return None
-        page, self._reading = self._reading.result(), None
+        reading, self._reading = self._reading, None
+        page = reading.result()
         self._positions.read(page.positions, page.positions[-1] if page.positions else None)
         stale, self._stale = self._stale, False
         if not page.positions and stale:

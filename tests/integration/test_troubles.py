@@ -283,6 +283,7 @@ def test_row_security_restored_database_and_small_batches(settings: Settings) ->
     rows(url, "ALTER TABLE outbox.transactions ENABLE ROW LEVEL SECURITY")
     as_hidden = settings.model_copy(update={"database_url": psycopg.conninfo.make_conninfo(url, user="hidden")})
     named(as_hidden, "it may hide rows of transactions from role hidden", "DISABLE ROW LEVEL SECURITY")
+    rows(url, "ALTER TABLE outbox.transactions DISABLE ROW LEVEL SECURITY")
     rows(url, "UPDATE outbox.relay SET system_identifier = 1, database_oid = 1, timeline = 1")
     named(as_hidden, "it was restored, copied or moved", "outbox rebase")
     small = as_hidden.model_copy(update={"max_batch_messages": 10})
