@@ -190,10 +190,14 @@ def _unsuited(config: dict[str, Any]) -> Iterator[Check]:
     name = config["name"]
     for problem in of_stream(config):
         yield CHECKS.red(name, problem.what, problem.remedy)
-    if config.get("sealed"):
-        yield CHECKS.red(name, "it is sealed", "use another stream")
     if config.get("sources"):
         yield CHECKS.yellow(name, "it has sources: they write to it too", "give the relay a stream of its own")
+    if config.get("republish"):
+        yield CHECKS.yellow(
+            name,
+            "it republishes messages with all headers: a stream that captures them refuses them, in silence",
+            "let it republish to subjects that no stream has; or source this stream instead",
+        )
     if config.get("subject_transform"):
         yield CHECKS.yellow(
             name, "it changes subjects (subject_transform)", "transform in a stream that sources this one"
