@@ -250,6 +250,45 @@ MUTATIONS = [
         "pass",
         "test_dead_letters.py::test_retry_without_a_relay_is_taken_up_by_the_next_one",
     ),
+    # What is not whole is set aside, locks of strangers are waited for, housekeeping passes by what is locked.
+    Mutation(
+        "postgres/rows.py",
+        "if found != count:",
+        "if found < 0:",
+        "test_data.py::test_transaction_with_a_wrong_count_is_set_aside[an event is gone]",
+    ),
+    Mutation(
+        "relay/leader.py",
+        "except Locked as error:\n            await self._locked_out(error)",
+        "except ZeroDivisionError as error:\n            await self._locked_out(Locked(str(error)))",
+        "test_told.py::test_the_reason_is_named_within_seconds[somebody locks what is to be marked]",
+    ),
+    Mutation(
+        "relay/housekeeping.py",
+        "if len(positions) > 1:\n                return None",
+        "if True:\n                return None",
+        "test_housekeeping.py::test_what_strangers_lock_stops_nothing_but_its_own_purge[an event]",
+    ),
+    Mutation(
+        "postgres/queries.py",
+        "(SELECT count(*) FROM events) <= (SELECT coalesce(sum(event_count), 0) FROM going)\n            AND EXISTS",
+        "EXISTS",
+        "test_housekeeping.py::test_a_purge_never_takes_events_of_another_transaction",
+    ),
+    # What ends connections is found and set aside.
+    Mutation(
+        "core/chain.py",
+        "self._hang_ups += 1",
+        "pass",
+        "test_way_to_nats.py::test_offender_over_which_connections_end_is_found_among_many[without a word]",
+    ),
+    # Only who could take over is a standby.
+    Mutation(
+        "postgres/queries.py",
+        "AND r.replay_lsn IS NOT NULL",
+        "",
+        "test_standby.py::test_who_only_receives_is_no_standby",
+    ),
 ]
 
 

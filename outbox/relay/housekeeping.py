@@ -28,8 +28,8 @@ STRAY_SECONDS, COUNTER_SECONDS = 60.0, 3.0
 PURGE_SECONDS = 10.0
 LOCKED_IN_A_ROW = 5  # then somebody has locked many
 AGAIN_SECONDS, LOCKED_SECONDS, SHARE = 0.5, 3.0, 0.05  # from the beginning: so often, and of the time at most
-FIRST_PAGE, LARGEST_PAGE, PAGE_EVENTS = 500, 5000, 20_000
-SLOW_SECONDS, QUICK_SECONDS = 0.2, 0.05  # a page that takes longer is halved, one that is quicker doubled
+FIRST_PAGE, LARGEST_PAGE, PAGE_EVENTS = 1000, 8000, 20_000
+SLOW_SECONDS, QUICK_SECONDS = 0.5, 0.15  # a page that takes longer is halved, one that is quicker doubled
 TOLD_AFTER = 3  # failures in a row: with the server's end the term ends too, and says why
 END_SECONDS = 0.5
 APPLICATION = "outbox housekeeping"
@@ -191,7 +191,7 @@ class Purge:
             return 0  # again at once, with a smaller page
         self._after = going[-1] if cut else old.after
         if self._in_a_row < LOCKED_IN_A_ROW and (cut or old.more):
-            self.due = self._clock() + (self._clock() - now) / 4
+            self.due = self._clock() + (self._clock() - now) / 8
         else:
             self._end(self._clock())
         return gone
