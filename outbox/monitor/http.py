@@ -93,7 +93,8 @@ class Health:
     def problem(self) -> str | None:
         """Why it is not ready, or None."""
         if self._state not in ("standby", "leader"):
-            return self._lost.get("postgres") or f"the relay is {self._state}"
+            why = self._lost.get("postgres")
+            return f"postgres: {why}" if why else f"the relay is {self._state}"
         if self._waits is not None and "postgres" not in self._lost:
             return self._waits
         needed = ("postgres", "nats") if self._state == "leader" else ("postgres",)

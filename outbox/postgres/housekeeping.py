@@ -100,7 +100,8 @@ class Housekeeping:
     async def note(self, found: Findings) -> None:
         """Write down what was found."""
         given = {"strays": found.stray_events, "drift": found.drift, "failing": found.failing}
-        self._place = (await self._all(queries.NOTE, **given))[0][0]
+        noted = await self._all(queries.NOTE, **given)
+        self._place = noted[0][0] if noted else None  # without its row the doctor tells
 
     async def _all(self, query: str, **parameters: Any) -> list[TupleRow]:
         with answered(self._connection):

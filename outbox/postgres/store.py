@@ -36,6 +36,7 @@ from outbox.postgres.rows import (
 )
 from outbox.postgres.session import SESSION, answered, open_session
 
+MOVES = 50
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 
 
@@ -286,6 +287,9 @@ class Store:
     async def ping(self, epoch: int) -> Wishes:
         """Keep the session alive; what operators want. Raises `Deposed` if another relay leads, or a newer one must."""
         rows = await self._at_its_place(queries.PING, lambda: {"place": self._places.get("")}, bool)
+        if not rows:
+            words = f"the table {self._schema}.relay is empty"
+            raise Misconfigured(words, remedy="restore its row from a backup; outbox doctor tells more")
         current, suits_from, paused, lows, highs = rows[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
@@ -353,11 +357,20 @@ class Store:
         found: Callable[[list[TupleRow]], bool],
         **parameters: Any,
     ) -> list[TupleRow]:
-        """The rows of a statement that knows rows by their place; once more if one of them has moved."""
-        rows = await self._all(query, **places(), **parameters) if self._places else []
-        if not rows or not found(rows):
-            self._places = dict(await self._all(queries.PLACES))
-            rows = await self._all(query, **places(), **parameters)
+        """The rows of a statement that knows rows by their place; again for as long as one of them has moved.
+
+        Others may move them at any time: who pauses, retries, or takes the lead. What is not `found` though nothing has
+        moved is as the statement says.
+        """
+        rows: list[TupleRow] = []
+        for _ in range(MOVES):
+            if self._places:
+                rows = await self._all(query, **places(), **parameters)
+                if found(rows):
+                    break
+            before, self._places = self._places, dict(await self._all(queries.PLACES))
+            if before == self._places:
+                break
         return rows
 
     async def _lock(self, query: str, purpose: int) -> bool:

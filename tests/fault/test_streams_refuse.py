@@ -70,7 +70,7 @@ def test_one_of_two_streams_is_sealed(database: str, broker: Broker, stream: Str
     for number in range(4):
         add(database, f"sealed.{number}", 2)
     relay.wait_for(Blocked, lambda each: each.stream == "SEALED")
-    until(lambda: "10109" in blocked(database, "SEALED"))
+    until(lambda: "it is sealed" in blocked(database, "SEALED"))
     more_sent(database)
     writers.stop()
     until(lambda: value(database, "SELECT count(*) FROM outbox.pending") == 4)

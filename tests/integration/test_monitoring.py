@@ -96,7 +96,7 @@ def test_leader_and_standby_are_ready_and_count(
 ) -> None:
     add(database, f"{stream.prefix}.x", 3)
     with Scraped(workplace, environment) as leader:
-        until(lambda: leader.ready() == (200, {"ready": True, "state": "leader", "problem": None}))
+        until(lambda: leader.ready() == (200, {"ready": True, "state": "leader", "problem": None, "held": {}}))
         wait_until_sent(database)
         with Scraped(workplace, environment) as standby:
             until(lambda: standby.ready()[1].get("state") == "standby")

@@ -78,14 +78,14 @@ def test_stream_that_only_counts_is_refused(database: str, nats: Nats, broker: B
 
 
 def test_stream_that_is_sealed_later_is_named(database: str, nats: Nats, broker: Broker) -> None:
-    broker.create_stream("SEALED", "sealed.>")
+    broker.create_stream("SEALS", "seals.>")
     with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
-        rows(database, "SELECT outbox.add('sealed.x', 'y')")
+        rows(database, "SELECT outbox.add('seals.x', 'y')")
         relay.wait_for(Marked)
-        broker.api("STREAM.UPDATE.SEALED", {**broker.info("SEALED")["config"], "sealed": True})
-        rows(database, "SELECT outbox.add('sealed.x', 'y')")
+        broker.api("STREAM.UPDATE.SEALS", {**broker.info("SEALS")["config"], "sealed": True})
+        rows(database, "SELECT outbox.add('seals.x', 'y')")
         relay.wait_for(Blocked, lambda each: "sealed" in each.why)
-    broker.api("STREAM.DELETE.SEALED")
+    broker.api("STREAM.DELETE.SEALS")
 
 
 def test_stream_that_became_a_mirror_is_refused(database: str, nats: Nats, broker: Broker, stream: Stream) -> None:
