@@ -67,8 +67,13 @@ class Routes:
         names = set(map(self._streams.get, transaction.subjects))
         return names.pop() if len(names) == 1 else None
 
-    async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
-        """Ask JetStream for the streams of these subjects; None where it says that there is none."""
+    async def ask(
+        self, jetstream: JetStream, subjects: Collection[str], known: Collection[str]
+    ) -> dict[str, str | None]:
+        """Ask JetStream for the streams of these subjects; None where it says that there is none.
+
+        Raises `Unusable` for a stream that does not suit, unless it is `known`: that has a lane, which waits by itself.
+        """
         answers: dict[str, str | None] = {}
         if self._doubted:
             await jetstream.learn_limits()
@@ -85,7 +90,7 @@ class Routes:
                     raise Weather(f"stream {name} has just gone")
                 end = info.last_sequence
                 self._tails[name] = (await jetstream.read(name, [end]))[end] if end else None
-                self._infos[name] = info.check()
+                self._infos[name] = info if name in known else info.check()
             if name is not None:
                 self._remember(subject, name)
         return answers
@@ -163,7 +168,7 @@ class Router:
             if (offence := self._spoiled.get(head.position) or invalid(head)) is None:
                 streams = self._routes.streams(head)
                 if None in streams.values():
-                    self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], now)
+                    self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], lanes, now)
                     return
                 name = streams[head.subjects[0]] or ""
                 if name not in lanes:
@@ -207,8 +212,8 @@ class Router:
         lane = lanes.get(self._routes.only_stream(head) or "")
         return lane if lane is not None and fits(head, lane.limits) else None
 
-    def _ask(self, jetstream: JetStream, subjects: list[str], now: float) -> None:
-        self._asking.start(lambda: self._routes.ask(jetstream, subjects), now)
+    def _ask(self, jetstream: JetStream, subjects: list[str], lanes: Collection[str], now: float) -> None:
+        self._asking.start(lambda: self._routes.ask(jetstream, subjects, lanes), now)
 
     def _next_head(self, passed: int = 1) -> None:
         for _ in range(passed):

@@ -24,7 +24,7 @@ from outbox.errors import OutboxError
 from outbox.operate import pause, status
 from tests.support.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
 from tests.support.proxy import NatsProxy, Proxy
-from tests.support.servers import clone, own_nats, templated
+from tests.support.servers import clone, numbers, own_nats, templated
 
 SECONDS = 8.0  # five are promised; a busy machine gets some more
 CONFIG = """
@@ -199,13 +199,13 @@ ENDS_THE_TEST = ("the stream is gone", "the server hangs up", "forbidden")
 
 @pytest.fixture(scope="module")
 def guarded(home: Path) -> Iterator[Nats]:
-    with own_nats(home / "nats-told", config=CONFIG) as server:
+    with own_nats(home / f"nats-told-{next(numbers)}", config=CONFIG) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def own(home: Path) -> Iterator[Postgres]:
-    server = templated(home / "postgres-told")
+    server = templated(home / f"postgres-told-{next(numbers)}")
     yield server
     server.stop()
 
