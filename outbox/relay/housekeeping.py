@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from outbox.config import Settings
 from outbox.core.telemetry import Drifted, HousekeepingFailed, HousekeepingWorks, Listener, Purged, Strayed
-from outbox.errors import Halt, OutboxError, Weather
+from outbox.errors import Halt, OutboxError
 from outbox.postgres.housekeeping import Findings, Housekeeping
 from outbox.postgres.session import open_session
 from outbox.postgres.store import Store
@@ -97,7 +97,7 @@ class Housekeeper:
         self._backoff = self._backoff.failed()
         if self._backoff.failures >= TOLD_AFTER:
             self._tell(HousekeepingFailed(why=error.line))
-            with contextlib.suppress(Weather):  # the leader meets the same, and says so
+            with contextlib.suppress(OutboxError):  # the leader meets the same, and says so
                 await self._store.housekeeping_fails(error.line)
         self._noted = None
         await asyncio.sleep(self._backoff.delay(random.random()))

@@ -8,6 +8,7 @@ import pytest
 from outbox.config import Settings
 from outbox.core.telemetry import Drifted, HousekeepingFailed, HousekeepingWorks, LeadEnded, Strayed
 from outbox.operate import purge, status
+from outbox.operate.migrate import grant
 from tests.support.bed import ThreadRelay, rows, transactions, until, value, wait_until_sent
 from tests.support.servers import Stream
 
@@ -55,8 +56,6 @@ def test_no_session_of_its_own(database: str, settings: Settings, stream: Stream
     rows(database, f"CREATE ROLE {role} LOGIN SUPERUSER")
     rows(database, f"ALTER ROLE {role} NOSUPERUSER CONNECTION LIMIT 1")
     purge.purge(database, "outbox", 0)
-    from outbox.operate.migrate import grant
-
     grant(database, "outbox", relay=role)
     single = settings.model_copy(update={"database_url": database.replace("postgres@", f"{role}@")})
     with ThreadRelay(single) as relay:
@@ -126,3 +125,20 @@ def test_a_purge_never_takes_events_of_another_transaction(database: str, settin
         assert "transaction 2 cannot be deleted" in relay.wait_for(HousekeepingFailed).why
         until(lambda: value(database, "SELECT count(*) FROM outbox.transactions") == 2)
     assert value(database, "SELECT count(*) FROM outbox.events WHERE subject = 'nowhere.x'") == 1
+
+
+def test_a_role_that_may_not_keep_house_publishes_all_the_same(
+    database: str, settings: Settings, stream: Stream
+) -> None:
+    """Fault: the relay's role was granted by hand, and lacks what housekeeping needs. Its remedy is told."""
+    role = f"poor_{database.rpartition('/')[2]}"
+    rows(database, f"CREATE ROLE {role} LOGIN")
+    grant(database, "outbox", relay=role)
+    rows(database, f"REVOKE ALL ON outbox.housekeeping FROM {role}")
+    rows(database, f"REVOKE DELETE ON outbox.events FROM {role}")
+    poor = settings.model_copy(update={"database_url": database.replace("postgres@", f"{role}@")})
+    with ThreadRelay(poor) as relay:
+        relay.wait_for(HousekeepingFailed, lambda each: "--relay-role" in each.why)
+        transactions(database, f"{stream.prefix}.x", 5)
+        wait_until_sent(database)
+        assert not any(isinstance(each, LeadEnded) for each in relay.happenings)
