@@ -135,6 +135,7 @@ class Chain:
     def condemn(self, verdict: Verdict) -> None:
         """Take the head out of the plan, which is settled up to it: it can never be sent."""
         self.verdicts.append(verdict)
+        self._hang_ups = self._deaths_alone = 0
         self._gone([self.planned.popleft()])
         self._replan()
 
@@ -244,6 +245,8 @@ class Chain:
         """Take in the outcome of the oldest batch in flight."""
         batch = self.in_flight[0]
         self.squeezed, self.no_room = False, 0
+        if not isinstance(outcome, Unknown):
+            self._deaths_alone = 0  # it was read, and the connection stands
         match outcome:
             case Stored() if outcome.stream == self.stream and outcome.sequence == batch.last_sequence:
                 self.in_flight.popleft()
@@ -273,7 +276,8 @@ class Chain:
                 assert_never(outcome)
 
     def _rejected(self, batch: Batch, outcome: Rejected) -> None:
-        if outcome.code in CUT or (outcome.code == STREAM_FULL and batch.count > 1):
+        # In a shared stream what is gone would then be taken for ours: there a limit that cuts is left to the look.
+        if outcome.code in CUT or (outcome.code == STREAM_FULL and batch.count > 1 and not self.shared):
             self.unanswered |= {each.position for each in batch.transactions}
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE

@@ -171,7 +171,7 @@ HURRY = "SELECT set_config('statement_timeout', %(limit)s, false)"
 
 MAY_MONITOR = "SELECT pg_has_role(current_user, 'pg_monitor', 'USAGE')"
 
-WRITTEN = "SELECT pg_current_wal_insert_lsn()::text"
+WRITTEN = "SELECT pg_current_wal_flush_lsn()::text"
 
 # How far the standbys are that could take over; needs pg_monitor. Who only receives (pg_receivewal, a base backup under
 # way) replays nothing, and a subscriber, which has a logical slot, has no copy of this database.
@@ -358,9 +358,10 @@ UPDATE {schema}.housekeeping SET stray_events = %(strays)s, drift = %(drift)s, f
 RETURNING ctid::text
 """
 
-# The same where it has no session of its own: written by the leader.
+# The same where it has no session of its own: written by the leader, who waits for nobody.
 FAILS = """
 UPDATE {schema}.housekeeping SET failing = %(why)s, failing_since = coalesce(failing_since, now())
+ WHERE ctid = (SELECT ctid FROM {schema}.housekeeping FOR UPDATE SKIP LOCKED)
 """
 
 # What of the schema is missing or switched off, as far as any role can see it.

@@ -208,7 +208,8 @@ class Store:
     async def planned(self, positions: Sequence[int]) -> Page:
         """These transactions of a plan with all their events; raises `Halt` if one is not there to be sent."""
         page = read_page(await self._fetched(queries.PLANNED, positions=list(positions)), self._schema)
-        if missing := set(positions).difference(page.positions):
+        known = {each.position for each in page.transactions} | {each.position for each in page.verdicts}
+        if missing := set(positions) - known:
             raise self._not_pending(min(missing))
         return page
 
@@ -264,6 +265,8 @@ class Store:
         self._places |= {"": place, **dict(zip(names or (), places or (), strict=True))}
         if written == [0, 0, 0, 0]:
             await self.ping(epoch)
+            if not wanted:
+                raise Weather("the row of the relay moved again and again while it was to be written")
             raise Halt(
                 f"transactions {min(wanted)} to {max(wanted)} were to be marked, but not all are pending",
                 remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",

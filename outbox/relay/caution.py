@@ -67,7 +67,7 @@ class Caution:
             if busy or not isinstance(head, Planned):
                 continue
             if (verdict := self._verdict(head.position, head.attempts)) is not None:
-                chain.condemn(verdict)
+                chain.load([], [verdict])  # set aside when nothing of a former connection can arrive any more
                 continue
             await self._note(head.position)
             page = await self._store.planned([head.position])

@@ -48,6 +48,7 @@ class Housekeeper:
         self._noted: Findings | None = None
         self._task: asyncio.Task[None] | None = None
         self._session: Housekeeping | None = None
+        self._failing = ""
         self._ends = False
         self._halt: Halt | None = None
         self._purge = Purge(settings.retention * 3600, tell, self._clock)
@@ -95,7 +96,8 @@ class Housekeeper:
 
     async def _failed(self, error: OutboxError) -> None:
         self._backoff = self._backoff.failed()
-        if self._backoff.failures >= TOLD_AFTER:
+        if self._backoff.failures >= TOLD_AFTER and error.line != self._failing:
+            self._failing = error.line
             self._tell(HousekeepingFailed(why=error.line))
             with contextlib.suppress(OutboxError):  # the leader meets the same, and says so
                 await self._store.housekeeping_fails(error.line)
@@ -117,7 +119,7 @@ class Housekeeper:
                 counts = self._clock() + max(COUNTER_SECONDS, (self._clock() - now) / SHARE)
             await self._purge.run_once(session)
             await self._note(session)
-            self._backoff = self._backoff.reset()
+            self._backoff, self._failing = self._backoff.reset(), ""
             await self._rest(min(looks, strays, counts, self._purge.due) - self._clock())
 
     async def _rest(self, seconds: float) -> None:
@@ -164,6 +166,7 @@ class Purge:
         """What was sent more than so many seconds ago goes; with 0 as soon as it is marked, with infinity never."""
         self._seconds, self._tell, self._clock = seconds, tell, clock
         self._after, self._page = 0, FIRST_PAGE
+        self._front = 0  # behind the last page that had something old
         self._pass: bool | None = None  # under way, from the beginning or from where the last one ended
         self._beginning = self._looked = 0.0  # when to go from the beginning again, and how long that looked last
         self._left = False  # something that was passed by may go later
@@ -190,7 +193,11 @@ class Purge:
         if gone is None:
             return 0  # again at once, with a smaller page
         self._after = going[-1] if cut else old.after
-        if self._in_a_row < LOCKED_IN_A_ROW and (cut or old.more):
+        if going:
+            self._front = max(self._front, self._after)
+        # Only from the beginning it goes on where nothing is old: what is pending may be followed by what was sent.
+        more = cut or (old.more and (bool(going) or self._pass))
+        if more and self._in_a_row < LOCKED_IN_A_ROW:
             self.due = self._clock() + (self._clock() - now) / 8
         else:
             self._end(self._clock())
@@ -199,8 +206,9 @@ class Purge:
     def _begin(self, now: float) -> None:
         self._pass = now >= self._beginning
         self._left, self._in_a_row = False, 0
+        self._after = 0 if self._pass else self._front
         if self._pass:
-            self._after, self._looked, self._locked = 0, 0.0, None
+            self._looked, self._locked = 0.0, None
 
     def _end(self, now: float) -> None:
         """Again after a while, and sooner where something was left behind; from the beginning, if not too often."""

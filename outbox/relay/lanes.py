@@ -404,12 +404,15 @@ class Lanes(dict[str, Lane]):
             lane.lost(f"the connection to NATS was lost: {why}", now, blamed=blamed)
 
     @property
-    def in_turn(self) -> Iterator[Lane]:
-        """Those that may send, who has waited longest first; where a server hangs up over something, one at a time."""
-        wary = any(chain.wary for chain in self.chains)
-        for lane in sorted(self.values(), key=lambda lane: lane.sent) if wary else list(self.values()):
-            if not wary or not any(other.flying for other in self.values() if other is not lane):
-                yield lane
+    def in_turn(self) -> list[Lane]:
+        """Those that may send: all, but where a server hangs up over something one at a time, who waits longest."""
+        if not any(chain.wary for chain in self.chains):
+            return list(self.values())
+        able = [lane for lane in self.values() if next(lane.chain.ready, None) is not None]
+        following = min(able, key=lambda lane: lane.sent, default=None)
+        if following is None or any(lane.flying for lane in self.values() if lane is not following):
+            return []
+        return [following]
 
     def suit(self, jetstream: JetStream) -> None:
         """Take in what the server accepts now: its limits change while the connection stands."""

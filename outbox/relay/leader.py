@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 from outbox.config import OnDead, Settings
 from outbox.core.batch import COUNT, POSITION, SIZE
-from outbox.core.positions import Range, below, coarse
+from outbox.core.positions import Range, below, coarse, merged, outside
 from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
 from outbox.core.transaction import Receipt, Transaction, Verdict
 from outbox.errors import Halt, Locked, Misconfigured
@@ -65,6 +65,7 @@ class Leader:
         self._router = Router(store, lead, settings, news=self._news.set)
         self._lanes = Lanes(settings, lead, proven=proven, tell=tell, news=self._news.set)
         self._retried: list[Range] = []
+        self._wishes: list[Range] = []  # dead letters that are to be retried, and are not looked at yet
         self._connection = Connection(connect, tell=tell, news=self._news.set)
         self._housekeeper = Housekeeper(store, settings, tell=tell, news=self._news.set)
         self._told: str | None = None
@@ -85,7 +86,7 @@ class Leader:
     @property
     def _blocked(self) -> str | None:
         """What holds the head of the outbox back, for the status."""
-        return self._lock or self._insecure or self._connection.problem(self._clock()) or self._router.blocked
+        return self._lock or self._connection.problem(self._clock()) or self._insecure or self._router.blocked
 
     @property
     def _jetstream(self) -> JetStream | None:
@@ -142,7 +143,7 @@ class Leader:
             self._lock = f"somebody holds a lock that the relay needs: {error.line}"
             with contextlib.suppress(Locked):  # then status finds that out by itself
                 await self._store.blocks(self._lead.epoch, self._lock)
-        self._report([])
+        self._report([], self._lock)
         await asyncio.sleep(LOCK_SECONDS)
 
     async def _drained(self) -> bool:
@@ -235,6 +236,7 @@ class Leader:
         page = await self._reader.page(now, quiet=self._quiet and not self._held_back)
         if page is not None:
             self._router.take(page)
+        self._reopen()
         # A short page is on its way before anybody asks for more.
         may_ask = now >= self._reader.due and (page is None or self._reader.full)
         if may_ask and (room := self._next_page()) is not None:
@@ -280,7 +282,8 @@ class Leader:
         """Write what was decided: plans before they are carried out, receipts, verdicts. The barrier."""
         dirty = self._lanes.dirty
         verdicts = self._router.verdicts + [each for lane in dirty for each in lane.chain.verdicts]
-        if not dirty and not verdicts and not self._retried and self._blocked == self._told:
+        blocked = self._blocked
+        if not dirty and not verdicts and not self._retried and blocked == self._told:
             return False
         receipts = list(itertools.chain.from_iterable(lane.chain.receipts for lane in dirty))
         planned = itertools.chain.from_iterable(lane.chain.planned for lane in dirty)
@@ -293,7 +296,7 @@ class Leader:
                 receipts=receipts,
                 verdicts=verdicts,
                 streams=[lane.row() for lane in dirty],
-                blocked=self._blocked,
+                blocked=blocked,
                 retried=self._retried,
                 sound=bool(receipts) and not self._caution.active and self._clock() - self._began > SOUND_SECONDS,
             ),
@@ -308,7 +311,7 @@ class Leader:
             self._connection.sound()
             self._housekeeper.marked()
             self._reader.hurry()
-        self._report(verdicts)
+        self._report(verdicts, blocked)
         return True
 
     def _open_positions(self) -> list[Range]:
@@ -331,11 +334,11 @@ class Leader:
             stream, last = receipts[-1].stream, receipts[-1].position
             self._tell(Marked(stream=stream, transactions=len(receipts), events=events, last_position=last))
 
-    def _report(self, verdicts: list[Verdict]) -> None:
+    def _report(self, verdicts: list[Verdict], blocked: str | None) -> None:
         for each in verdicts:
             self._tell(Died(verdict=each))
-        if self._blocked != self._told:
-            self._told = self._blocked
+        if blocked != self._told:
+            self._told = blocked
             self._tell(Blocked(stream="", why=self._told) if self._told else Unblocked(stream=""))
         for lane in self._lanes.values():
             lane.report()
@@ -347,20 +350,29 @@ class Leader:
 
     async def _keep_alive(self, now: float) -> None:
         before = self._pulse.paused
-        if retried := await self._pulse.run_once(now):
-            self._reader.reopen(retried)
-            self._retried = retried
-            self._news.set()
+        self._wishes = merged([*self._wishes, *await self._pulse.run_once(now)])
+        self._reopen()
         if before is None and self._pulse.paused is not None:
             await self._reader.rouse()
         elif before is not None and self._pulse.paused is None:
             self._heard()
 
+    def _reopen(self) -> None:
+        """Look again at retried dead letters: not while a page is on its way, which may be older than the retry and
+        would pass them by; and not at those that were read already, as they lay among the open positions.
+        """
+        if not self._wishes or self._reader.reading:
+            return
+        known = merged((each.position, each.position) for each in (*self._held(), *self._lanes.planned))
+        self._reader.reopen(outside(self._wishes, known))
+        self._retried, self._wishes = self._wishes, []
+        self._news.set()
+
     async def _arrive(self) -> None:
         """After a promotion or a restore: once every stream was settled, this is where the outbox is at home."""
         if self._lead.moved and not self._arrived and not self._lanes.moved:
-            self._arrived = True
             await self._store.arrived(self._lead.epoch, self._lead.home)
+            self._arrived = True
 
     # --- waiting and ending
 
@@ -382,7 +394,7 @@ class Leader:
         self._news.set()
 
     def _dues(self) -> Iterator[float]:
-        if self._unsecured is not None:
+        if self._unsecured is not None and self._jetstream is not None and not self._held_back:
             yield self._clock() + REPLICA_POLL_SECONDS
         if self._next_page() is not None:
             yield self._reader.due

@@ -55,7 +55,8 @@ async def settle(jetstream: JetStream, known: Remembered, outbox_id: str) -> Set
         await asyncio.sleep(LOOK_SECONDS)
         before, end = finding, info.last_sequence
         finding, info = await _look(jetstream, known, outbox_id)
-        looks = looks + 1 if info.last_sequence == end else 0  # a large batch is applied for as long as it moves
+        moves = finding.look is Look.APPLYING and info.last_sequence != end
+        looks = 0 if moves else looks + 1  # a large batch is applied for as long as it moves
         # In a stream that nobody else should write to, a strange message is looked at twice.
         if finding.look is before.look in (Look.FOREIGN, Look.AHEAD) and finding.stored == before.stored:
             break

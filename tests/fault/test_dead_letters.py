@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import random
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from outbox.config import OnDead, Settings
+from outbox.core.positions import Range
 from outbox.core.telemetry import Careful, Died, Marked
 from outbox.core.transaction import DeadReason
 from outbox.embedded import Nats
 from outbox.errors import Halt
 from outbox.operate import dead
 from outbox.operate.dead import Selection
+from outbox.postgres.rows import Page
+from outbox.postgres.store import Store
 from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
 from tests.support.commands import outbox
 from tests.support.servers import Stream
@@ -238,3 +244,43 @@ def test_careful_leader_begins_a_term_without_care(
         relay.wait_for(Marked, lambda each: each.transactions > 5)
     assert check(database, broker.read(stream.name)).anomalies == {}
     assert value(database, "SELECT deaths FROM outbox.relay") == 0
+
+
+@pytest.mark.parametrize("when", ["before the page", "after its snapshot"])
+def test_retry_of_one_that_lies_among_open_positions(
+    database: str, broker: Broker, nats: Nats, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Fault: a new leader finds open positions written in few ranges, with a dead letter in one, which is retried just
+
+    then. Promise: it is sent, and once.
+    """
+    broker.create_stream("AMONG", "among.>", duplicate_window=100_000_000)
+    for _ in range(20):
+        add(database, "among.x", "x")
+    rows(
+        database, "UPDATE outbox.transactions SET dead_at = now(), dead_reason = 'unrouted: by hand' WHERE position = 6"
+    )
+    assert ThreadRelay(Settings(database_url=database, nats_url=nats.url), drain=True).ended() is None
+    rows(database, "UPDATE outbox.relay SET open_positions = '{[1,21)}'")
+    page, pages = Store.page, itertools.count()
+
+    async def late(store: Store, cursor: int, ranges: list[Range], *, messages: int, size: int) -> Page:
+        first = next(pages) == 0
+        if first and when == "before the page":
+            assert dead.retry(database, "outbox", [6]) == [6]
+        found = await page(store, cursor, ranges, messages=messages, size=size)
+        if first and when == "after its snapshot":
+            assert dead.retry(database, "outbox", [6]) == [6]
+            await asyncio.sleep(1.5)  # a word to the session is due meanwhile, and comes behind the page
+        return found
+
+    monkeypatch.setattr(Store, "page", late)
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
+        until(lambda: value(database, "SELECT sent_at FROM outbox.transactions WHERE position = 6"), what="it is sent")
+        add(database, "among.x", "x")
+        relay.wait_for(Marked, lambda each: each.last_position == 21)
+        until(lambda: value(database, "SELECT isempty(retried) FROM outbox.relay"))
+        add(database, "among.x", "x")
+        relay.wait_for(Marked, lambda each: each.last_position == 22)
+    assert Counter(each.position for each in broker.read("AMONG")) == dict.fromkeys(range(1, 23), 1)
+    broker.api("STREAM.DELETE.AMONG")
