@@ -264,6 +264,8 @@ def rebase(
     """
     from outbox.operate import rebase
 
+    if stream == "":  # an empty variable in a script does not mean the whole database
+        raise typer.BadParameter("is empty", param_hint="--stream")
     if stream and blind:
         raise typer.BadParameter("--blind is for the whole database, not for one stream")
     given = settings(database_url=database_url, nats_url=nats_url, schema=schema_name)

@@ -60,6 +60,7 @@ def _migrated(url: str, name: str, to: int) -> tuple[int, int]:
     from alembic import command
 
     with _connected(url) as connection:
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # another migration is waited for
         keys = {"lock": MIGRATION_LOCK, "key": schema.lock_key(name)}
         connection.exec_driver_sql(compose(queries.ONE_MIGRATION_AT_A_TIME, name).decode(), keys)
         # Who waits for a lock is in the way of everybody behind: for a moment only, and again.

@@ -109,9 +109,11 @@ def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
     found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
     if frozen:  # no relay can write down that this is in its way
         found["blocked"] = str(Weather(READ_ONLY, remedy=UNWRITABLE))
+        found["blocked_since"] = found["blocked_since"] or found["observed_at"]
     if holder:  # just now; it may hold the very row in which this would be written
         remedy = "end its transaction: pg_terminate_backend"
         found["blocked"] = str(Weather(f"the relay waits for a lock that {holder} holds", remedy=remedy))
+        found["blocked_since"] = found["blocked_since"] or found["observed_at"]
     return Status(
         schema=name,
         schema_version=schema.version_of(comment),

@@ -152,7 +152,7 @@ def refusal(words: str) -> Weather:
 
 def _line(words: str) -> str:
     """The server's words on one line; a password never gets out."""
-    return masked(" ".join(words.split()))
+    return masked(re.sub(r" LINE \d+: .*", "", " ".join(words.split())))
 
 
 def _first(table: dict[str, str], words: str) -> str:

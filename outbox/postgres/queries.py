@@ -316,12 +316,15 @@ SELECT current_user::text, ARRAY(
 """
 
 # Sent transactions beyond the position `after`, by transactions_pkey, and how old each is: old goes, young ends the
-# page, and what is pending, or was retried late, is passed by. So the cost does not grow with what is kept.
+# page, and what is pending, or was retried late, is passed by; what lies beyond the cursor is not sent. So the cost
+# grows neither with what is kept nor with what waits.
 OLD = """
 SELECT position, event_count,
        CASE WHEN sent_at <= now() - make_interval(secs => %(seconds)s) THEN 'old'
             WHEN sent_at IS NOT NULL AND retried_at IS NULL THEN 'young' ELSE 'passed' END
-  FROM {schema}.transactions WHERE position > %(after)s AND dead_at IS NULL ORDER BY position LIMIT %(most)s
+  FROM {schema}.transactions
+ WHERE position > %(after)s AND position <= (SELECT cursor FROM {schema}.relay) AND dead_at IS NULL
+ ORDER BY position LIMIT %(most)s
 """
 
 # Old sent transactions with their events, by transactions_pkey and events_pkey, but for those whose row somebody has

@@ -166,7 +166,7 @@ class Purge:
         """What was sent more than so many seconds ago goes; with 0 as soon as it is marked, with infinity never."""
         self._seconds, self._tell, self._clock = seconds, tell, clock
         self._after, self._page = 0, FIRST_PAGE
-        self._front = 0  # behind the last page that had something old
+        self._front = 0  # the highest position that was old
         self._pass: bool | None = None  # under way, from the beginning or from where the last one ended
         self._beginning = self._looked = 0.0  # when to go from the beginning again, and how long that looked last
         self._left = False  # something that was passed by may go later
@@ -194,7 +194,7 @@ class Purge:
             return 0  # again at once, with a smaller page
         self._after = going[-1] if cut else old.after
         if going:
-            self._front = max(self._front, self._after)
+            self._front = max(self._front, going[-1])
         # Only from the beginning it goes on where nothing is old: what is pending may be followed by what was sent.
         more = cut or (old.more and (bool(going) or self._pass))
         if more and self._in_a_row < LOCKED_IN_A_ROW:

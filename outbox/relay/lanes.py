@@ -18,7 +18,7 @@ from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, mea
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.core.transaction import NO_LIMIT, Limits, Room, Transaction, never_fits
-from outbox.errors import Misconfigured, Unusable, Weather
+from outbox.errors import Weather
 from outbox.event import matches
 from outbox.jetstream.client import JetStream, Sending
 from outbox.jetstream.stream import StreamInfo
@@ -191,16 +191,14 @@ class Lane:
     def settle(self, jetstream: JetStream | None, now: float) -> bool:
         """Read the stream back if the chain is in doubt; True when that told where it stands.
 
-        Raises `Halt` if the stream contradicts the plan, `Misconfigured` if it cannot be used from the start.
+        Raises `Halt` if the stream contradicts the plan.
         """
         chain = self.chain
         if chain.in_doubt is None:
             return now >= self._frames_gone and chain.condemn_spoiled()
         came = self._settling.taken(now)
-        if isinstance(came, Unusable) and not self.proven:
-            raise Misconfigured(came.message, remedy=came.remedy)
         if isinstance(came, Weather):
-            chain.block(came.message)
+            chain.block(came.line)  # also a stream that does not suit any more: it holds only its own
         elif came is not None:
             self._take_in(jetstream, came, now)
             return True

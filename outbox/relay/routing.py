@@ -16,7 +16,7 @@ from outbox.core.batch import POSITION
 from outbox.core.plan import Seen
 from outbox.core.requirements import of_subject
 from outbox.core.transaction import NO_ROLLUPS, DeadReason, Transaction, Verdict, fits, invalid, verdict
-from outbox.errors import Halt, Misconfigured, Unusable, Weather
+from outbox.errors import Halt, Misconfigured, Weather
 from outbox.event import matches
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.stream import StreamInfo
@@ -67,13 +67,8 @@ class Routes:
         names = set(map(self._streams.get, transaction.subjects))
         return names.pop() if len(names) == 1 else None
 
-    async def ask(
-        self, jetstream: JetStream, subjects: Collection[str], known: Collection[str]
-    ) -> dict[str, str | None]:
-        """Ask JetStream for the streams of these subjects; None where it says that there is none.
-
-        Raises `Unusable` for a stream that does not suit, unless it is `known`: that has a lane, which waits by itself.
-        """
+    async def ask(self, jetstream: JetStream, subjects: Collection[str]) -> dict[str, str | None]:
+        """Ask JetStream for the streams of these subjects; None where it says that there is none."""
         answers: dict[str, str | None] = {}
         if self._doubted:
             await jetstream.learn_limits()
@@ -90,7 +85,7 @@ class Routes:
                     raise Weather(f"stream {name} has just gone")
                 end = info.last_sequence
                 self._tails[name] = (await jetstream.read(name, [end]))[end] if end else None
-                self._infos[name] = info if name in known else info.check()
+                self._infos[name] = info
             if name is not None:
                 self._remember(subject, name)
         return answers
@@ -162,17 +157,17 @@ class Router:
 
         Raises `Misconfigured` if a stream cannot be used from the start (`proven` says that it is not the start).
         """
-        await self._take_answers(now, proven=proven)
+        await self._take_answers(now)
         while self._pass_on(lanes):
             head = self.incoming[0]
             if (offence := self._spoiled.get(head.position) or invalid(head)) is None:
                 streams = self._routes.streams(head)
                 if None in streams.values():
-                    self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], lanes, now)
+                    self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], now)
                     return
                 name = streams[head.subjects[0]] or ""
                 if name not in lanes:
-                    await self._first_contact(name, add_lane, jetstream)
+                    await self._first_contact(name, add_lane, jetstream, proven=proven)
                 if self._asked_again == head.position:
                     lanes[name].limit(self._routes.info(name)[0], jetstream)
                 offence = verdict(head, streams, lanes[name].limits)
@@ -212,8 +207,8 @@ class Router:
         lane = lanes.get(self._routes.only_stream(head) or "")
         return lane if lane is not None and fits(head, lane.limits) else None
 
-    def _ask(self, jetstream: JetStream, subjects: list[str], lanes: Collection[str], now: float) -> None:
-        self._asking.start(lambda: self._routes.ask(jetstream, subjects, lanes), now)
+    def _ask(self, jetstream: JetStream, subjects: list[str], now: float) -> None:
+        self._asking.start(lambda: self._routes.ask(jetstream, subjects), now)
 
     def _next_head(self, passed: int = 1) -> None:
         for _ in range(passed):
@@ -223,8 +218,13 @@ class Router:
             self._asking.reset()
             self.blocked = None
 
-    async def _first_contact(self, name: str, add_lane: Callable[[StreamRow], Lane], jetstream: JetStream) -> None:
+    async def _first_contact(
+        self, name: str, add_lane: Callable[[StreamRow], Lane], jetstream: JetStream, *, proven: bool
+    ) -> None:
         info, tail = self._routes.info(name)
+        if info.problem is not None and not proven:  # later it holds only what is for it
+            what = f"stream {name} cannot be used: {info.problem.what}"
+            raise Misconfigured(what, remedy=info.problem.remedy)
         if tail is not None and tail.outbox_id == str(self._lead.outbox_id):
             raise Halt(
                 f"stream {name} ends with transaction {tail.position} of this outbox, which does not know the stream: "
@@ -237,14 +237,10 @@ class Router:
         row = StreamRow(name=name, created=info.created, mode="chained", last_sequence=info.last_sequence, plan=[])
         add_lane(row).limit(info, jetstream)
 
-    async def _take_answers(self, now: float, *, proven: bool) -> None:
+    async def _take_answers(self, now: float) -> None:
         """Take in what JetStream said about the subjects of the head."""
         came = self._asking.taken(now)
-        if isinstance(came, Unusable):
-            if not proven:
-                raise Misconfigured(came.message, remedy=came.remedy)
-            self.blocked = came.message
-        elif isinstance(came, Weather) and self.incoming:
+        if isinstance(came, Weather) and self.incoming:
             self.blocked = f"transaction {self.incoming[0].position}: nobody tells where it goes: {came.message}"
         elif isinstance(came, dict) and self.incoming:
             nowhere = next((subject for subject, stream in came.items() if stream is None), None)

@@ -23,6 +23,7 @@ from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import OutboxError
 from outbox.operate import pause, status
 from tests.support.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
+from tests.support.commands import outbox
 from tests.support.proxy import NatsProxy, Proxy
 from tests.support.servers import clone, numbers, own_nats, templated
 
@@ -230,11 +231,13 @@ def test_the_reason_is_named_within_seconds(own: Postgres, guarded: Nats, workpl
         relay = stack.enter_context(ProcessRelay(workplace, environment))
         scene.add()
         relay.wait_for("Marked")
+        shown = {"OUTBOX_DATABASE_URL": url}
         with begin(scene):
             if what != "the database is read only":
                 scene.add()
             until(lambda: words in ready(port), patience=SECONDS, what=f"{words!r} in /readyz")
             until(lambda: words in told(url) or what in NOBODY_LEADS, patience=SECONDS, what=f"{words!r} in the status")
+            assert outbox(shown, "status").returncode == 0
         if what not in ENDS_THE_TEST:
             wait_until_sent(url)
             until(lambda: words not in ready(port), what="all is well")

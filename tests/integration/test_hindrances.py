@@ -130,3 +130,15 @@ def test_triggers_that_would_not_fire_are_named(
         assert "ALTER ROLE … RESET" in told
     rows(database, f"ALTER ROLE {role} RESET session_replication_role")
     assert ThreadRelay(as_role, drain=True).ended() is None
+
+
+@pytest.mark.parametrize("table", ["transactions", "relay"])
+def test_no_command_waits_long_for_a_lock(environment: dict[str, str], database: str, table: str) -> None:
+    """Fault: a table is locked, as VACUUM FULL and ALTER TABLE do. A command says so, and ends."""
+    with psycopg.connect(database) as stranger:
+        stranger.execute(f"LOCK TABLE outbox.{table} IN ACCESS EXCLUSIVE MODE".encode())
+        for words in (("status",), ("pause",), ("dead", "list")):
+            done = outbox(environment, *words)
+            assert done.returncode in (0, 1), words
+            if done.returncode == 1:
+                assert done.stderr.count("\n") <= 3

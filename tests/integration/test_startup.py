@@ -88,15 +88,58 @@ def test_stream_that_is_sealed_later_is_named(database: str, nats: Nats, broker:
     broker.api("STREAM.DELETE.SEALS")
 
 
-def test_stream_that_became_a_mirror_is_refused(database: str, nats: Nats, broker: Broker, stream: Stream) -> None:
+def test_stream_that_became_a_mirror_holds_only_its_own(
+    database: str, nats: Nats, broker: Broker, stream: Stream
+) -> None:
     # A mirror has no subjects, so only a stream that is known can turn out to be one.
     rows(database, "INSERT INTO outbox.streams (name, created, last_sequence) VALUES ('MIRROR', 'x', 0)")
     broker.create_stream("MIRROR", allow_atomic=False, mirror={"name": stream.name})
     created = broker.info("MIRROR")["created"]
     rows(database, "UPDATE outbox.streams SET created = %s", created)
-    error = refusal(Settings(database_url=database, nats_url=nats.url))
-    assert "mirror" in error.message
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)) as relay:
+        relay.wait_for(Blocked, lambda each: each.stream == "MIRROR" and "mirror" in each.why)
+        rows(database, "SELECT outbox.add(%s, 'y')", f"{stream.prefix}.x")
+        wait_until_sent(database)
     broker.api("STREAM.DELETE.MIRROR")
+
+
+@pytest.mark.parametrize("change", [{"sealed": True}, {"allow_atomic": False}, {"no_ack": True}])
+def test_stream_that_does_not_suit_any_more_stops_no_new_relay(
+    database: str, nats: Nats, broker: Broker, stream: Stream, change: dict[str, bool]
+) -> None:
+    """Fault: a stream that was used is made an archive, and the relay is started anew. The others flow."""
+    settings = Settings(database_url=database, nats_url=nats.url)
+    broker.create_stream("ARCHIVE", "archive.>")
+    rows(database, "SELECT outbox.add('archive.x', 'y')")
+    assert ThreadRelay(settings, drain=True).ended() is None
+    broker.api("STREAM.UPDATE.ARCHIVE", {**broker.info("ARCHIVE")["config"], **change})
+    with ThreadRelay(settings) as relay:
+        relay.wait_for(Blocked, lambda each: each.stream == "ARCHIVE")
+        rows(database, "SELECT outbox.add(%s, 'y')", f"{stream.prefix}.x")
+        wait_until_sent(database)
+    broker.api("STREAM.DELETE.ARCHIVE")
+
+
+def test_new_stream_that_does_not_suit_holds_only_its_own(
+    database: str, nats: Nats, broker: Broker, stream: Stream
+) -> None:
+    """Fault: a relay that works meets a subject of a stream that cannot be used. What is behind it flows."""
+    settings = Settings(database_url=database, nats_url=nats.url)
+    broker.create_stream("BAD", "bad.>", allow_atomic=False)
+    with ThreadRelay(settings) as relay:
+        rows(database, "SELECT outbox.add(%s, 'y')", f"{stream.prefix}.x")
+        relay.wait_for(Marked)
+        rows(database, "SELECT outbox.add('bad.x', 'y')")
+        rows(database, "SELECT outbox.add(%s, 'y')", f"{stream.prefix}.x")
+        relay.wait_for(Marked, lambda each: each.last_position == 3)
+        relay.wait_for(Blocked, lambda each: each.stream == "BAD" and "allow_atomic" in each.why)
+        relay.kill()
+    with ThreadRelay(settings) as relay:
+        relay.wait_for(TookLead)
+        broker.api("STREAM.UPDATE.BAD", {**broker.info("BAD")["config"], "allow_atomic": True})
+        wait_until_sent(database)
+    assert [each.position for each in broker.read("BAD")] == [2]
+    broker.api("STREAM.DELETE.BAD")
 
 
 def test_stream_that_loses_allow_atomic_later_is_waited_for(database: str, nats: Nats, broker: Broker) -> None:
