@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from outbox.core.positions import HIGHEST
 from outbox.errors import Locked
 from outbox.postgres import queries
 from outbox.postgres.heritage import OURS
@@ -23,7 +24,7 @@ def purge(url: str, name: str, seconds: float) -> int:
     page, more = PAGE, True
     with stepping_session(url) as connection:
         while more:
-            given: dict[str, Any] = {"after": after, "seconds": seconds, "most": page}
+            given: dict[str, Any] = {"after": after, "upto": HIGHEST, "seconds": seconds, "most": page}
             try:
                 with step(connection, PATIENT):
                     rows = connection.execute(queries.compose(queries.OLD, name), given).fetchall()

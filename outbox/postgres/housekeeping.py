@@ -75,7 +75,7 @@ class Housekeeping:
 
     async def old(self, after: int, seconds: float, most: int) -> Old:
         """What was sent more than so many seconds ago, beyond a position: at most so many transactions."""
-        return told(await self._all(queries.OLD, after=after, seconds=seconds, most=most), after, most)
+        return told(await self._all(queries.OLD, after=after, upto=None, seconds=seconds, most=most), after, most)
 
     async def purge(self, positions: Sequence[int], seconds: float) -> int:
         """Delete these transactions with their events, as far as they are old and nobody holds their rows; how many."""

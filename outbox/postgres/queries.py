@@ -323,7 +323,8 @@ SELECT position, event_count,
        CASE WHEN sent_at <= now() - make_interval(secs => %(seconds)s) THEN 'old'
             WHEN sent_at IS NOT NULL AND retried_at IS NULL THEN 'young' ELSE 'passed' END
   FROM {schema}.transactions
- WHERE position > %(after)s AND position <= (SELECT cursor FROM {schema}.relay) AND dead_at IS NULL
+ WHERE position > %(after)s AND dead_at IS NULL
+   AND position <= coalesce(%(upto)s::bigint, (SELECT cursor FROM {schema}.relay))
  ORDER BY position LIMIT %(most)s
 """
 

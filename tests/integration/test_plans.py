@@ -151,11 +151,11 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
 
 def test_purge_touches_only_what_goes(filled: psycopg.Connection[Any]) -> None:
     filled.execute("UPDATE outbox.relay SET cursor = (SELECT max(position) FROM outbox.transactions)")
-    assert touched(filled, queries.OLD, after=0, seconds=3600, most=100) < 150
+    assert touched(filled, queries.OLD, after=0, upto=None, seconds=3600, most=100) < 150
     filled.execute("UPDATE outbox.transactions SET sent_at = now() - interval '2 hours' WHERE position IN "
                    "(SELECT position FROM outbox.transactions ORDER BY position LIMIT 100)")  # fmt: skip
     old = [row[0] for row in filled.execute(queries.compose(queries.OLD, "outbox"),
-                                            {"after": 0, "seconds": 3600, "most": 100})]  # fmt: skip
+                                            {"after": 0, "upto": None, "seconds": 3600, "most": 100})]  # fmt: skip
     assert len(old) == 100
     assert touched(filled, queries.PURGE, positions=old, seconds=3600, place=place(filled, "housekeeping")) < 4000
     assert filled.execute("SELECT count(*) FROM outbox.transactions").fetchone() == (ROWS - 100,)
