@@ -23,6 +23,7 @@ from outbox.errors import Denied
 
 TICK_SECONDS = 0.5
 PING_TICKS, DEAD_TICKS = 4, 16  # without a byte in either direction: ask, and give up
+LITTLE_BYTES = 8192
 UNSENT_BYTES = 131_072  # more are not given to the kernel before they go out
 MOST_LAST_WORDS = 65_536
 LINE_BYTES = 1_048_576  # an INFO of a large cluster
@@ -196,11 +197,14 @@ class Wary(Client):
 
         Looks are counted, and not seconds: who was frozen looks first at what has come meanwhile.
         """
-        before, quiet = self.moved, 0
+        (received, sent), quiet = self.wire.moved, 0
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if (now := self.moved) != before:
-                before, quiet = now, 0
+            _ = self.moved  # takes in what has moved
+            now = self.wire.moved
+            # What is little goes into buffers on the way, also where nobody reads them.
+            if now[0] != received or now[1] - sent >= LITTLE_BYTES:
+                (received, sent), quiet = now, 0
                 continue
             quiet += 1
             if quiet == PING_TICKS and not self._pongs:

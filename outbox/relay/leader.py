@@ -30,7 +30,7 @@ from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
 
 OPEN_RANGES = 20
-LOCK_SECONDS = 0.2  # between two tries; each waits for lock_timeout
+LOCK_SECONDS, LOCK_GONE_SECONDS = 0.2, 2.0  # between two tries, which wait for lock_timeout; and until it is over
 REPLICA_SECONDS, REPLICA_POLL_SECONDS = 1.0, 0.01  # until it is said that they are waited for, and between two looks
 NOT_REPLICATED = "no standby that could take over, or not every one, has what is planned (--durability replicas)"
 SOUND_SECONDS = 1.0  # a leader that has marked something and is older than this does not die of the next transaction
@@ -72,6 +72,7 @@ class Leader:
         self._unsecured: tuple[str, float] | None = None  # what the standbys must have first, and since when
         self._insecure: str | None = None
         self._lock: str | None = None  # that somebody else holds, and that is waited for
+        self._lock_told = 0.0  # the loop's time at which it was met last
         self._began = self._clock()
         self._pulse = Pulse(store, lead, tell=tell)
         self._arrived = False
@@ -135,10 +136,12 @@ class Leader:
         except Locked as error:
             await self._locked_out(error)
             return False
-        self._lock = None
+        if self._clock() >= self._lock_told + LOCK_GONE_SECONDS:
+            self._lock = None
         return moved
 
     async def _locked_out(self, error: Locked) -> None:
+        self._lock_told = self._clock()
         if self._lock is None:
             self._lock = f"somebody holds a lock that the relay needs: {error.line}"
             with contextlib.suppress(Locked):  # then status finds that out by itself

@@ -14,6 +14,7 @@ import pytest
 
 from outbox.embedded import Postgres
 from outbox.postgres import queries
+from outbox.postgres.heritage import disinherit_session
 from outbox.postgres.rows import array, ranges
 from outbox.postgres.session import SESSION
 from tests.support.bed import rows
@@ -72,9 +73,9 @@ def large(request: pytest.FixtureRequest, two_phase_postgres: Postgres) -> str:
 @pytest.fixture
 def filled(large: str) -> Iterator[psycopg.Connection[Any]]:
     """A session like the relay's on a large outbox, which is left as it was."""
-    with psycopg.connect(large) as connection:
-        for name, setting in SESSION.items():
-            connection.execute("SELECT set_config(%s, %s, false)", [name, setting])
+    with psycopg.connect(large, autocommit=True) as connection:
+        connection.execute(disinherit_session(SESSION))
+        connection.autocommit = False
         connection.execute("SET plan_cache_mode = force_generic_plan")
         yield connection
         connection.rollback()
