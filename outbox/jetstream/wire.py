@@ -59,7 +59,8 @@ class Wire(TcpTransport):
     async def open(self, family: int, address: Any) -> None:
         """Connect; raises `OSError`."""
         made = socket.socket(family, socket.SOCK_STREAM)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(made.close)
             made.setblocking(False)
             with contextlib.suppress(OSError, AttributeError):  # not on every system
                 # The kernel takes megabytes at once: who looks at what it has not taken would see nothing move.
@@ -68,9 +69,7 @@ class Wire(TcpTransport):
             await loop.sock_connect(made, address)
             reader = asyncio.StreamReader(limit=LINE_BYTES)
             transport, protocol = await loop.create_connection(lambda: _ToTheEnd(reader, made), sock=made)
-        except BaseException:
-            made.close()
-            raise
+            undo.pop_all()
         self._bare_io_reader = self._io_reader = reader
         self._bare_io_writer = self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)
 

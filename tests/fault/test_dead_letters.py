@@ -271,7 +271,9 @@ def test_retry_of_one_that_lies_among_open_positions(
         found = await page(store, cursor, ranges, messages=messages, size=size)
         if first and when == "after its snapshot":
             assert dead.retry(database, "outbox", [6]) == [6]
-            await asyncio.sleep(1.5)  # a word to the session is due meanwhile, and comes behind the page
+            # Until the leader's next word to its session waits behind the page.
+            while not store._turns._waiters:  # noqa: ASYNC110 - a lock tells nobody who waits for it
+                await asyncio.sleep(0)
         return found
 
     monkeypatch.setattr(Store, "page", late)
