@@ -15,6 +15,7 @@ from itertools import accumulate, chain, islice, repeat
 from operator import attrgetter
 from typing import NamedTuple
 
+from outbox.core.fence import Fence, numbered
 from outbox.core.plan import Planned
 from outbox.core.transaction import Receipt, Transaction
 
@@ -42,9 +43,10 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Whole transactions, expected to follow the sequence `base` of `stream`. `id` is fresh for every attempt.
+    """Whole transactions, expected to follow the sequence `base` of `stream`, or fenced by a subject of the first one.
 
-    A careful batch asks for a reply to every message, so that a refusal in its middle tells its cause.
+    `id` is fresh for every attempt, and ends in the number of messages where there is a fence. A careful batch asks
+    for a reply to every message, so that a refusal in its middle tells its cause.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Batch:
     base: int
     transactions: tuple[Transaction, ...]
     careful: bool = False
+    fence: Fence | None = None
     count: int = field(init=False)
     size: int = field(init=False)
 
@@ -124,13 +127,15 @@ class Frames(NamedTuple):
 def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
     """The batch on the wire, in order; only its last message asks for a reply, but in a careful batch every one.
 
-    The fence is on the first message: the stream must stand at `base` (ADR-50). Ours come before the application's
-    headers: of two headers with one name the server reads the first. Protocol: HPUB, docs.nats.io.
+    The fence is on the first message: the stream must stand at `base` (ADR-50); or on the first one with its subject.
+    Ours come before the application's headers: of two headers with one name the server reads the first. Protocol: HPUB,
+    docs.nats.io.
     """
     total, number = batch.count, 0
     pieces: list[bytes] = []
     sizes: list[int] = []
-    fence = f"Nats-Expected-Stream: {batch.stream}\r\nNats-Expected-Last-Sequence: {batch.base}\r\n"
+    fence = f"Nats-Expected-Stream: {batch.stream}\r\n"
+    fenced, expected = _fence(batch)
     part, parted = (f"Nats-Batch-Id: {batch.id}\r\nNats-Batch-Sequence: ", "\r\n") if total > 1 else ("", "")
     asked = ""
     for each in batch.transactions:
@@ -146,6 +151,8 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
                 parted = "\r\nNats-Batch-Commit: 1\r\n"
             if number == total or batch.careful:
                 asked = f" {reply}"
+            if number == fenced:
+                fence += expected
             head = (
                 f"NATS/1.0\r\n{fence}{part}{number if total > 1 else ''}{parted}Nats-Msg-Id: {message_id}"
                 f"{whole}{place}\r\n{_lines(each.headers[place - 1]) if each.headers else ''}\r\n"
@@ -156,6 +163,14 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
             pieces += (f"HPUB {subject}{asked} {head_size} {size}\r\n{head}".encode(), payload, END)
             fence = ""
     return Frames(pieces, sizes)
+
+
+def _fence(batch: Batch) -> tuple[int, str]:
+    """The number of the message that carries the fence, and the header."""
+    if batch.fence is None:
+        return 1, f"Nats-Expected-Last-Sequence: {batch.base}\r\n"
+    number = numbered(batch.transactions[0], batch.fence.subject)
+    return number, f"Nats-Expected-Last-Subject-Sequence: {batch.fence.sequence}\r\n"
 
 
 def stored_bytes(batch: Batch, outbox_id: str, overhead: int) -> int:

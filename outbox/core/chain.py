@@ -4,6 +4,8 @@ Pure: no IO, no clock; the leader does what the chain says. The invariant: a bat
 committed last holds its transactions at that very place, and while the chain is in doubt nothing is sent. After any
 failure the window is forgotten and the plan is settled against the stream; only then do new transactions join. The plan
 reaches further than the window, so that what is acked makes room for what is committed already.
+
+Where others write too, a head has a fence instead of a place, and one batch is in flight: see `outbox.core.fence`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from itertools import accumulate, chain, islice
 from typing import assert_never
 
 from outbox.core.batch import COUNT, POSITION, SIZE, Batch, Packing, receipts, take
+from outbox.core.fence import Fence, Fences
 from outbox.core.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
     CUT,
     DUPLICATE_ID,
+    IN_PROCESS,
     REASONS,
     ROOM,
     STREAM_FULL,
@@ -36,8 +40,20 @@ from outbox.core.positions import Range, merged
 from outbox.core.transaction import DeadReason, Receipt, Transaction, Verdict
 
 CHAINED, SHARED = "chained", "shared"
+UNSURE = "it can never be sent, but an attempt at it may still be stored: any message on the subject of its fence tells"
 HANG_UPS, SILENT_HANG_UPS = 3, 5  # in a row that are no chance; more where nobody said why
 AHEAD = 1.5  # how far the plan reaches, in windows
+FENCED_AHEAD = 2  # and in batches, where one is in flight
+# Every attempt would meet these refusals, also one that nobody has answered yet.
+FOR_ALL = frozenset(
+    {
+        DeadReason.MESSAGE_TOO_LARGE,
+        DeadReason.HEADERS_TOO_LARGE,
+        DeadReason.ROLLUP_NOT_PERMITTED,
+        DeadReason.INVALID_TTL,
+        DeadReason.TTL_NOT_PERMITTED,
+    }
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +66,9 @@ class Chain:
     base: int
     window: int = 8
     shared: bool = False
+    alone: bool = False  # an operator says that nobody else writes here: never shared
+    fencible: bool = False  # the stream lets a fence be by subject, as it is configured now
+    fences: Fences | None = None  # of the plan; None: its fence is the stream's last sequence
     in_doubt: str | None = "a new leader looks first"
     blocked: str | None = None
     waiting: deque[Transaction] = field(default_factory=deque)
@@ -116,12 +135,13 @@ class Chain:
         self.messages += transaction.count
         self.size += transaction.size
 
-    def restore(self, plan: Sequence[Planned]) -> None:
+    def restore(self, plan: Sequence[Planned], fences: Fences | None = None) -> None:
         """Take over what a former leader planned, and may have sent. Its commit may not be durable: commit it again."""
         self.planned.extend(plan)
         self._unloaded = len(plan)
         self._count(plan)
-        self.unanswered = {each.position for each in plan}
+        self.fences = fences
+        self.unanswered = {each.position for each in plan} if fences is None else set(fences.heads)
         self._replan()
 
     def load(self, transactions: Iterable[Transaction], spoiled: Iterable[Verdict] = ()) -> None:
@@ -143,8 +163,16 @@ class Chain:
         """Take the head out of the plan if it could not be loaded, and nothing is in flight before it; True if so."""
         if self.in_doubt or self.in_flight or not self.planned or self.planned[0].position not in self._spoiled:
             return False
+        if self.open and self._spoiled[self.planned[0].position].reason not in FOR_ALL:
+            self.doubt(UNSURE)
+            return False
         self.condemn(self._spoiled.pop(self.planned[0].position))
         return True
+
+    @property
+    def open(self) -> bool:
+        """True if an attempt at the head may still be stored, wherever its fence is: no verdict on it is safe."""
+        return self.fences is not None and bool(self.planned) and self.planned[0].position in self.unanswered
 
     @property
     def suspects(self) -> bool:
@@ -184,27 +212,49 @@ class Chain:
 
     def extend(self) -> None:
         """Let waiting transactions join the plan, as far as the window has room. Nothing joins a chain in doubt."""
-        if not self.waiting or self.in_doubt or ((self.shared or self._alone) and self.plan):
+        self._choose_fence()
+        if not self.waiting or self.in_doubt or (self._one_by_one and self.plan):
             return
-        room = AHEAD * self.window - len(self.in_flight) - self._planned_batches()
+        ahead = AHEAD * self.window if self.fences is None else FENCED_AHEAD
+        room = ahead - len(self.in_flight) - self._planned_batches()
         while room > 0 and self.waiting:
             joined = take(self.waiting, self.packing)
             full = len(joined) < len(self.waiting)
             if (self.in_flight or self.planned) and not full:
                 return  # wait for more: nothing is sent behind a small batch, and a full one costs the server the same
+            if self.fences is not None and self.fences.choose(joined[0]) is None:
+                return  # until the last sequence on its subject is known
             for _ in joined:
                 self.planned.append(self.waiting.popleft())
             self._unwritten += len(joined)
             self.dirty = True
             room -= 1
-            if not full or self.shared:
+            if not full or self._one_by_one:
                 return
+
+    @property
+    def _one_by_one(self) -> bool:
+        """True if a batch is planned only when the one before is settled."""
+        return bool(self._alone) or (self.shared and self.fences is None)
+
+    def _choose_fence(self) -> None:
+        """The kind of fence, which changes only while nothing is open; and a fence for a head that has none."""
+        wanted = self.shared and self.fencible
+        if wanted != (self.fences is not None) and not (self.in_doubt or self.plan or self.unanswered):
+            self.fences = Fences(since=self.base) if wanted else None
+            if self.fences is None:
+                self.doubt("the fence is the stream's last sequence from here on")
+        head = self.planned[0] if self.planned and not (self.in_flight or self.in_doubt) else None
+        if self.fences is None or not isinstance(head, Transaction) or head.position in self.fences.heads:
+            return
+        if self.fences.choose(head) is not None:
+            self._replan()
 
     def launch(self, make_id: Iterable[str]) -> list[Batch]:
         """The batches to send now, in order, as far as the plan is committed; they are in flight from here on."""
         launched: list[Batch] = []
         ids = iter(make_id)
-        while self.planned and not self.in_doubt:
+        while self.planned and not self.in_doubt and self._fenced:
             alone = self.planned[0].position in self._alone
             if self.in_flight and (alone or not self._may_pipeline()):
                 break
@@ -212,18 +262,29 @@ class Chain:
             taken = take(self.ready, packing)
             if not taken:
                 break
+            attempt = next(ids)
             batch = Batch(
-                id=next(ids),
+                id=attempt if self.fences is None else f"{attempt}-{sum(map(COUNT, taken))}",
                 stream=self.stream,
                 base=self.tip,
                 transactions=tuple(taken),
                 careful=self._careful or alone,
+                fence=self._fence,
             )
             for _ in taken:
                 self.planned.popleft()
             self.in_flight.append(batch)
             launched.append(batch)
         return launched
+
+    @property
+    def _fence(self) -> Fence | None:
+        return self.fences.heads.get(self.planned[0].position) if self.fences is not None else None
+
+    @property
+    def _fenced(self) -> bool:
+        """True if the head has the fence that it needs, and this leader may use it."""
+        return self.fences is None or (self._fence is not None and not self.fences.unconfirmed and not self.in_flight)
 
     def _planned_batches(self) -> float:
         """How many batches the plan makes that are not in flight, about."""
@@ -248,17 +309,14 @@ class Chain:
         if not isinstance(outcome, Unknown):
             self._deaths_alone = 0  # it was read, and the connection stands
         match outcome:
-            case Stored() if outcome.stream == self.stream and outcome.sequence == batch.last_sequence:
+            case Stored() if self._fits(batch, outcome):
                 self.in_flight.popleft()
-                self.base = batch.last_sequence
-                self.receipts += batch.receipts()
-                self._gone(batch.transactions)
+                self._stored(batch.transactions, outcome.sequence - batch.count)
                 self._careful = False
                 self.unblock()
-                self.dirty = True
                 self._too_many = 0 if 2 * self._too_many > self.packing.max_messages else 2 * self._too_many
                 self._hang_ups = self._hang_ups if self._too_many else 0
-                if self.shared:
+                if self.shared and self.fences is None:
                     self.doubt("the stream has other writers: look before each batch")
             case Stored():
                 self.learn_nothing(f"the ack says {outcome.stream} {outcome.sequence}, not {batch.last_sequence}")
@@ -268,6 +326,8 @@ class Chain:
                 self._offence(
                     batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}")
                 )
+            case Rejected() if self._crossed(batch, outcome):
+                pass  # what others have written is known, and nothing else can have happened: try again
             case Rejected():
                 self._rejected(batch, outcome)
             case Unknown():
@@ -275,10 +335,48 @@ class Chain:
             case _:
                 assert_never(outcome)
 
+    def _fits(self, batch: Batch, stored: Stored) -> bool:
+        """True if the ack is of this very batch."""
+        if self.fences is None:
+            return stored.stream == self.stream and stored.sequence == batch.last_sequence
+        of_batch = (batch.id, batch.count) if batch.count > 1 else (None, 1)
+        beyond = stored.sequence - batch.count >= self.fences.since
+        return stored.stream == self.stream and (stored.batch, stored.count) == of_batch and beyond
+
+    def _stored(self, these: Sequence[Planned | Transaction], base: int) -> None:
+        """These are stored, one behind the other, behind the sequence `base`."""
+        self.receipts += receipts(self.stream, base, these)
+        self._gone(these)
+        self.base = base + sum(map(COUNT, these))
+        self.dirty = True
+        if self.fences is not None:
+            self.fences.stored(base + 1, these)
+
+    def _crossed(self, batch: Batch, outcome: Rejected) -> bool:
+        """Take in that others have written to the subject of the fence; False if that is not all there is to it.
+
+        While an attempt is open, a refusal says nothing: it may be due to that one.
+        """
+        fences, head = self.fences, batch.transactions[0]
+        if fences is None or head.position in self.unanswered or batch.fence is None:
+            return False
+        if outcome.code != IN_PROCESS and (outcome.sequence or 0) <= batch.fence.sequence:
+            return False
+        self._too_many = min(batch.count, self._too_many or batch.count)
+        self._take_back()
+        if not fences.refused(head, outcome.sequence):
+            self._replan()
+        return True
+
+    def confirm(self) -> None:
+        """This leader has led still when the last refusal had come: no other one's work is behind it."""
+        if self.fences is not None:
+            self.fences.unconfirmed = False
+
     def _rejected(self, batch: Batch, outcome: Rejected) -> None:
         # In a shared stream what is gone would then be taken for ours: there a limit that cuts is left to the look.
         if outcome.code in CUT or (outcome.code == STREAM_FULL and batch.count > 1 and not self.shared):
-            self.unanswered |= {each.position for each in batch.transactions}
+            self._unanswered_by([batch])
         # Only the last message asks for a reply, so the cause of an incomplete batch was told to nobody.
         self._careful = self._careful or outcome.code == BATCH_INCOMPLETE
         if outcome.code in ROOM and len(batch.transactions) > 1:
@@ -296,8 +394,14 @@ class Chain:
 
     def learn_nothing(self, why: str) -> None:
         """Nobody answered, or not to the point: what was in flight may be stored, now or later."""
-        self.unanswered |= {each.position for batch in self.in_flight for each in batch.transactions}
+        self._unanswered_by(self.in_flight)
         self.doubt(why)
+
+    def _unanswered_by(self, batches: Iterable[Batch]) -> None:
+        """These may be stored, now or later: of a batch with a fence of its own as a whole, by its head."""
+        for batch in batches:
+            these = batch.transactions if batch.fence is None else batch.transactions[:1]
+            self.unanswered |= set(map(POSITION, these))
 
     @property
     def wary(self) -> bool:
@@ -329,31 +433,66 @@ class Chain:
 
         Only the first batch may have had an answer.
         """
-        self.unanswered |= {each.position for batch in islice(self.in_flight, 1, None) for each in batch.transactions}
+        self._unanswered_by(islice(self.in_flight, 1, None))
+        self._take_back()
+        self.in_doubt = why
+
+    def _take_back(self) -> None:
         self.planned = deque(self.plan)
         self.in_flight.clear()
-        self.in_doubt = why
 
     def settle(self, stored: int, last: int, *, foreign: bool = False) -> None:
         """The stream was read back: the first `stored` transactions of the plan are in it, and it ends at `last`."""
-        done = [self.planned.popleft() for _ in range(stored)]
-        if done:
-            self.receipts += receipts(self.stream, self.base, done)
-            self._gone(done)
-        if self._suspected is not None and self.planned and self.planned[0].position == self._suspected.position:
-            self.condemn(self._suspected)
-        self._suspected = None
-        if done or foreign or last != self.base:
+        reach = self.base + sum(map(COUNT, self.planned))
+        if stored:
+            self._stored([self.planned.popleft() for _ in range(stored)], self.base)
+        self._convict()
+        if stored or foreign or last != self.base:
             self._replan()
-        if foreign and not self.shared:
-            self.shared = True
+        self.shared = self.shared or (foreign and not self.alone)
+        if self.shared and self.fencible and last > reach:
+            # No attempt fits any more, whoever sent it and however packed: the heads may have fences of their own.
+            self.fences = Fences(since=last)
+            self.unanswered.clear()
         self.base = last
         self.in_doubt = None
+
+    def settle_head(self, stored: int, base: int, sequence: int, *, others: bool) -> None:
+        """What is behind the head's fence was read: the first `stored` of the plan are stored, behind `base`.
+
+        If there are none: the last message on its subject is at `sequence`, and nothing of the head up to there;
+        `others` have written behind the fence, so that attempts that knew of nothing there are void.
+        """
+        if self.fences is None or not self.planned:
+            self.in_doubt = None
+            return
+        head = self.planned[0].position
+        if stored:
+            self._stored([self.planned.popleft() for _ in range(stored)], base)
+            self._replan()
+        elif head in self.fences.heads:
+            # A former leader may have known as much as this look has found: only what comes behind it tells of those.
+            if others and head not in self.fences.former:
+                self.unanswered.discard(head)
+            self.fences.former.discard(head)
+            self.fences.moved(self.fences.heads[head], sequence)
+            self.dirty = True
+        self._convict()
+        self.in_doubt = "what a former leader has tried next" if stored and self.open else None
+
+    def _convict(self) -> None:
+        """The stream was read back: what is suspected is not there. Not while an attempt may still be stored."""
+        suspected, self._suspected = self._suspected, None
+        if suspected is None or not self.planned or self.planned[0].position != suspected.position:
+            return
+        if not self.open or suspected.reason in FOR_ALL:
+            self.condemn(suspected)
 
     def written(self) -> Sequence[Receipt]:
         """Plan, receipts and verdicts are committed; returns the receipts."""
         written = self.receipts
         self.receipts, self.verdicts, self.dirty, self._unwritten = [], [], False, 0
+        self.confirm()
         return written
 
     def _replan(self) -> None:

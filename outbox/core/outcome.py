@@ -16,10 +16,12 @@ from outbox.core.transaction import DeadReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """The ack: the last message of the batch has this sequence in this stream."""
+    """The ack: the last message of the batch has this sequence in this stream. A plain publish is in no batch."""
 
     stream: str
     sequence: int
+    batch: str | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,12 @@ class Rejected:
 
     code: int
     description: str
+
+    @property
+    def sequence(self) -> int | None:
+        """The last sequence on the subject of the fence, where a wrong one was refused (10071); else None."""
+        found = WRONG_SEQUENCE.fullmatch(self.description)
+        return int(found[1]) if found and self.code == WRONG_LAST_SEQUENCE else None
 
     def __str__(self) -> str:
         return f"{self.description} ({self.code})"
@@ -115,6 +123,9 @@ MESSAGE_NOT_FOUND = 10037
 MESSAGE_TOO_LARGE = 10054
 STREAM_NOT_FOUND = 10059
 OTHER_STREAM = 10060
+IN_PROCESS = 10164
+WRONG_LAST_SEQUENCE = 10071
+WRONG_SEQUENCE = re.compile(r"wrong last sequence: (\d{1,18})")
 STREAM_FULL = 10077
 BATCHES_DISABLED = 10174
 BATCH_INCOMPLETE = 10176
@@ -144,6 +155,11 @@ def read_reply(data: bytes, status: str | None = None) -> Outcome:
             return Rejected(code=int(error["err_code"]), description=str(error.get("description", "")))
         if reply.get("duplicate"):
             return Duplicate(sequence=int(reply["seq"]))
-        return Stored(stream=str(reply["stream"]), sequence=int(reply["seq"]))
+        return Stored(
+            stream=str(reply["stream"]),
+            sequence=int(reply["seq"]),
+            batch=reply.get("batch"),
+            count=int(reply.get("count", 1)),
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return Unknown(why=f"unreadable reply {data[:80]!r}")

@@ -33,6 +33,8 @@ class Seen:
     also where it is a replay of another one.
 
     `digest` is SHA-256 of its subject, a line feed, and its payload; None where it was not read.
+    `fence` is the expected sequence that it was sent with, of its stream or subject. `marker` says that
+    nats-server itself wrote it.
     """
 
     outbox_id: str | None
@@ -42,6 +44,19 @@ class Seen:
     count: int | None = None
     replayed: bool = False
     digest: bytes | None = None
+    subject: str | None = None
+    batch_id: str | None = None
+    fence: int | None = None
+    marker: bool = False
+    sourced: bool = False  # it comes from another stream
+
+    def is_of(self, outbox_id: str) -> bool:
+        """True if this outbox has sent it to this stream.
+
+        Who copies it copies neither its batch nor its fence: nats-server would obey them again.
+        """
+        batched = self.batch_id is not None and self.batch_id.startswith(f"{outbox_id[:8]}-")
+        return self.outbox_id == outbox_id and not self.sourced and (batched or self.fence is not None)
 
 
 class Look(Enum):
@@ -105,7 +120,7 @@ def judge(
         message = seen.get(place)
         if message is None:
             continue
-        if _is_end_of(message, entry, outbox_id):
+        if is_end_of(message, entry, outbox_id):
             confirmed = index + 1
         elif contradicted is None:
             contradicted = index
@@ -137,7 +152,7 @@ def _beyond(
     next_planned = plan[stored].position if stored < len(plan) else None
     for place in (end + 1, last):
         message = seen.get(place)
-        if message is None or message.outbox_id != outbox_id:
+        if message is None or not message.is_of(outbox_id):
             continue
         planned = {entry.position for entry in plan[stored:]}
         fits = message.position == next_planned if place == end + 1 else message.position in planned
@@ -145,7 +160,8 @@ def _beyond(
     return Finding(look=unknown, stored=stored, at=last)
 
 
-def _is_end_of(message: Seen, entry: Planned, outbox_id: str) -> bool:
+def is_end_of(message: Seen, entry: Planned, outbox_id: str) -> bool:
+    """True if the message is the last one of that transaction."""
     return (
         message.outbox_id == outbox_id
         and message.position == entry.position

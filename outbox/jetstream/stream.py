@@ -14,6 +14,7 @@ from outbox.errors import Unusable
 
 # Bytes beside a message, its headers and its subject: nats-server's fileStoreMsgSize and memStoreMsgSize.
 OVERHEAD = {"file": 34, "memory": 16}
+FENCES = ("Nats-Expected-Last-Subject-Sequence", "Nats-Expected-Last-Sequence")
 MAX_DIGITS = 18  # a number of more is nobody's position
 
 
@@ -87,4 +88,9 @@ def seen(message: dict[str, Any]) -> Seen:
         count=number("Outbox-Transaction-Count"),
         replayed="Outbox-Replay" in headers,
         digest=sha256(message["subject"].encode() + b"\n" + payload).digest(),
+        subject=message["subject"],
+        batch_id=headers.get("Nats-Batch-Id"),
+        fence=next((place for name in FENCES if (place := number(name)) is not None), None),
+        marker="Nats-Marker-Reason" in headers,
+        sourced="Nats-Stream-Source" in headers,
     )

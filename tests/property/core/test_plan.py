@@ -9,11 +9,14 @@ from outbox.core.plan import Look, Planned, Seen, judge, wanted
 PLAN = [Planned(position=p, count=c, last_message_id=f"m{p}") for p, c in ((1, 2), (2, 1), (3, 3))]  # ends 12, 13, 16
 ALL = {1, 2, 3}
 FOREIGN = Seen(outbox_id=None, message_id="x", position=None, number=None)
-OTHER = Seen(outbox_id="other", message_id="m1", position=1, number=2)
+OTHER = Seen(outbox_id="other", message_id="m1", position=1, number=2, fence=10)
+COPY = Seen(outbox_id="me", message_id="m9", position=9, number=1)  # neither batch nor fence
 
 
 def ours(position: int, number: int, message_id: str | None = None) -> Seen:
-    return Seen(outbox_id="me", message_id=message_id or f"m{position}", position=position, number=number)
+    return Seen(
+        outbox_id="me", message_id=message_id or f"m{position}", position=position, number=number, batch_id="me-1"
+    )
 
 
 GOOD = {12: ours(1, 2), 13: ours(2, 1), 16: ours(3, 3)}
@@ -32,6 +35,8 @@ GOOD = {12: ours(1, 2), 13: ours(2, 1), 16: ours(3, 3)}
         (11, {11: ours(1, 1)}, Look.APPLYING, 0),
         (15, {**GOOD, 14: ours(3, 1, "a"), 15: ours(3, 2, "b")}, Look.APPLYING, 2),
         (11, {11: FOREIGN}, Look.FOREIGN, 0),
+        (11, {11: COPY}, Look.FOREIGN, 0),
+        (17, {**GOOD, 17: COPY}, Look.FOREIGN, 3),
         (12, {11: OTHER, 12: OTHER}, Look.FOREIGN, 0),
         (14, {12: GOOD[12], 13: FOREIGN, 14: FOREIGN}, Look.FOREIGN, 1),
         (17, {**GOOD, 17: FOREIGN}, Look.FOREIGN, 3),
@@ -62,7 +67,7 @@ def test_gone_in_a_shared_stream_without_an_answer_is_ambiguous() -> None:
 
 def test_replay_of_a_planned_transaction_is_not_that_transaction() -> None:
     """It has a position and message ids of its own."""
-    replay = Seen(outbox_id="me", message_id="other", position=9, number=2, replayed=True)
+    replay = Seen(outbox_id="me", message_id="other", position=9, number=2, replayed=True, fence=10)
     finding = judge(outbox_id="me", shared=False, unanswered=ALL, base=10, plan=PLAN, last=12, seen={12: replay})
     assert (finding.look, finding.stored) == (Look.IMPOSTOR, 0)
 

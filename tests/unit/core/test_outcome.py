@@ -31,7 +31,7 @@ from outbox.event import Event
 @pytest.mark.parametrize(
     ("data", "status", "outcome"),
     [
-        (b'{"stream":"S","seq":3,"batch":"B","count":3}', None, Stored(stream="S", sequence=3)),
+        (b'{"stream":"S","seq":3,"batch":"B","count":3}', None, Stored(stream="S", sequence=3, batch="B", count=3)),
         (b'{"stream":"S","seq":2,"duplicate":true}', None, Duplicate(sequence=2)),
         (
             b'{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 5"},"stream":"S","seq":0}',
