@@ -54,6 +54,14 @@ class Durability(StrEnum):
     REPLICAS = "replicas"
 
 
+class StreamMode(StrEnum):
+    """Whether others write to the streams too: what the relay finds there, never, or always."""
+
+    AUTO = "auto"
+    CHAINED = "chained"
+    SHARED = "shared"
+
+
 class LogFormat(StrEnum):
     """How the relay says what happens, on standard error."""
 
@@ -116,6 +124,11 @@ class Settings(BaseModel):
     )
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
+    stream_mode: StreamMode = Field(
+        StreamMode.AUTO,
+        description="Fence what is published for streams of one writer (chained), or of several (shared); auto: shared "
+        "from the first message of others on.",
+    )
     retention: float = Field(
         24.0, ge=0, description="Hours that sent transactions are kept; 0 deletes at once, inf never."
     )

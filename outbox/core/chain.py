@@ -17,7 +17,7 @@ from itertools import accumulate, chain, islice
 from typing import assert_never
 
 from outbox.core.batch import COUNT, POSITION, SIZE, Batch, Packing, receipts, take
-from outbox.core.fence import Fence, Fences
+from outbox.core.fence import Fence, Fences, numbered
 from outbox.core.outcome import (
     BATCH_INCOMPLETE,
     BATCH_TOO_LARGE,
@@ -91,6 +91,9 @@ class Chain:
     _suspected: Verdict | None = None
     _held: list[Range] = field(default_factory=list)
     _held_of: tuple[int, int, int] | None = None
+    told: int | None = None  # the last sequence that a refusal has told of the fence's subject, since all was well
+    placed: tuple[int, str] | None = None  # where the first message with a fence is by its ack, and its subject
+    checked: bool = False  # in this term: subjects are stored as they are sent
     _spoiled: dict[int, Verdict] = field(default_factory=dict)  # planned ones whose events do not fit
     _unloaded: int = 0  # how many planned transactions have no events yet
 
@@ -175,6 +178,11 @@ class Chain:
         return self.fences is not None and bool(self.planned) and self.planned[0].position in self.unanswered
 
     @property
+    def spoiled(self) -> bool:
+        """True if the head could not be loaded."""
+        return bool(self.planned) and self.planned[0].position in self._spoiled
+
+    @property
     def suspects(self) -> bool:
         """True if reading the stream back convicts a transaction, unless it is found there."""
         return self._suspected is not None
@@ -240,10 +248,13 @@ class Chain:
     def _choose_fence(self) -> None:
         """The kind of fence, which changes only while nothing is open; and a fence for a head that has none."""
         wanted = self.shared and self.fencible
-        if wanted != (self.fences is not None) and not (self.in_doubt or self.plan or self.unanswered):
-            self.fences = Fences(since=self.base) if wanted else None
-            if self.fences is None:
+        if not (self.in_doubt or self.in_flight or self.unanswered):
+            if self.fences is not None and not wanted:
+                self.fences = None
+                self._replan()
                 self.doubt("the fence is the stream's last sequence from here on")
+            elif self.fences is None and wanted and not self.planned:
+                self.fences = Fences(since=self.base)
         head = self.planned[0] if self.planned and not (self.in_flight or self.in_doubt) else None
         if self.fences is None or not isinstance(head, Transaction) or head.position in self.fences.heads:
             return
@@ -305,12 +316,13 @@ class Chain:
     def learn(self, outcome: Outcome) -> None:
         """Take in the outcome of the oldest batch in flight."""
         batch = self.in_flight[0]
-        self.squeezed, self.no_room = False, 0
+        self.squeezed, self.no_room, self.told = False, 0, None
         if not isinstance(outcome, Unknown):
             self._deaths_alone = 0  # it was read, and the connection stands
         match outcome:
             case Stored() if self._fits(batch, outcome):
                 self.in_flight.popleft()
+                self._place(batch, outcome.sequence - batch.count)
                 self._stored(batch.transactions, outcome.sequence - batch.count)
                 self._careful = False
                 self.unblock()
@@ -329,6 +341,7 @@ class Chain:
             case Rejected() if self._crossed(batch, outcome):
                 pass  # what others have written is known, and nothing else can have happened: try again
             case Rejected():
+                self.told = outcome.sequence
                 self._rejected(batch, outcome)
             case Unknown():
                 self.learn_nothing(outcome.why)
@@ -342,6 +355,12 @@ class Chain:
         of_batch = (batch.id, batch.count) if batch.count > 1 else (None, 1)
         beyond = stored.sequence - batch.count >= self.fences.since
         return stored.stream == self.stream and (stored.batch, stored.count) == of_batch and beyond
+
+    def _place(self, batch: Batch, base: int) -> None:
+        """After the first ack of a term look at the message: a subject that is stored as another one fences nothing."""
+        if batch.fence is not None and not self.checked:
+            self.placed = base + numbered(batch.transactions[0], batch.fence.subject), batch.fence.subject
+            self.doubt("whether subjects are stored as they are sent")
 
     def _stored(self, these: Sequence[Planned | Transaction], base: int) -> None:
         """These are stored, one behind the other, behind the sequence `base`."""
@@ -367,6 +386,11 @@ class Chain:
         if not fences.refused(head, outcome.sequence):
             self._replan()
         return True
+
+    @property
+    def unconfirmed(self) -> bool:
+        """True if nothing is sent before this leader has shown that it leads still."""
+        return self.fences is not None and self.fences.unconfirmed and not self.in_doubt and not self.in_flight
 
     def confirm(self) -> None:
         """This leader has led still when the last refusal had come: no other one's work is behind it."""
@@ -463,6 +487,7 @@ class Chain:
         If there are none: the last message on its subject is at `sequence`, and nothing of the head up to there;
         `others` have written behind the fence, so that attempts that knew of nothing there are void.
         """
+        self.checked, self.placed = self.checked or self.placed is not None, None
         if self.fences is None or not self.planned:
             self.in_doubt = None
             return

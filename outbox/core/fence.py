@@ -138,9 +138,7 @@ class Fences:
         subject = subjects[0]
         if self.removes:
             subject = next((each for each in subjects if self.known.get(each)), subject)
-        fence = self.heads[head.position] = Fence(
-            position=head.position, subject=subject, sequence=self.known[subject]
-        )
+        fence = self.heads[head.position] = Fence(position=head.position, subject=subject, sequence=self.known[subject])
         return fence
 
     def learn(self, sequences: Mapping[str, int]) -> None:

@@ -125,6 +125,20 @@ def of_subject(subject: str, *, mapped: bool) -> Problem:
     )
 
 
+def of_sharing(config: Mapping[str, Any]) -> Iterator[str]:
+    """Why a stream of this configuration cannot be fenced by a subject: its messages may vanish, or be elsewhere."""
+    if config.get("retention", "limits") != "limits":
+        yield f"its retention is {config['retention']}"
+    if int(config.get("max_msgs_per_subject", -1)) > 0:
+        yield "it has max_msgs_per_subject"
+    if config.get("allow_msg_ttl"):
+        yield "it has allow_msg_ttl"
+    if config.get("allow_rollup_hdrs"):
+        yield "it has allow_rollup_hdrs"
+    if config.get("subject_transform"):
+        yield "it has a subject_transform"
+
+
 def of_stream(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with a stream of this configuration, as STREAM.INFO tells it."""
     name = config["name"]

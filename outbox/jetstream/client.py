@@ -234,10 +234,12 @@ class JetStream:
         """True if a stream takes what is published to `subject`, though the subject is in no stream."""
         return isinstance(await self.probe(subject), Rejected)
 
-    async def stream(self, name: str) -> StreamInfo | None:
-        """What the stream's leader says of it now, or None if there is no such stream."""
+    async def stream(self, name: str, *, deleted: bool = False) -> StreamInfo | None:
+        """What the stream's leader says of it now, with what is `deleted` if asked; None if there is no such stream."""
         try:
-            return stream_info(await self._request(f"STREAM.INFO.{name}"))
+            return stream_info(
+                await self._request(f"STREAM.INFO.{name}", {"deleted_details": True} if deleted else None)
+            )
         except Refused as refused:
             if refused.code == STREAM_NOT_FOUND:
                 return None
@@ -285,14 +287,29 @@ class JetStream:
             self._at_once = max(1, self._at_once // 2) if slow else min(READ_AT_ONCE, 2 * self._at_once)
         return found
 
+    async def last_on(self, stream: str, subject: str) -> int:
+        """The sequence of the last message on a subject, as the stream's leader knows it; 0 if there is none."""
+        found = await self._got(stream, {"last_by_subj": subject})
+        return int(found["seq"]) if found is not None else 0
+
+    async def next_on(self, stream: str, subject: str, sequence: int) -> tuple[int, Seen] | None:
+        """The first message on a subject from this sequence on, and where it is, from the leader; None if none."""
+        found = await self._got(stream, {"next_by_subj": subject, "seq": sequence})
+        return (int(found["seq"]), seen(found)) if found is not None else None
+
     async def _message(self, stream: str, sequence: int) -> Seen | None:
+        found = await self._got(stream, {"seq": sequence})
+        return seen(found) if found is not None else None
+
+    async def _got(self, stream: str, which: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            reply = await self._request(f"STREAM.MSG.GET.{stream}", {"seq": sequence}, MESSAGE_SECONDS)
+            reply = await self._request(f"STREAM.MSG.GET.{stream}", which, MESSAGE_SECONDS)
         except Refused as refused:
             if refused.code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        return seen(reply["message"])
+        message: dict[str, Any] = reply["message"]
+        return message
 
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""

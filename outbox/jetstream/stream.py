@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any, Self
 
 from outbox.core.plan import Seen
-from outbox.core.requirements import Problem, of_stream
+from outbox.core.requirements import Problem, of_sharing, of_stream
 from outbox.core.transaction import NO_LIMIT, Room
 from outbox.errors import Unusable
 
@@ -30,6 +30,9 @@ class StreamInfo:
     problem: Problem | None
     max_message_bytes: int | None
     room: Room = field(default_factory=Room)
+    unfencible: str | None = None  # why it cannot be fenced by a subject
+    removes: bool = False  # what is old
+    deleted: tuple[int, ...] = ()  # what is gone between its first and last message, where it was asked for
 
     def check(self) -> Self:
         """The stream itself; raises `Unusable`, with the remedy, if the relay cannot keep its promises with it."""
@@ -51,7 +54,14 @@ def stream_info(answer: dict[str, Any]) -> StreamInfo:
         problem=next(of_stream(config), None),
         max_message_bytes=size if size >= 0 else None,
         room=_room(config),
+        unfencible=next(of_sharing(config), None),
+        removes=bool(config.get("max_age")) or (config.get("discard") != "new" and _limited(config)),
+        deleted=tuple(answer["state"].get("deleted") or ()),
     )
+
+
+def _limited(config: dict[str, Any]) -> bool:
+    return any(int(config.get(name, -1)) > 0 for name in ("max_msgs", "max_bytes"))
 
 
 def _room(config: dict[str, Any]) -> Room:

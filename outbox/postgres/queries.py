@@ -145,13 +145,15 @@ WITH lead AS (
   RETURNING t.position
 ), planned AS (
   UPDATE {schema}.streams AS s
-     SET mode = p.mode, last_sequence = p.base, plan_base = p.base, plan = p.plan::int8range[],
+     SET mode = p.mode, last_sequence = p.base, plan_base = p.since, plan = p.plan::int8range[],
+         fences = p.fences::jsonb, sharing = p.sharing,
          sent_transactions = s.sent_transactions + coalesce(done.transactions, 0),
          sent_events = s.sent_events + coalesce(done.events, 0),
          blocked = p.blocked, blocked_since = CASE WHEN p.blocked IS NULL THEN NULL
            WHEN s.blocked IS NULL THEN now() ELSE s.blocked_since END
-    FROM lead, unnest(%(names)s::text[], %(modes)s::text[], %(bases)s::bigint[], %(plans)s::text[], %(blocks)s::text[])
-         AS p (name, mode, base, plan, blocked)
+    FROM lead, unnest(%(names)s::text[], %(modes)s::text[], %(bases)s::bigint[], %(sinces)s::bigint[],
+                      %(plans)s::text[], %(fences)s::text[], %(costs)s::text[], %(blocks)s::text[])
+         AS p (name, mode, base, since, plan, fences, sharing, blocked)
     LEFT JOIN (SELECT stream, count(*) AS transactions, sum(event_count) AS events FROM marked GROUP BY stream) AS done
          ON done.stream = p.name
    WHERE s.name = p.name AND s.ctid = ANY (%(places)s::text[]::tid[])
@@ -200,10 +202,11 @@ ARRIVED = "UPDATE {schema}.relay SET timeline = %(timeline)s WHERE epoch = %(epo
 
 # The first contact with a stream, under the leader's epoch; one of that name may have been retired.
 ADD_STREAM = """
-INSERT INTO {schema}.streams AS s (name, created, last_sequence, plan_base)
-SELECT %(name)s, %(created)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch = %(epoch)s
-ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = 'chained', last_sequence = excluded.last_sequence,
-       plan_base = excluded.plan_base, retired_at = NULL
+INSERT INTO {schema}.streams AS s (name, created, mode, last_sequence, plan_base)
+SELECT %(name)s, %(created)s, %(mode)s, %(last)s, %(last)s FROM {schema}.relay WHERE epoch = %(epoch)s
+ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = excluded.mode,
+       last_sequence = excluded.last_sequence, plan_base = excluded.plan_base, fences = NULL, sharing = NULL,
+       retired_at = NULL
  WHERE s.retired_at IS NOT NULL
 """
 
@@ -242,7 +245,8 @@ UPDATE {schema}.transactions AS t SET attempts = attempts - 1
 
 # The streams that the outbox publishes to: not those that an operator has retired.
 STREAMS = """
-SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
+SELECT name, created, mode, last_sequence, plan, blocked, plan_base, fences FROM {schema}.streams
+ WHERE retired_at IS NULL ORDER BY name
 """
 
 ANY_PENDING = "SELECT position FROM {schema}.pending LIMIT 1"

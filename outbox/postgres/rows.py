@@ -6,7 +6,7 @@ Pure: rows of psycopg become domain values here, and a transaction is a value on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -14,6 +14,7 @@ from uuid import UUID
 
 from psycopg.types.range import Range as NumberRange
 
+from outbox.core.fence import Fence
 from outbox.core.positions import Range
 from outbox.core.transaction import EVENT_OVERHEAD, NO_ROLLUPS, DeadReason, Receipt, Transaction, Verdict
 from outbox.event import NO_HEADERS, Event
@@ -52,7 +53,11 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRow:
-    """What the outbox remembers of a stream. `last_sequence` is the last settled one; `plan` are positions."""
+    """What the outbox remembers of a stream. `last_sequence` is the last settled one; `plan` are positions.
+
+    `fences` are those of the plan's heads, none of which is stored up to the sequence `since`; None where the plan is
+    fenced by the last sequence of the stream. `sharing` is what other writers cost.
+    """
 
     name: str
     created: str
@@ -60,6 +65,9 @@ class StreamRow:
     last_sequence: int
     plan: list[int]
     blocked: str | None = None
+    since: int = 0
+    fences: Sequence[Fence] | None = None
+    sharing: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +149,20 @@ def _not_whole(position: int, count: int, found: int, name: str) -> Verdict:
 def multirange(ranges: Sequence[Range]) -> str:
     """Ranges as PostgreSQL reads an int8multirange."""
     return "{" + ",".join(f"[{low},{high}]" for low, high in ranges) + "}"
+
+
+def written_fences(fences: Sequence[Fence] | None) -> str | None:
+    """Fences as PostgreSQL reads them."""
+    if fences is None:
+        return None
+    return json.dumps({each.position: [each.subject, each.sequence] for each in fences})
+
+
+def read_fences(found: Mapping[str, Any] | None) -> list[Fence] | None:
+    """Fences as they come back."""
+    if found is None:
+        return None
+    return [Fence(position=int(p), subject=subject, sequence=last) for p, (subject, last) in found.items()]
 
 
 def array(numbers: Iterable[int]) -> str:

@@ -32,7 +32,9 @@ from outbox.postgres.rows import (
     multirange,
     places,
     ranges,
+    read_fences,
     read_page,
+    written_fences,
 )
 from outbox.postgres.session import SESSION, answered, open_session
 
@@ -171,8 +173,17 @@ class Store:
     async def streams(self) -> list[StreamRow]:
         """Every stream that the outbox knows."""
         return [
-            StreamRow(name=n, created=c, mode=m, last_sequence=last, plan=places(plan), blocked=b)
-            for n, c, m, last, plan, b in await self._all(queries.STREAMS)
+            StreamRow(
+                name=name,
+                created=created,
+                mode=mode,
+                last_sequence=last,
+                plan=places(plan),
+                blocked=blocked,
+                since=since or last,
+                fences=read_fences(fences),
+            )
+            for name, created, mode, last, plan, blocked, since, fences in await self._all(queries.STREAMS)
         ]
 
     async def page(self, cursor: int, open_positions: Sequence[Range], *, messages: int, size: int) -> Page:
@@ -256,6 +267,9 @@ class Store:
             names=[row.name for row in streams],
             modes=[row.mode for row in streams],
             bases=[row.last_sequence for row in streams],
+            sinces=[row.since for row in streams],
+            fences=[written_fences(row.fences) for row in streams],
+            costs=[row.sharing for row in streams],
             plans=[ranges(row.plan) for row in streams],
             blocks=[row.blocked for row in streams],
         )
@@ -282,9 +296,11 @@ class Store:
         """True if every standby that could take over has flushed it; there must be one."""
         return bool((await self._all(queries.REPLICATED, lsn=lsn))[0][0])
 
-    async def add_stream(self, epoch: int, name: str, created: str, last: int) -> None:
+    async def add_stream(self, epoch: int, row: StreamRow) -> None:
         """Remember a stream at the first contact."""
-        await self._all(queries.ADD_STREAM, epoch=epoch, name=name, created=created, last=last)
+        await self._all(
+            queries.ADD_STREAM, epoch=epoch, name=row.name, created=row.created, mode=row.mode, last=row.last_sequence
+        )
         self._places.clear()
 
     async def ping(self, epoch: int) -> Wishes:

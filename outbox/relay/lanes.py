@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-from outbox.config import BatchMode, Settings
+from outbox.config import BatchMode, Settings, StreamMode
 from outbox.core.batch import POSITION, Batch, Packing, stored_bytes, trace_contexts
-from outbox.core.chain import CHAINED, SHARED, Chain
+from outbox.core.chain import CHAINED, SHARED, UNSURE, Chain
+from outbox.core.fence import Fences
 from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
@@ -67,11 +68,14 @@ class Lane:
             shared=row.mode == SHARED,
             blocked=row.blocked,
         )
+        self.chain.alone = settings.stream_mode is StreamMode.CHAINED
+        self._rewritten = False  # subjects are stored as others than they are sent
+        self._asking: Errand[tuple[dict[str, int], int]] = Errand(news)
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
         self.proven = proven
         self.moved, self.fresh = moved, fresh
         self._settings, self._outbox_id, self._tell = settings, str(lead.outbox_id), tell
-        self._settling: Errand[recovery.Settlement] = Errand(news)
+        self._settling: Errand[recovery.Settlement | recovery.HeadSettlement] = Errand(news)
         self._outcomes: deque[Sending] = deque()
         self._info: StreamInfo | None = None
         self._retry = Backoff()
@@ -101,7 +105,30 @@ class Lane:
             last_sequence=chain.base,
             plan=list(map(POSITION, chain.plan)),
             blocked=chain.blocked,
+            since=chain.fences.since if chain.fences is not None else chain.base,
+            fences=list(chain.fences.heads.values()) if chain.fences is not None else None,
+            sharing=self.sharing,
         )
+
+    @property
+    def sharing(self) -> str | None:
+        """What other writers cost, where they cost much; for the status."""
+        chain = self.chain
+        if not chain.shared:
+            return None
+        if chain.fences is not None and chain.fences.contended is not None:
+            subject, share = chain.fences.contended
+            return f"others write to {subject} so often that {share:.0%} of the attempts come too late"
+        if (why := self._unfencible) is not None:
+            return f"{why}: any message of others makes an attempt come too late"
+        return None
+
+    @property
+    def _unfencible(self) -> str | None:
+        """Why a plan cannot be fenced by a subject, or None if it can."""
+        if self._rewritten:
+            return "subjects are stored as others than they are sent (a mapping of the account)"
+        return self._info.unfencible if self._info is not None else None
 
     def learn(self, now: float, forbidden: tuple[str, str] | None) -> bool:
         """Take in the outcomes that have come, in order; `forbidden` is a subject, and what NATS has said of it."""
@@ -129,9 +156,9 @@ class Lane:
             if isinstance(outcome, Stored) and not (self.chain.in_doubt and not self.chain.shared):
                 self.proven = True
                 self._retry = self._retry.reset()
-            else:
+            elif self.chain.in_doubt:
                 self._failed(outcome, now, plain=bool(forbidden))
-            if self.chain.in_doubt:
+            if not self.chain.in_flight:
                 self._give_up()
         return learned
 
@@ -164,7 +191,7 @@ class Lane:
         crossed = chain.shared and said is Meaning.CHAIN_BROKEN
         if not crossed:
             self._tell(InDoubt(stream=chain.stream, why=chain.in_doubt or ""))
-        if crossed or chain.squeezed or said is Meaning.OFFENCE:
+        if (crossed or chain.squeezed or said is Meaning.OFFENCE) and not chain.open:
             return
         self._retry = self._retry.failed()
         self._settling.postpone(now + self._retry.delay(random.random()))
@@ -176,6 +203,7 @@ class Lane:
         chain = self.chain
         self._frames_gone = now + FRAME_SECONDS
         self._settling.cancel()
+        self._asking.cancel()
         self._give_up()
         if chain.in_doubt is None:
             self._tell(InDoubt(stream=chain.stream, why=why))
@@ -194,11 +222,16 @@ class Lane:
         Raises `Halt` if the stream contradicts the plan.
         """
         chain = self.chain
+        if chain.in_doubt is None and now >= self._frames_gone and chain.condemn_spoiled():
+            return True
         if chain.in_doubt is None:
-            return now >= self._frames_gone and chain.condemn_spoiled()
+            return self._ask(jetstream, now)
         came = self._settling.taken(now)
         if isinstance(came, Weather):
             chain.block(came.line)  # also a stream that does not suit any more: it holds only its own
+        elif isinstance(came, recovery.HeadSettlement):
+            self._take_in_head(jetstream, came, now)
+            return True
         elif came is not None:
             self._take_in(jetstream, came, now)
             return True
@@ -213,7 +246,38 @@ class Lane:
                 base=chain.base,
                 plan=chain.entries(),
             )
-            self._settling.start(lambda: recovery.settle(jetstream, known, self._outbox_id), now)
+            self._settling.start(self._look(jetstream, known), now)
+        return False
+
+    def _look(
+        self, jetstream: JetStream, known: recovery.Remembered
+    ) -> Callable[[], Awaitable[recovery.Settlement | recovery.HeadSettlement]]:
+        chain = self.chain
+        if chain.fences is None:
+            return lambda: recovery.settle(jetstream, known, self._outbox_id)
+        head = recovery.Head(
+            fence=chain.fences.heads.get(known.plan[0].position) if known.plan else None,
+            open=chain.open,
+            since=chain.fences.since,
+            told=chain.told,
+            placed=chain.placed,
+        )
+        return lambda: recovery.settle_head(jetstream, known, head, self._outbox_id)
+
+    def _ask(self, jetstream: JetStream | None, now: float) -> bool:
+        """Ask for the last sequences that a fence needs; True when some have come."""
+        fences = self.chain.fences
+        came = self._asking.taken(now)
+        if isinstance(came, tuple) and fences is not None:
+            self._asking.reset()
+            sequences, last = came
+            fences.learn(sequences)
+            if not self.chain.plan:
+                fences.since = max(fences.since, last)  # nothing was tried yet
+            return True
+        if fences is not None and fences.wanted and jetstream is not None and not self._asking.running:
+            stream, subjects = self.chain.stream, list(fences.wanted)
+            self._asking.start(lambda: _last_sequences(jetstream, stream, subjects), now)
         return False
 
     @property
@@ -225,14 +289,36 @@ class Lane:
         """
         return max(self._settling.due, self._frames_gone if self.chain.suspects else 0.0)
 
+    def _take_in_head(self, jetstream: JetStream | None, found: recovery.HeadSettlement, now: float) -> None:
+        chain = self.chain
+        self.moved = self.fresh = False
+        self._settling.reset()
+        self._rewritten = self._rewritten or found.rewritten
+        chain.settle_head(found.stored, found.base, found.sequence, others=found.others)
+        if chain.open and chain.in_doubt is None and chain.spoiled:
+            chain.block(UNSURE)
+        elif not chain.planned:
+            chain.unblock()
+        self.limit(found.info, jetstream)
+        self._judge_head(now)
+        if chain.verdicts:
+            self._retry = self._retry.reset()
+            chain.unblock()
+        if found.stored:
+            self._tell(
+                Settled(
+                    stream=chain.stream, last_sequence=chain.base, stored=found.stored, remaining=len(chain.planned)
+                )
+            )
+
     def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement, now: float) -> None:
         chain, was_shared = self.chain, self.chain.shared
         self.moved = self.fresh = False
         self._settling.reset()
+        self.limit(settlement.info, jetstream)
         chain.settle(settlement.stored, settlement.last, foreign=settlement.foreign)
         if not chain.planned:
             chain.unblock()
-        self.limit(settlement.info, jetstream)
         self._judge_head(now)
         if chain.verdicts:
             self._retry = self._retry.reset()
@@ -264,12 +350,24 @@ class Lane:
     def limit(self, info: StreamInfo | None, jetstream: JetStream | None) -> None:
         """Take in what the stream and its server accept; None where nothing new is known of the stream."""
         self._info = info or self._info
+        self.chain.fencible = self._info is not None and self._unfencible is None
+        if self.chain.fences is not None and self._info is not None:
+            self.chain.fences.removes = self._info.removes
+        self._choose_mode()
         sizes = [self._info.max_message_bytes if self._info else None, jetstream.max_payload if jetstream else None]
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,
             max_message_bytes=min((size for size in sizes if size is not None), default=NO_LIMIT),
             room=self._info.room if self._info else Room(),
         )
+
+    def _choose_mode(self) -> None:
+        """What the setting says, for plans that are made from here on, whoever made those before."""
+        chain = self.chain
+        if self._settings.stream_mode is StreamMode.SHARED:
+            chain.shared = True
+        elif chain.alone and not (chain.plan or chain.unanswered):
+            chain.shared = False
 
     def send(self, jetstream: JetStream, ids: Iterable[str]) -> bool:
         """Send what the committed plan allows; True if anything went out."""
@@ -303,10 +401,20 @@ class Lane:
                 yield self._outcomes[0].begun + SLOW_SECONDS
         if self.chain.in_doubt and not self._settling.running:
             yield self._looks
+        if self.chain.fences is not None and self.chain.fences.wanted and not self._asking.running:
+            yield self._asking.due
 
     def close(self) -> None:
         """Stop what runs beside the loop; idempotent."""
         self._settling.cancel()
+        self._asking.cancel()
+
+
+async def _last_sequences(jetstream: JetStream, stream: str, subjects: list[str]) -> tuple[dict[str, int], int]:
+    """The last sequences on these subjects, and one that the stream had reached before any of them was asked for."""
+    info = await jetstream.stream(stream)
+    last = await asyncio.gather(*(jetstream.last_on(stream, subject) for subject in subjects))
+    return dict(zip(subjects, last, strict=True)), info.last_sequence if info is not None else 0
 
 
 class Lanes(dict[str, Lane]):
@@ -339,7 +447,9 @@ class Lanes(dict[str, Lane]):
         """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
         lane = self.add(row, fresh=True)
         if row.plan:
-            lane.chain.restore(await store.entries(row.plan))
+            heads = None if row.fences is None else {each.position: each for each in row.fences}
+            fences = Fences(since=row.since, heads=heads, former=set(heads)) if heads is not None else None
+            lane.chain.restore(await store.entries(row.plan), fences)
 
     def extend(self, *, held_back: bool) -> None:
         """Let what waits join the plans, unless nothing more is to be sent."""

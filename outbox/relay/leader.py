@@ -197,6 +197,9 @@ class Leader:
         sent = False
         if self._jetstream is not None and not self._held_back and await self._secured():
             for lane in self._lanes.in_turn:
+                if lane.chain.unconfirmed:
+                    await self._store.ping(self._lead.epoch)
+                    lane.chain.confirm()
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids)

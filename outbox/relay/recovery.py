@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from outbox.core.fence import Attempt, Fence, Verge, attempt_at, covered, judge_attempt, removed
 from outbox.core.plan import Finding, Look, Planned, judge, wanted
 from outbox.errors import Halt, Weather
 from outbox.jetstream.client import JetStream
@@ -19,6 +20,7 @@ from outbox.jetstream.stream import StreamInfo
 LOOKS = 100
 LOOK_SECONDS = 0.05
 SEARCHED = 500
+TAIL = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,35 @@ class Remembered:
     moved: bool
     base: int
     plan: Sequence[Planned]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What is known of the head of a plan with fences, besides: its own, whether an attempt may be stored, still or
+    late, and up to where none is. `told` is the last sequence that a refusal has told, `placed` where a message of ours
+    is, and its subject.
+    """
+
+    fence: Fence | None
+    open: bool
+    since: int
+    told: int | None
+    placed: tuple[int, str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSettlement:
+    """The first `stored` transactions of the plan are in the stream, behind `base`; else the last message on the
+    subject of the fence is at `sequence`, and `others` have written behind the fence. `rewritten` says that subjects
+    are stored as others than they were sent.
+    """
+
+    stored: int
+    base: int
+    sequence: int
+    others: bool
+    rewritten: bool
+    info: StreamInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,21 +101,115 @@ async def settle(jetstream: JetStream, known: Remembered, outbox_id: str) -> Set
     raise _halt(known, finding, info)
 
 
+async def settle_head(jetstream: JetStream, known: Remembered, head: Head, outbox_id: str) -> HeadSettlement:
+    """Read what is behind the fence of the plan's head; raises as `settle` does."""
+    rewritten = head.placed is not None and await _is_rewritten(jetstream, known.stream, *head.placed)
+    looks, end = 0, 0
+    while True:
+        attempt, sequence, others = await _behind(jetstream, known, head, outbox_id)
+        info = await _identified(jetstream, known)
+        if info.last_sequence < known.base:
+            raise _halt(known, Finding(look=Look.WENT_BACK, stored=0, at=info.last_sequence), info)
+        if attempt is None:
+            break
+        seen = await jetstream.read(known.stream, covered(attempt, known.plan) or ())
+        verge, stored = judge_attempt(
+            outbox_id=outbox_id,
+            attempt=attempt,
+            plan=known.plan,
+            settled=head.since,
+            last=info.last_sequence,
+            seen=seen,
+        )
+        if verge is Verge.STORED:
+            await _nothing_unknown(jetstream, known, outbox_id, info)
+            base = attempt.first - 1
+            return HeadSettlement(
+                stored=stored, base=base, sequence=sequence, others=others, rewritten=rewritten, info=info
+            )
+        looks = 0 if info.last_sequence != end else looks + 1  # a large batch is applied for as long as it moves
+        if verge is Verge.IMPOSTOR or looks >= LOOKS:
+            look = Look.IMPOSTOR if verge is Verge.IMPOSTOR else Look.APPLYING
+            raise _halt(known, Finding(look=look, stored=0, at=attempt.first), info)
+        end = info.last_sequence
+        await asyncio.sleep(LOOK_SECONDS)
+    await _nothing_gone(jetstream, known, head, info, sequence)
+    await _nothing_unknown(jetstream, known, outbox_id, info)
+    before = head.fence.sequence if head.fence is not None else 0
+    contradicted = head.told is not None and not head.open and not others and sequence == before != head.told
+    return HeadSettlement(
+        stored=0,
+        base=known.base,
+        sequence=sequence,
+        others=others or sequence < before,
+        rewritten=rewritten or contradicted,
+        info=info,
+    )
+
+
+async def _behind(
+    jetstream: JetStream, known: Remembered, head: Head, outbox_id: str
+) -> tuple[Attempt | None, int, bool]:
+    """The first attempt behind the fence that is stored; else the last sequence on its subject, and whether others have
+    written there behind the fence. Not beyond where the subject ends now: who writes quickly would keep us for ever.
+    """
+    if head.fence is None:
+        return None, 0, False
+    subject, place, others = head.fence.subject, head.fence.sequence, False
+    end = await jetstream.last_on(known.stream, subject)
+    while place < end and (following := await jetstream.next_on(known.stream, subject, place + 1)) is not None:
+        place, message = following
+        if (attempt := attempt_at(place, message, known.plan[0], outbox_id)) is not None:
+            return attempt, place, others
+        others = True
+    if head.open and head.told is not None and head.told != end:
+        # The server knows of another message on the subject: it may be stored as another one.
+        told = (await jetstream.read(known.stream, [head.told]))[head.told] if head.told else None
+        if told is not None and (attempt := attempt_at(head.told, told, known.plan[0], outbox_id)) is not None:
+            return attempt, end, others
+    return None, max(place, end) if others else end, others or end > head.fence.sequence
+
+
+async def _is_rewritten(jetstream: JetStream, stream: str, place: int, subject: str) -> bool:
+    """True if what was sent on this subject is stored on another one."""
+    message = (await jetstream.read(stream, [place]))[place]
+    return message is not None and message.subject != subject
+
+
+async def _nothing_gone(jetstream: JetStream, known: Remembered, head: Head, info: StreamInfo, sequence: int) -> None:
+    """Raise `Halt` if what would tell whether the head is stored may be gone, or the stream has lost what it had."""
+    if head.fence is None or not (head.open or sequence < head.fence.sequence):
+        return
+    whole = await _identified(jetstream, known, deleted=True)
+    if head.open and removed(whole.first_sequence, whole.deleted, head.since):
+        raise _halt(known, Finding(look=Look.AMBIGUOUS, stored=0, at=head.since + 1), info)
+    if sequence < head.fence.sequence and not removed(whole.first_sequence, whole.deleted, head.fence.sequence - 1):
+        raise _halt(known, Finding(look=Look.WENT_BACK, stored=0, at=sequence), info)
+
+
+async def _nothing_unknown(jetstream: JetStream, known: Remembered, outbox_id: str, info: StreamInfo) -> None:
+    """Raise `Halt` if the stream holds what this outbox has sent, and its database knows nothing of.
+
+    A new leader looks at the end of the stream; after a promotion or a restore, at all behind the last receipt.
+    """
+    if not (known.fresh or known.moved):
+        return
+    planned = {entry.position for entry in known.plan}
+    begin = known.base + 1 if known.moved else max(known.base + 1, info.last_sequence - TAIL + 1)
+    for low in range(begin, info.last_sequence + 1, SEARCHED):
+        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
+        for place, message in (await jetstream.read(known.stream, places)).items():
+            if message is None or not message.is_of(outbox_id) or message.position in planned:
+                continue
+            raise Halt(
+                f"stream {known.stream} knows more than the database: what is at {place} was sent after {known.base}, "
+                "the last sequence that the database knows: it was promoted or restored, or is an older copy",
+                remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
+            )
+
+
 async def _look(jetstream: JetStream, known: Remembered, outbox_id: str) -> tuple[Finding, StreamInfo]:
-    info = await jetstream.stream(known.stream)
-    if info is None:
-        raise Weather(
-            f"stream {known.stream} does not exist; if it is not to come back: outbox rebase --stream {known.stream} "
-            "--retire"
-        )
-    if info.created != known.created:
-        raise Halt(
-            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, known since "
-            f"{known.created}; it was made again, restored, or promoted from a mirror, and may lack messages",
-            remedy=f"compare: outbox verify --stream {known.stream}; then accept the stream as it is: "
-            f"outbox rebase --stream {known.stream}",
-        )
-    info.check()
+    info = await _identified(jetstream, known)
     places = wanted(known.base, known.plan, info.last_sequence)
     seen = await jetstream.read(known.stream, places)
     finding = judge(
@@ -100,6 +225,24 @@ async def _look(jetstream: JetStream, known: Remembered, outbox_id: str) -> tupl
     return finding, info
 
 
+async def _identified(jetstream: JetStream, known: Remembered, *, deleted: bool = False) -> StreamInfo:
+    """The stream, if it is the one that the outbox knows, and suits."""
+    info = await jetstream.stream(known.stream, deleted=deleted)
+    if info is None:
+        raise Weather(
+            f"stream {known.stream} does not exist; if it is not to come back: outbox rebase --stream {known.stream} "
+            "--retire"
+        )
+    if info.created != known.created:
+        raise Halt(
+            f"stream {known.stream} is not the one that the outbox knows: created {info.created}, known since "
+            f"{known.created}; it was made again, restored, or promoted from a mirror, and may lack messages",
+            remedy=f"compare: outbox verify --stream {known.stream}; then accept the stream as it is: "
+            f"outbox rebase --stream {known.stream}",
+        )
+    return info.check()
+
+
 async def _search(jetstream: JetStream, known: Remembered, outbox_id: str, finding: Finding, info: StreamInfo) -> None:
     """After a promotion or a restore of the database, what lies beyond its plan is read message by message.
 
@@ -112,7 +255,7 @@ async def _search(jetstream: JetStream, known: Remembered, outbox_id: str, findi
             if message is None and known.shared:
                 continue  # others write here: what is gone was most likely theirs
             ours = message is not None and (
-                message.outbox_id == outbox_id or (message.outbox_id is not None and not known.shared)
+                message.is_of(outbox_id) or (message.outbox_id is not None and not known.shared)
             )
             if message is None or ours:
                 raise Halt(
@@ -130,7 +273,7 @@ async def _first_left(
     for low in range(max(end + 1, info.first_sequence), info.last_sequence + 1, SEARCHED):
         places = range(low, min(low + SEARCHED, info.last_sequence + 1))
         for place, message in (await jetstream.read(known.stream, places)).items():
-            if message is not None and message.outbox_id == outbox_id:
+            if message is not None and message.is_of(outbox_id):
                 return replace(finding, look=Look.IMPOSTOR, at=place)
             if message is not None:
                 return replace(finding, look=Look.FOREIGN)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from uuid import UUID
 
-from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.config import OnDead, OnUnrouted, Settings, StreamMode
 from outbox.core.batch import POSITION
+from outbox.core.chain import CHAINED, SHARED
 from outbox.core.plan import Seen
 from outbox.core.requirements import of_subject
 from outbox.core.transaction import NO_ROLLUPS, DeadReason, Transaction, Verdict, fits, invalid, verdict
@@ -26,6 +28,7 @@ from outbox.relay.background import Errand
 from outbox.relay.lanes import Lane
 
 REMEMBERED_SUBJECTS = 10_000
+TAIL = 100  # messages of a stream that tell whether others write there
 # Judged by what JetStream said once.
 REMEMBERED = (DeadReason.SPANS_STREAMS, DeadReason.MESSAGE_TOO_LARGE, DeadReason.TOO_LARGE_FOR_STREAM)
 
@@ -37,7 +40,7 @@ class Routes:
         self.mapped: set[str] = set()
         self._doubted = False
         self._infos: dict[str, StreamInfo] = {}
-        self._tails: dict[str, Seen | None] = {}
+        self._tails: dict[str, dict[int, Seen | None]] = {}
         self._streams: dict[str, str] = {}
 
     def clear(self) -> None:
@@ -54,7 +57,13 @@ class Routes:
 
     def info(self, stream: str) -> tuple[StreamInfo, Seen | None]:
         """What was learnt of a stream when it was asked for last, and its last message, if it has one."""
-        return self._infos[stream], self._tails.get(stream)
+        info = self._infos[stream]
+        return info, self._tails[stream].get(info.last_sequence)
+
+    def shared(self, stream: str, outbox_id: UUID) -> bool:
+        """True if any of the last messages of a stream is of another writer."""
+        found = self._tails[stream].values()
+        return any(each is not None and not each.marker and not each.is_of(str(outbox_id)) for each in found)
 
     def streams(self, transaction: Transaction) -> dict[str, str | None]:
         """The stream of each of its subjects; None where it is not known."""
@@ -84,7 +93,7 @@ class Routes:
                 if info is None:
                     raise Weather(f"stream {name} has just gone")
                 end = info.last_sequence
-                self._tails[name] = (await jetstream.read(name, [end]))[end] if end else None
+                self._tails[name] = await jetstream.read(name, range(max(1, end - TAIL + 1), end + 1))
                 self._infos[name] = info
             if name is not None:
                 self._remember(subject, name)
@@ -225,7 +234,9 @@ class Router:
         if info.problem is not None and not proven:  # later it holds only what is for it
             what = f"stream {name} cannot be used: {info.problem.what}"
             raise Misconfigured(what, remedy=info.problem.remedy)
-        if tail is not None and tail.outbox_id == str(self._lead.outbox_id):
+        # A mirror strips what marks a batch, and a copy that a consumer makes has no message id.
+        unsourced = tail is not None and not tail.sourced and tail.message_id is not None
+        if tail is not None and unsourced and tail.outbox_id == str(self._lead.outbox_id):
             raise Halt(
                 f"stream {name} ends with transaction {tail.position} of this outbox, which does not know the stream: "
                 "the database is older than the stream, or a copy; or the stream is a copy of one that it knows, as is "
@@ -233,8 +244,12 @@ class Router:
                 remedy="make sure that only one copy of the database is in use, then run: outbox rebase; a stream that "
                 f"was retired is taken back by: outbox rebase --stream {name}",
             )
-        await self._store.add_stream(self._lead.epoch, name, info.created, info.last_sequence)
-        row = StreamRow(name=name, created=info.created, mode="chained", last_sequence=info.last_sequence, plan=[])
+        shared = self._settings.stream_mode is not StreamMode.CHAINED and self._routes.shared(
+            name, self._lead.outbox_id
+        )
+        mode, last = SHARED if shared else CHAINED, info.last_sequence
+        row = StreamRow(name=name, created=info.created, mode=mode, last_sequence=last, plan=[], since=last)
+        await self._store.add_stream(self._lead.epoch, row)
         add_lane(row).limit(info, jetstream)
 
     async def _take_answers(self, now: float) -> None:

@@ -96,6 +96,12 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         sa.Column("blocked", text),
         sa.Column("blocked_since", time),
         sa.Column("retired_at", time),
+        sa.Column(
+            "fences",
+            postgresql.JSONB,
+            comment="Where others write too: the subject and its last sequence that fence a head of the plan, by position.",
+        ),
+        sa.Column("sharing", text, comment="What other writers cost, where they cost much."),
         schema=schema,
         comment="One row per stream that this outbox publishes to: identity, mode, place, plan.",
     )

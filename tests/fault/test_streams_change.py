@@ -123,7 +123,8 @@ def test_message_of_this_outbox_that_cannot_be_there_halts(
     add(database, f"{stream.prefix}.one")
     relay.wait_for(Marked)
     mine = str(value(database, "SELECT outbox_id FROM outbox.relay"))
-    broker.publish(f"{stream.prefix}.two", b"", {"Outbox-Id": mine, "Outbox-Transaction": "99"})
+    sent = {"Outbox-Id": mine, "Outbox-Transaction": "99", "Nats-Expected-Last-Sequence": "1"}
+    broker.publish(f"{stream.prefix}.two", b"", sent)
     add(database, f"{stream.prefix}.three")
     error = relay.ended()
     assert isinstance(error, Halt)

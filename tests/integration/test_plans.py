@@ -55,6 +55,7 @@ NOTHING: dict[str, Any] = {
     "epoch": 0,
     **dict.fromkeys(("settling", "positions", "lanes", "lasts"), "{}"),
     **{each: [] for each in ("dead", "reasons", "names", "modes", "bases", "plans", "blocks", "places")},
+    **{each: [] for each in ("sinces", "fences", "costs")},
 }
 
 
@@ -141,6 +142,9 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
         "modes": ["chained"],
         "bases": [1],
         "plans": [ranges([1, 2, 5])],
+        "sinces": [1],
+        "fences": [None],
+        "costs": [None],
         "blocks": [None],
         "place": place(filled, "relay"),
         "places": [place(filled, "streams")],
@@ -176,6 +180,7 @@ def test_what_each_commit_updates_is_found_past_every_dead_version(filled: psyco
         assert touched(filled, queries.PING, **ping) < 10
         assert touched(filled, queries.PING, place=None) > 20  # without it they are all looked at
         given = {**NOTHING, **ping, "names": ["S"], "modes": ["chained"], "bases": [1], "plans": ["{}"],
+                 "sinces": [1], "fences": [None], "costs": [None],
                  "blocks": [None], "places": [place(filled, "streams")]}  # fmt: skip
         assert touched(filled, queries.COMMIT, **given) < 40
         there = place(filled, "housekeeping")

@@ -25,7 +25,7 @@ COLUMNS = """
 SELECT column_name FROM information_schema.columns WHERE table_schema = 'outbox' AND table_name = %s
  ORDER BY ordinal_position
 """
-ADDED = ("suits_from", "retired_at")
+ADDED = ("suits_from", "retired_at", "fences", "sharing")
 pytestmark = pytest.mark.core
 FROZEN = {
     "0001_up.sql": "5e4fd4eeb97bd4d8aea7f293a00690f7db2855c76204c9139825e4add641f0f6",

@@ -4,7 +4,16 @@ UPDATE {schema}.relay SET purged = greatest(purged, (SELECT h.purged FROM {schem
 
 DROP TABLE {schema}.housekeeping;
 
-ALTER TABLE {schema}.streams DROP COLUMN retired_at;
+DO $body$
+BEGIN
+  IF EXISTS (SELECT FROM {schema}.streams WHERE fences IS NOT NULL AND cardinality(plan) > 0) THEN
+    RAISE EXCEPTION USING MESSAGE = 'outbox: what is planned for a stream of several writers is not settled',
+      HINT = 'Run: outbox relay --drain. Relays of the schema before would send it again.';
+  END IF;
+END
+$body$;
+
+ALTER TABLE {schema}.streams DROP COLUMN retired_at, DROP COLUMN fences, DROP COLUMN sharing;
 
 ALTER TABLE {schema}.relay DROP COLUMN suits_from;
 

@@ -6,6 +6,14 @@ COMMENT ON COLUMN {schema}.relay.suits_from IS 'Relays that were written for thi
 
 ALTER TABLE {schema}.streams ADD COLUMN retired_at timestamptz;
 
+ALTER TABLE {schema}.streams ADD COLUMN fences jsonb;
+
+COMMENT ON COLUMN {schema}.streams.fences IS 'Where others write too: the subject and its last sequence that fence a head of the plan, by position.';
+
+ALTER TABLE {schema}.streams ADD COLUMN sharing text;
+
+COMMENT ON COLUMN {schema}.streams.sharing IS 'What other writers cost, where they cost much.';
+
 CREATE TABLE {schema}.housekeeping (
   singleton     boolean NOT NULL DEFAULT true,
   purged        bigint  NOT NULL DEFAULT 0,

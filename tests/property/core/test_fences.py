@@ -15,16 +15,15 @@ from itertools import count
 from random import Random
 from uuid import UUID
 
-import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.core.batch import Batch, Packing, frames
+from outbox.core.batch import Batch, Packing
 from outbox.core.chain import Chain
-from outbox.core.fence import Fence, Fences, Verge, attempt_at, covered, judge_attempt, numbered, removed
+from outbox.core.fence import Fences, Verge, attempt_at, covered, judge_attempt, numbered, removed
 from outbox.core.outcome import Duplicate, Outcome, Rejected, Stored, Unknown
 from outbox.core.plan import Look, Planned, Seen, judge, wanted
-from outbox.core.transaction import DeadReason, Transaction
+from outbox.core.transaction import Transaction
 from outbox.event import Event
 
 OUTBOX = "outbox"
@@ -78,6 +77,7 @@ class Model:
     transactions: list[str]  # subjects
     offenders: frozenset[int] = frozenset()  # a batch with one of them is refused, for every attempt
     repeated: frozenset[int] = frozenset()  # and here as a duplicate, which an attempt that is stored may look like
+    fickle: frozenset[int] = frozenset()  # a batch of one of these alone is refused so
     forgets: bool = False  # message ids, at once
     stream: list[Message] = field(default_factory=list)
     first: int = 1
@@ -116,40 +116,38 @@ class Model:
         return leader, batch, self._publish(batch, busy=busy)
 
     def _publish(self, batch: Batch, *, busy: bool) -> Outcome:
-        positions = {each.position for each in batch.transactions}
-        if not self.forgets and any(map(self.stored, positions)):
-            return Rejected(code=10201, description="duplicate") if batch.count > 1 else Duplicate(sequence=1)
-        if self.repeated & positions:
-            return Rejected(code=10201, description="duplicate")
+        if (refusal := self._refusal(batch, busy=busy)) is not None:
+            return refusal
         fence = batch.fence
-        if fence is None and batch.base != self.last:
-            return Rejected(code=10071, description=f"wrong last sequence: {self.last}")
-        if fence is not None:
-            if busy:
-                return Rejected(code=10164, description="wrong last sequence")
-            if (there := self.last_on(fence.subject)) != fence.sequence:
-                return Rejected(code=10071, description=f"wrong last sequence: {there}")
-            if not fence.sequence and self.stored(fence.position):
-                return Unknown(why="its own message is gone, and it comes: the residual")
-        if self.offenders & positions:
-            return Rejected(code=10166, description="per-message TTL is disabled")
         fenced = numbered(batch.transactions[0], fence.subject) if fence is not None else 1
+        expected = fence.sequence if fence is not None else batch.base
+        batch_id = batch.id if batch.count > 1 else None
         number = 0
         for each in batch.transactions:
             for place, subject in enumerate(each.subjects, 1):
                 number += 1
-                expected = fence.sequence if fence is not None else batch.base
-                self.stream.append(
-                    Message(
-                        subject,
-                        each.position,
-                        place,
-                        expected if number == fenced else None,
-                        batch.id if batch.count > 1 else None,
-                    )
-                )
-        of_batch = (batch.id, batch.count) if batch.count > 1 else (None, 1)
-        return Stored(stream="S", sequence=self.last, batch=of_batch[0], count=of_batch[1])
+                fence_here = expected if number == fenced else None
+                self.stream.append(Message(subject, each.position, place, fence_here, batch_id))
+        return Stored(stream="S", sequence=self.last, batch=batch_id, count=batch.count)
+
+    def _refusal(self, batch: Batch, *, busy: bool) -> Outcome | None:
+        positions, fence = {each.position for each in batch.transactions}, batch.fence
+        repeated = not self.forgets and any(map(self.stored, positions))
+        there = self.last if fence is None else self.last_on(fence.subject)
+        if repeated and batch.count == 1:
+            return Duplicate(sequence=1)
+        if repeated or self.repeated & positions or (len(positions) == 1 and self.fickle & positions):
+            return Rejected(code=10201, description="duplicate")
+        if fence is not None and busy:
+            there = -1
+        if there != (batch.base if fence is None else fence.sequence):
+            what = f"wrong last sequence: {there}" if there >= 0 else "wrong last sequence"
+            return Rejected(code=10071 if there >= 0 else 10164, description=what)
+        if fence is not None and not fence.sequence and self.stored(fence.position):
+            return Unknown(why="its own message is gone, and it comes: the residual")
+        if self.offenders & positions:
+            return Rejected(code=10166, description="per-message TTL is disabled")
+        return None
 
 
 @dataclass
@@ -168,12 +166,19 @@ class Play:
         self.leaders: list[Leader] = []
         self.elect(0)
 
-    def elect(self, pick: int) -> None:
+    def elect(self, pick: int, *, sharing: bool = False) -> None:
+        """A new leader; `sharing` says that an operator has told it that others write here."""
         model = self.model
         model.epoch += 1
         packing = self.packings[pick % len(self.packings)]
         chain = Chain(
-            stream="S", created="x", packing=packing, base=model.base, shared=model.shared, fencible=True, window=3
+            stream="S",
+            created="x",
+            packing=packing,
+            base=model.base,
+            shared=model.shared or sharing,
+            fencible=True,
+            window=3,
         )
         loaded = [model.transaction(position) for position in model.plan]
         fences = model.fences
@@ -316,7 +321,21 @@ class Play:
 
 STEP = st.tuples(
     st.sampled_from(
-        ["work", "work", "work", "deliver", "deliver", "lose", "silence", "elect", "drop", "foreign", "copy", "trim", "busy"]
+        [
+            "work",
+            "work",
+            "work",
+            "deliver",
+            "deliver",
+            "lose",
+            "silence",
+            "elect",
+            "drop",
+            "foreign",
+            "copy",
+            "trim",
+            "busy",
+        ]
     ),
     st.integers(0, 9),
 )
@@ -341,7 +360,7 @@ def play(model: Model, steps: list[tuple[str, int]]) -> bool:
                 case "silence":
                     game.silence(leader)
                 case "elect":
-                    game.elect(pick)
+                    game.elect(pick, sharing=pick > 6)
                 case "drop" if model.frames:
                     model.frames.popleft()
                 case "foreign":
@@ -377,10 +396,10 @@ def test_attempts_fenced_by_a_subject_exclude_each_other(
     bad: set[int],
     twice: set[int],
 ) -> None:
-    """Each transaction whole, once and in order among ours, whoever writes between; or a halt where messages are gone."""
+    """Each transaction whole, once and in order, whoever writes between; or a halt where messages are gone."""
     offenders = frozenset(each for each in bad if each <= len(transactions))
     repeated = frozenset(each for each in twice if each <= len(transactions)) - offenders
-    model = Model(transactions, offenders, repeated, forgets, shared=shared)
+    model = Model(transactions, offenders, repeated, forgets=forgets, shared=shared)
     check(model, done=play(model, steps))
 
 
@@ -390,7 +409,7 @@ def check(model: Model, *, done: bool) -> None:
     whole = [
         (position, n)
         for position, subjects in enumerate(model.transactions, 1)
-        if position not in model.offenders | model.repeated
+        if position not in (model.offenders | model.repeated | (model.fickle & set(model.dead)))
         for n in range(1, len(subjects) + 1)
     ]
     if not done:
@@ -398,7 +417,8 @@ def check(model: Model, *, done: bool) -> None:
         assert model.first > 1, "it halts only where messages are gone"
         return
     assert ours == whole
-    assert sorted(model.dead) == sorted(model.offenders | model.repeated)
+    assert sorted(set(model.dead) - model.fickle) == sorted(model.offenders | model.repeated)
+    assert set(model.dead) <= model.offenders | model.repeated | model.fickle
     for position, (first, last) in model.marked.items():
         stored = model.stream[first - 1 : last]
         assert [(each.position, each.number) for each in stored] == [
@@ -425,8 +445,8 @@ def drawn(seed: int) -> tuple[Model, list[tuple[str, int]]]:
         forgets=chance.random() < 0.7,
         shared=chance.random() < 0.7,
     )
-    if not model.offenders and chance.random() < 0.15:
-        model.repeated = one
+    if not model.offenders and chance.random() < 0.3:
+        model.repeated, model.fickle = (one, model.fickle) if chance.random() < 0.4 else (model.repeated, one)
     trims = model.shared and chance.random() < 0.2  # where strangers are not known, what is gone counts as ours
     steps = (DUEL if duel else ORDINARY) + (["trim"] if trims else [])
     return model, [(chance.choice(steps), chance.randint(0, 9)) for _ in range(chance.randint(10, 60 if duel else 120))]
