@@ -253,7 +253,7 @@ class Chain:
                 self.fences = None
                 self._replan()
                 self.doubt("the fence is the stream's last sequence from here on")
-            elif self.fences is None and wanted and not self.planned:
+            elif self.fences is None and wanted:
                 self.fences = Fences(since=self.base)
         head = self.planned[0] if self.planned and not (self.in_flight or self.in_doubt) else None
         if self.fences is None or not isinstance(head, Transaction) or head.position in self.fences.heads:
@@ -295,7 +295,7 @@ class Chain:
     @property
     def _fenced(self) -> bool:
         """True if the head has the fence that it needs, and this leader may use it."""
-        return self.fences is None or (self._fence is not None and not self.fences.unconfirmed and not self.in_flight)
+        return self.fences is None or (self._fence is not None and not self.fences.unconfirmed)
 
     def _planned_batches(self) -> float:
         """How many batches the plan makes that are not in flight, about."""
@@ -503,7 +503,7 @@ class Chain:
             self.fences.moved(self.fences.heads[head], sequence)
             self.dirty = True
         self._convict()
-        self.in_doubt = "what a former leader has tried next" if stored and self.open else None
+        self.in_doubt = None
 
     def _convict(self) -> None:
         """The stream was read back: what is suspected is not there. Not while an attempt may still be stored."""

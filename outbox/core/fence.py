@@ -158,9 +158,9 @@ class Fences:
             if fence is not None:
                 self.shunned.pop(fence.subject, None)
             first += each.count
-        # Nobody else has tried them yet: what we have written to their subjects is known to us.
+        # Nobody has tried the next ones before these were stored, so what these have moved is known to hold none.
         for fence in self.heads.values():
-            if fence.position not in self.former and self.known.get(fence.subject, 0) > fence.sequence:
+            if self.known.get(fence.subject, 0) > fence.sequence:
                 self.heads[fence.position] = replace(fence, sequence=self.known[fence.subject])
         self.since = first - 1
         self._tried(refused=False)

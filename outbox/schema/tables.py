@@ -99,7 +99,7 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         sa.Column(
             "fences",
             postgresql.JSONB,
-            comment="Where others write too: the subject and its last sequence that fence a head of the plan, by position.",
+            comment="Where others write too: by position, the subject and its last sequence that fence a head.",
         ),
         sa.Column("sharing", text, comment="What other writers cost, where they cost much."),
         schema=schema,

@@ -57,13 +57,11 @@ def test_two_outboxes_that_share_a_stream(postgres: Postgres, broker: Broker, na
         Writers(url, stream.prefix, threads=2, transactions=400, seed=50 + n).start() for n, url in enumerate(urls)
     ]
     one, other = (Settings(database_url=url, nats_url=nats.url) for url in urls)
-    with ThreadRelay(one) as first, ThreadRelay(other) as second:
+    with ThreadRelay(one), ThreadRelay(other):
         for each in writers:
             each.join()
         for url in urls:
             wait_until_sent(url)
-        first.wait_for(Shared)
-        second.wait_for(Shared)
     stored = broker.read(stream.name)
     for url in urls:
         mine = str(value(url, "SELECT outbox_id FROM outbox.relay"))
@@ -71,6 +69,7 @@ def test_two_outboxes_that_share_a_stream(postgres: Postgres, broker: Broker, na
         report = check(url, ours)
         assert report.anomalies == {}
         assert report.transactions >= 400
+        assert value(url, "SELECT mode FROM outbox.streams") == "shared"
 
 
 def test_stream_recreated_under_a_running_relay_halts_it(database: str, broker: Broker, nats: Nats) -> None:

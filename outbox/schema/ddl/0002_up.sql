@@ -8,7 +8,7 @@ ALTER TABLE {schema}.streams ADD COLUMN retired_at timestamptz;
 
 ALTER TABLE {schema}.streams ADD COLUMN fences jsonb;
 
-COMMENT ON COLUMN {schema}.streams.fences IS 'Where others write too: the subject and its last sequence that fence a head of the plan, by position.';
+COMMENT ON COLUMN {schema}.streams.fences IS 'Where others write too: by position, the subject and its last sequence that fence a head.';
 
 ALTER TABLE {schema}.streams ADD COLUMN sharing text;
 

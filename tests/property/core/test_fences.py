@@ -211,7 +211,8 @@ class Play:
             chain.learn(leader.outcomes[leader.pending.pop(0)])
             if not chain.in_flight:
                 leader.pending.clear()
-        if chain.in_doubt and not (chain.suspects and model.frames):  # a verdict waits until none can arrive
+        waits = chain.fences is None and chain.suspects and model.frames  # then a verdict waits until none can arrive
+        if chain.in_doubt and not waits:
             self.settle(leader)
         chain.load(model.transaction(each.position) for each in chain.unloaded)
         while len(chain.waiting) < 6 and leader.epoch == model.epoch:
