@@ -308,6 +308,7 @@ def _hurt_for(soak: Soak, seconds: float, writers: Sequence[Writers]) -> None:
 
 def _passed(soak: Soak, foreign: Foreign | None, title: str) -> bool:
     """Print what was found; True if it is as promised. What is foreign must be where it was stored, too."""
+    written = foreign.written().keys() if foreign else set[int]()
     stored = Broker(soak.nats.url).read(STREAM)
     report = Report()
     for schema in soak.schemas:
@@ -315,7 +316,7 @@ def _passed(soak: Soak, foreign: Foreign | None, title: str) -> bool:
         names = [each.name for each in fields(Report)]
         report = Report(**{name: getattr(report, name) + getattr(found, name) for name in names})
     places = {each.sequence for each in stored if each.foreign}
-    displaced = len(foreign.written().keys() - places) if foreign else 0
+    displaced = len(written - places)
     dead = sum(int(value(soak.postgres.url(), f'SELECT count(*) FROM "{schema}".dead')) for schema in soak.schemas)
     console.print(title)
     _print(soak, report, {"foreign messages": len(places), "of which displaced": displaced, "dead letters": dead})
