@@ -1,7 +1,8 @@
 """A soak: writers, two relays and random faults for minutes, then the whole stream against the whole database.
 
 `python -m tests.soak --minutes 10 --seed 1` ends in a table of the faults, the transactions, and the anomalies by kind;
-exit code 1 if there is any. Everything is reachable through proxies, so that each connection can be hurt.
+exit code 1 if there is any. Everything is reachable through proxies, so that each connection can be hurt. With
+`--shared` there are two outboxes with the same subjects and two relays each, and a foreign writer besides.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -27,13 +28,16 @@ from rich.table import Table
 from outbox.embedded import Nats, Postgres
 from outbox.errors import OutboxError
 from outbox.operate import pause, replay
+from outbox.operate.migrate import migrate
 from tests.support.armed import POINTS
 from tests.support.bed import Broker, ProcessRelay, rows, value, wait_until_sent
+from tests.support.foreign import Foreign, of_outbox
 from tests.support.proxy import NatsProxy, Proxy
-from tests.support.servers import own_nats, own_postgres, prepared
-from tests.support.workload import Writers, check
+from tests.support.servers import own_nats, own_postgres
+from tests.support.workload import LEDGER, Report, Writers, check
 
 STREAM, PREFIX = "SOAK", "soak"
+SCHEMAS = ("outbox", "other")
 EXPECTED_ENDS = (0, -signal.SIGKILL)
 REFUSED = "lacks allow_atomic"  # a relay that starts just then ends with the remedy, for its supervisor to start again
 console = Console()
@@ -41,7 +45,7 @@ console = Console()
 
 @dataclass
 class Soak:
-    """Two servers, two relays, and what can be done to them."""
+    """Two servers, two relays of each outbox, and what can be done to them."""
 
     directory: Path
     postgres: Postgres
@@ -49,6 +53,7 @@ class Soak:
     to_postgres: Proxy
     to_nats: NatsProxy
     chance: random.Random
+    schemas: Sequence[str]
     faults: Counter[str] = field(default_factory=Counter)
     halted: list[str] = field(default_factory=list)
     refused: int = 0
@@ -56,11 +61,16 @@ class Soak:
     done: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def relay(self, *, armed: bool = False) -> ProcessRelay:
+    def url(self, schema: str) -> str:
+        """Where the writers of this outbox are at home: each has a ledger of its own."""
+        return self.postgres.url() + f"?options=-csearch_path%3Dledger_of_{schema}"
+
+    def relay(self, index: int, *, armed: bool = False) -> ProcessRelay:
         environment = {
             "OUTBOX_DATABASE_URL": self.postgres.url().replace(f":{self.postgres.port}/", f":{self.to_postgres.port}/"),
             "OUTBOX_NATS_URL": self.to_nats.url,
             "OUTBOX_ACK_TIMEOUT": "2",
+            "OUTBOX_SCHEMA": self.schemas[index % len(self.schemas)],
         }
         armed_at = (self.chance.choice([*POINTS]), "SIGKILL", self.chance.randint(1, 20)) if armed else None
         return ProcessRelay(self.directory, environment, armed=armed_at)
@@ -76,26 +86,29 @@ class Soak:
         elif code not in EXPECTED_ENDS and text:
             self.halted.append(f"exit code {code}: {text[-1500:]}")
         old.log.unlink(missing_ok=True)
-        self.relays[index] = self.relay(armed=armed)
+        self.relays[index] = self.relay(index, armed=armed)
+
+    def one_of_the_relays(self) -> int:
+        return self.chance.randrange(len(self.relays))
 
     # --- faults of relays
 
     def kill_relay(self) -> None:
-        index = self.chance.randrange(2)
+        index = self.one_of_the_relays()
         self.relays[index].kill()
         self.replace(index)
 
     def kill_relay_at_a_stop_point(self) -> None:
-        self.replace(index := self.chance.randrange(2), armed=True)
+        self.replace(index := self.one_of_the_relays(), armed=True)
         self.pause(4)
         if not self.relays[index].running:
             self.replace(index)
 
     def stop_relay(self) -> None:
-        self.replace(self.chance.randrange(2))
+        self.replace(self.one_of_the_relays())
 
     def freeze_relay(self) -> None:
-        relay = self.relays[self.chance.randrange(2)]
+        relay = self.relays[self.one_of_the_relays()]
         relay.send_signal(signal.SIGSTOP)
         self.pause(self.chance.uniform(0.5, 8))
         relay.send_signal(signal.SIGCONT)
@@ -182,18 +195,21 @@ class Soak:
     # --- operators at work
 
     def pause_outbox(self) -> None:
+        schema = self.chance.choice(self.schemas)
         with suppress(OutboxError):
-            pause.pause(self.postgres.url(), "outbox", "the soak")
+            pause.pause(self.postgres.url(), schema, "the soak")
         self.pause(self.chance.uniform(0.2, 2))
         with suppress(OutboxError):  # a server that is down: the next time, or the end, resumes
-            pause.resume(self.postgres.url(), "outbox")
+            pause.resume(self.postgres.url(), schema)
 
     def replay(self) -> None:
         with suppress(OutboxError, psycopg.OperationalError):
-            last = int(value(self.postgres.url(), "SELECT coalesce(max(position), 0) FROM outbox.transactions"))
+            schema = self.chance.choice(self.schemas)
+            highest = f'SELECT coalesce(max(position), 0) FROM "{schema}".transactions'
+            last = int(value(self.postgres.url(), highest))
             first = self.chance.randint(1, max(1, last))
             wanted = replay.Wanted(first=first, last=first + self.chance.randint(0, 20))
-            replay.replay(self.postgres.url(), "outbox", wanted)
+            replay.replay(self.postgres.url(), schema, wanted)
 
     def pause(self, seconds: float) -> None:
         self.done.wait(seconds)
@@ -217,20 +233,24 @@ class Soak:
 
 
 @contextmanager
-def begun(seed: int) -> Iterator[Soak]:
+def begun(seed: int, schemas: Sequence[str]) -> Iterator[Soak]:
     directory = Path(tempfile.mkdtemp(prefix="outbox-soak-"))
     with ExitStack() as stack:
         postgres = own_postgres(directory / "postgres", synchronous_commit="off", wal_writer_delay="500ms")
         nats = own_nats(directory / "nats")
         for server in (postgres, nats):
             stack.enter_context(server)
-        prepared(postgres)
+        for schema in schemas:
+            migrate(postgres.url(), schema)
+            rows(postgres.url(), f"CREATE SCHEMA ledger_of_{schema}")
         rows(postgres.url(), "CHECKPOINT")  # with synchronous_commit = off a crash could take the tables away
         Broker(nats.url).create_stream(STREAM, f"{PREFIX}.>", discard="new")  # a full stream must lose nothing
         to_postgres = stack.enter_context(Proxy(postgres.port))
         to_nats = stack.enter_context(NatsProxy(nats.port))
-        soak = Soak(directory, postgres, nats, to_postgres, to_nats, random.Random(seed))
-        soak.relays = [soak.relay(), soak.relay()]
+        soak = Soak(directory, postgres, nats, to_postgres, to_nats, random.Random(seed), schemas)
+        for schema in schemas:
+            rows(soak.url(schema), LEDGER)
+        soak.relays = [soak.relay(index) for index in range(2 * len(schemas))]
         try:
             yield soak
         finally:
@@ -241,47 +261,68 @@ def begun(seed: int) -> Iterator[Soak]:
 def main(
     minutes: Annotated[float, typer.Option(help="How long faults are injected.")] = 10,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 1,
+    shared: Annotated[bool, typer.Option("--shared", help="Two outboxes in one stream, and a foreign writer.")] = False,
+    copies: Annotated[bool, typer.Option(help="The foreign writer copies messages of the outboxes, too.")] = True,
 ) -> None:
     """Random faults under load, then every message against what was committed."""
-    with begun(seed) as soak:
-        writers = Writers(soak.postgres.url(), PREFIX, threads=4, endless=True, seed=seed, events=4, slow=0.0).start()
-        failures: list[BaseException] = []
-        threads = [threading.Thread(target=_guarded, args=(soak, kinds, failures)) for kinds in soak.parties()]
-        began = time.monotonic()
-        for thread in threads:
-            thread.start()
-        while time.monotonic() - began < 60 * minutes and not failures:
-            soak.pause(10)
-            took = time.monotonic() - began
-            print(
-                f"{took:4.0f} s: {sum(soak.faults.values())} faults, {writers.committed} transactions", file=sys.stderr
-            )
-        soak.done.set()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
-        writers.stop()
+    schemas = SCHEMAS if shared else SCHEMAS[:1]
+    with begun(seed, schemas) as soak, ExitStack() as stack:
+        foreign = Foreign(soak.directory, soak.nats.url, STREAM, PREFIX, copies=copies) if shared else None
+        if foreign:
+            stack.enter_context(foreign)
+        threads = 4 // len(schemas)
+        writers = [
+            Writers(soak.url(each), PREFIX, threads, endless=True, seed=seed, events=4, slow=0.0, schema=each).start()
+            for each in schemas
+        ]
+        _hurt_for(soak, 60 * minutes, writers)
+        for each in writers:
+            each.stop()
         soak.to_nats.acks = "pass"
-        pause.resume(soak.postgres.url(), "outbox")
-        for index in range(2):
+        for schema in schemas:
+            pause.resume(soak.postgres.url(), schema)
+        for index in range(len(soak.relays)):
             soak.replace(index)
-        wait_until_sent(soak.postgres.url(), patience=300)
-        report = check(soak.postgres.url(), Broker(soak.nats.url).read(STREAM))
-        dead = int(value(soak.postgres.url(), "SELECT count(*) FROM outbox.dead"))
-        console.print(f"seed {seed}, {minutes:g} minutes")
-        _print(
-            soak,
-            report.transactions,
-            report.replays,
-            report.messages,
-            dead,
-            {k: len(v) for k, v in report.anomalies.items()},
-        )
-        for halt in soak.halted:
-            console.print(halt, markup=False)
-        if report.anomalies or dead or soak.halted:
+        for schema in schemas:
+            wait_until_sent(soak.postgres.url(), schema, patience=300)
+        if not _passed(soak, foreign, f"seed {seed}, {minutes:g} minutes{', shared' * shared}"):
             raise typer.Exit(1)
+
+
+def _hurt_for(soak: Soak, seconds: float, writers: Sequence[Writers]) -> None:
+    failures: list[BaseException] = []
+    threads = [threading.Thread(target=_guarded, args=(soak, kinds, failures)) for kinds in soak.parties()]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    while time.monotonic() - began < seconds and not failures:
+        soak.pause(min(10, seconds))
+        took, committed = time.monotonic() - began, sum(each.committed for each in writers)
+        print(f"{took:4.0f} s: {sum(soak.faults.values())} faults, {committed} transactions", file=sys.stderr)
+    soak.done.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _passed(soak: Soak, foreign: Foreign | None, title: str) -> bool:
+    """Print what was found; True if it is as promised. What is foreign must be where it was stored, too."""
+    written = foreign.written().keys() if foreign else set[int]()
+    stored = Broker(soak.nats.url).read(STREAM)
+    report = Report()
+    for schema in soak.schemas:
+        found = check(soak.url(schema), of_outbox(soak.url(schema), stored, schema), schema)
+        names = [each.name for each in fields(Report)]
+        report = Report(**{name: getattr(report, name) + getattr(found, name) for name in names})
+    places = {each.sequence for each in stored if each.foreign}
+    displaced = len(written - places)
+    dead = sum(int(value(soak.postgres.url(), f'SELECT count(*) FROM "{schema}".dead')) for schema in soak.schemas)
+    console.print(title)
+    _print(soak, report, {"foreign messages": len(places), "of which displaced": displaced, "dead letters": dead})
+    for halt in soak.halted:
+        console.print(halt, markup=False)
+    return not (report.anomalies or displaced or dead or soak.halted)
 
 
 def _guarded(soak: Soak, kinds: list[Callable[[], None]], failures: list[BaseException]) -> None:
@@ -291,19 +332,19 @@ def _guarded(soak: Soak, kinds: list[Callable[[], None]], failures: list[BaseExc
         failures.append(error)
 
 
-def _print(soak: Soak, transactions: int, replays: int, messages: int, dead: int, anomalies: dict[str, int]) -> None:
+def _print(soak: Soak, report: Report, others: Mapping[str, int]) -> None:
     faults = Table("fault", "times")
     for name, times in sorted(soak.faults.items()):
         faults.add_row(name.replace("_", " "), str(times))
     faults.add_row("all", str(sum(soak.faults.values())), style="bold")
     console.print(faults)
     found = Table("what", "number")
-    found.add_row("transactions", str(transactions))
-    found.add_row("replays", str(replays))
-    found.add_row("messages", str(messages))
+    for kind in ("transactions", "replays", "messages"):
+        found.add_row(kind, str(getattr(report, kind)))
     for kind in ("missing", "doubled", "split", "phantom", "disordered", "receipts"):
-        found.add_row(kind, str(anomalies.get(kind, 0)))
-    found.add_row("dead letters", str(dead))
+        found.add_row(kind, str(len(report.anomalies.get(kind, ()))))
+    for name, number in others.items():
+        found.add_row(name, str(number))
     found.add_row("relays refused at their start", str(soak.refused))
     found.add_row("relays that halted", str(len(soak.halted)))
     console.print(found)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from outbox.bench import drain, flat, load, rest
+from outbox.bench import beside, drain, flat, load, rest
 from outbox.bench.figures import Figures, Kind, Say
 from outbox.bench.site import Site
 
@@ -22,13 +22,36 @@ class Sizes:
     payload: int
     total: int
     seconds: float
+    subjects: list[str]
+    outboxes: int
+    foreign: float
+    foreign_subjects: list[str]
     say: Say
+
+
+RATE = 10.0  # transactions a second of each outbox, where several share a stream
 
 
 def _drain(there: Site, wanted: Sizes) -> Iterator[Measured]:
     for events in wanted.events:
-        given = {"events": events, "payload": wanted.payload}
-        yield given, partial(drain.with_ceilings, there, transactions=wanted.total // events, **given)
+        given: dict[str, Any] = {"events": events, "payload": wanted.payload}
+        sizes: dict[str, Any] = {**given, "transactions": wanted.total // events, "subjects": wanted.subjects}
+        if wanted.subjects:
+            given["subjects"] = " ".join(wanted.subjects)
+        if wanted.foreign:
+            given |= {"foreign": f"{wanted.foreign:g}", "onto": " ".join(wanted.foreign_subjects)}
+            other: dict[str, Any] = {
+                "rate": wanted.foreign,
+                "subjects": wanted.foreign_subjects,
+                "seconds": wanted.seconds,
+            }
+            yield given, partial(beside.foreign, there, backlog=beside.Backlog(**sizes), **other)
+        elif wanted.outboxes > 1:
+            given["outboxes"] = wanted.outboxes
+            many: dict[str, Any] = {"outboxes": wanted.outboxes, "seconds": wanted.seconds}
+            yield given, partial(beside.together, there, backlog=beside.Backlog(**sizes), **many)
+        else:
+            yield given, partial(drain.with_ceilings, there, **sizes)
 
 
 def _sustained(there: Site, wanted: Sizes) -> Iterator[Measured]:
@@ -37,6 +60,11 @@ def _sustained(there: Site, wanted: Sizes) -> Iterator[Measured]:
 
 
 def _latency(there: Site, wanted: Sizes) -> Iterator[Measured]:
+    if wanted.outboxes > 1:
+        many: dict[str, Any] = {"outboxes": wanted.outboxes, "events": 3, "rate": RATE}
+        sizes: dict[str, Any] = {"payload": wanted.payload, "seconds": wanted.seconds, "subjects": wanted.subjects}
+        yield many, partial(load.latency_together, there, **many, **sizes)
+        return
     for events, share in ((1, 0.0), (3, 0.0), (3, 0.25), (3, 0.5)):
         given: dict[str, Any] = {"events": events, "payload": wanted.payload, "share": share, "seconds": wanted.seconds}
         yield given, partial(load.latency, there, **given)

@@ -29,6 +29,21 @@ def command(
     total: Annotated[int, typer.Option(help="Events in a backlog.")] = 100_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often; the medians are shown.")] = 3,
     seconds: Annotated[float, typer.Option(help="Of each measurement that has a duration.")] = 20.0,
+    subjects: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subject",
+            help="Of a transaction's first event, second, and so on; the last for the rest. a.{0..99}: 100 in turn.",
+        ),
+    ] = None,
+    outboxes: Annotated[int, typer.Option(min=1, help="That drain, or write, into one stream at the same time.")] = 1,
+    foreign: Annotated[
+        float, typer.Option(min=0, help="Messages a second that another process writes to the stream beside a drain.")
+    ] = 0.0,
+    foreign_subjects: Annotated[
+        list[str] | None,
+        typer.Option("--foreign-subject", help="Of these messages, in turn; by default foreign.{0..9}, no event's."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Measure the relay next to what the two servers allow, and show medians.
@@ -41,11 +56,23 @@ def command(
     from outbox.bench.cases import CASES, Sizes
     from outbox.bench.site import site
 
+    if foreign and outboxes > 1:
+        raise typer.BadParameter("give one of --foreign and --outboxes")
     chosen = kinds or [kind for kind in Kind if kind is not Kind.FLAT]
     cases: list[Case] = []
     with site(database_url, nats_url, storage) as there, console.status("starting") as status:
         versions = {"postgres": there.value("SHOW server_version"), "nats": there.nats_version()}
-        wanted = Sizes(events=events or [1, 3], payload=payload, total=total, seconds=seconds, say=status.update)
+        wanted = Sizes(
+            events=events or [1, 3],
+            payload=payload,
+            total=total,
+            seconds=seconds,
+            subjects=subjects or [],
+            outboxes=outboxes,
+            foreign=foreign,
+            foreign_subjects=foreign_subjects or ["foreign.{0..9}"],
+            say=status.update,
+        )
         for kind in chosen:
             measured = list(CASES[kind](there, wanted))
             found: list[list[Figures]] = [[] for _ in measured]

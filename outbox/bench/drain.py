@@ -8,13 +8,13 @@ import asyncio
 import gc
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
 import uvloop
 
 from outbox.bench.figures import Figures
-from outbox.bench.site import SCHEMA, STREAM, RelayProcess, Site
+from outbox.bench.site import SCHEMA, STREAM, RelayProcess, Site, subjects_of
 from outbox.config import Settings
 from outbox.core.batch import Batch, Packing, receipts, take
 from outbox.core.outcome import Stored
@@ -29,9 +29,17 @@ LONGEST = 3600.0  # seconds of a drain
 FAR_POSITION = 1 << 50  # of transactions that no database has
 
 
-def drain(site: Site, *, transactions: int, events: int, payload: int, flags: tuple[str, ...] = ()) -> Figures:
+def drain(
+    site: Site,
+    *,
+    transactions: int,
+    events: int,
+    payload: int,
+    flags: tuple[str, ...] = (),
+    subjects: Sequence[str] = (),
+) -> Figures:
     """Load a backlog and let `outbox relay --drain` empty it: from the lead to the last mark."""
-    site.load(transactions, events, payload)
+    site.load(transactions, events, payload, subjects=subjects)
     before, wal = site.last_sequence(), wal_bytes(site)
     with RelayProcess(site, "--drain", *flags) as relay:
         cpu, memory = relay.ended(LONGEST)
@@ -48,12 +56,12 @@ def drain(site: Site, *, transactions: int, events: int, payload: int, flags: tu
     }
 
 
-def with_ceilings(site: Site, *, transactions: int, events: int, payload: int) -> Figures:
+def with_ceilings(site: Site, *, transactions: int, events: int, payload: int, subjects: Sequence[str] = ()) -> Figures:
     """A drain, and both ceilings in the same round."""
     total = transactions * events
-    figures = dict(drain(site, transactions=transactions, events=events, payload=payload))
-    publish = total / _run_alone(_publish(site, transactions, events, payload))
-    site.load(transactions, events, payload)
+    figures = dict(drain(site, transactions=transactions, events=events, payload=payload, subjects=subjects))
+    publish = total / _run_alone(_publish(site, transactions, events, payload, subjects))
+    site.load(transactions, events, payload, subjects=subjects)
     marking = total / _run_alone(_read_and_mark(site, transactions))
     # The stream has none of it: put the place back where the stream is.
     site.sql(f"UPDATE {SCHEMA}.streams SET last_sequence = %(at)s, plan_base = %(at)s", at=site.last_sequence())  # noqa: S608
@@ -84,14 +92,14 @@ def _run_alone(work: object) -> float:
         gc.unfreeze()
 
 
-async def _publish(site: Site, transactions: int, events: int, payload: int) -> float:
+async def _publish(site: Site, transactions: int, events: int, payload: int, subjects: Sequence[str]) -> float:
     """Seconds to publish and have acked the batches that the relay makes of them, in its window and its chain."""
     settings = Settings()
     news = asyncio.Event()
     jetstream = await JetStream.connect(Settings(nats_url=site.nats_url), news.set)
     info = await jetstream.stream(STREAM)
     base = info.last_sequence if info else 0
-    batches = deque(_batches(transactions, events, payload, base))
+    batches = deque(_batches(transactions, payload, base, subjects_of(SCHEMA, subjects, events)))
     in_flight: deque[tuple[Batch, asyncio.Future[object]]] = deque()
     began = time.perf_counter()
     while batches or in_flight:
@@ -106,13 +114,11 @@ async def _publish(site: Site, transactions: int, events: int, payload: int) -> 
     return took
 
 
-def _batches(transactions: int, events: int, payload: int, base: int) -> Iterator[Batch]:
+def _batches(transactions: int, payload: int, base: int, spread: list[list[str]]) -> Iterator[Batch]:
     waiting = deque(
         Transaction.of(
             FAR_POSITION + number,
-            tuple(
-                Event(str(uuid4()), f"{SCHEMA}.{place}", b"x" * payload, NO_HEADERS) for place in range(1, events + 1)
-            ),
+            tuple(Event(str(uuid4()), each[number % len(each)], b"x" * payload, NO_HEADERS) for each in spread),
         )
         for number in range(transactions)
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import time
@@ -17,7 +19,7 @@ from nats.aio.client import Client
 
 from outbox import Outbox, event
 from outbox.bench.figures import Figures, Say, quantiles
-from outbox.bench.site import BARE, SCHEMA, STREAM, RelayProcess, Site, made
+from outbox.bench.site import BARE, SCHEMA, STREAM, RelayProcess, Site, made, schemas, subjects_of
 
 SAMPLES_PER_SECOND = 20
 BARE_SCHEMA, NUMBERED_SCHEMA = f"{SCHEMA}_bare", f"{SCHEMA}_numbered"
@@ -129,6 +131,54 @@ def latency(site: Site, *, events: int, payload: int, share: float, seconds: flo
                 site.wait_until_sent()
 
 
+def latency_together(
+    site: Site, *, outboxes: int, events: int, payload: int, rate: float, seconds: float, subjects: Sequence[str]
+) -> Figures:
+    """Commit to stored where several outboxes with their relays share a stream, each with transactions at this rate."""
+    site.prepare(outboxes)
+    names = schemas(outboxes)
+    with contextlib.ExitStack() as stack:
+        given = [RelayProcess(site, schema=schema) for schema in names]
+        relays = [stack.enter_context(relay) for relay in given]
+        for relay in relays:
+            relay.wait_until_it_leads()
+        relays[-1].wait_until_ready()
+
+        async def all_of_them() -> list[list[float]]:
+            each = (_paced(site, name, subjects_of(name, subjects, events), payload, rate, seconds) for name in names)
+            return await asyncio.gather(*each)
+
+        found = uvloop.run(all_of_them())
+    site.prepare()
+    return {
+        "written_transactions_per_second": sum(map(len, found)) / seconds,
+        **quantiles(itertools.chain(*found), "commit_to_stored"),
+        "commit_to_stored_p99_of_the_slowest_outbox_ms": max(quantiles(each, "x")["x_p99_ms"] for each in found),
+    }
+
+
+async def _paced(
+    site: Site, schema: str, spread: Sequence[Sequence[str]], payload: int, rate: float, seconds: float
+) -> list[float]:
+    """Add transactions at a rate; the milliseconds of each from the return of COMMIT to stored."""
+    outbox, body = Outbox(schema), b"x" * payload
+    client = await nats.connect(site.nats_url.split(","))
+    connection = await psycopg.AsyncConnection.connect(site.database_url)
+    committed: list[tuple[UUID, float]] = []
+    began = time.monotonic()
+    for number in range(round(rate * seconds)):
+        await asyncio.sleep(began + (number + random.random()) / rate - time.monotonic())
+        ids = await outbox.add_many_async(connection, [event(each[number % len(each)], body) for each in spread])
+        await connection.commit()
+        committed.append((ids[-1], time.time()))
+    await asyncio.to_thread(site.wait_until_sent, schema)
+    sequences = await _sequences(connection, [message_id for message_id, _ in committed], schema)
+    stored = await _times(client, STREAM, [sequences[message_id] for message_id, _ in committed])
+    await connection.close()
+    await client.close()
+    return [1000 * (at - when) for at, (_, when) in zip(stored, committed, strict=True)]
+
+
 async def _samples(site: Site, events: int, payload: int, count: int) -> Figures:
     outbox, body = Outbox(SCHEMA), b"x" * payload
     client = await nats.connect(site.nats_url.split(","))
@@ -175,9 +225,11 @@ async def _publish(client: Client, body: bytes, events: int) -> int:
     return int(json.loads(reply.data)["seq"])
 
 
-async def _sequences(connection: psycopg.AsyncConnection[tuple[object, ...]], ids: Sequence[UUID]) -> dict[UUID, int]:
+async def _sequences(
+    connection: psycopg.AsyncConnection[tuple[object, ...]], ids: Sequence[UUID], schema: str = SCHEMA
+) -> dict[UUID, int]:
     receipts = f"""
-    SELECT e.message_id, t.last_sequence FROM {SCHEMA}.events AS e JOIN {SCHEMA}.transactions AS t USING (txid)
+    SELECT e.message_id, t.last_sequence FROM {schema}.events AS e JOIN {schema}.transactions AS t USING (txid)
      WHERE e.message_id = ANY (%s)"""  # noqa: S608
     found = await (await connection.execute(receipts.encode(), [list(ids)])).fetchall()
     return {row[0]: int(row[1]) for row in found}  # type: ignore[misc, call-overload]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from outbox.bench.figures import Storage
+from outbox.bench.subjects import turns
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import Misconfigured, OutboxError
 from outbox.operate import migrate
@@ -31,20 +32,23 @@ from outbox.postgres.session import stepping_session
 SCHEMA, STREAM, BARE = "outbox_bench", "OUTBOX_BENCH", "OUTBOX_BENCH_BARE"
 FAR_TXID = 1 << 63  # transaction ids that no server ever comes to
 WAIT_SECONDS = 60.0
+NOT_DRAINED = 3  # exit code of a drain that is stopped
 # What anybody would set on a server of its own: the backlog stays in memory, and no checkpoint falls into a round.
 POSTGRES = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
 
 
 # A backlog at once: as the triggers would write it, but not one commit after the other.
-LOAD = f"""
+LOAD = """
 WITH t AS (
-  INSERT INTO {SCHEMA}.transactions (txid, event_count)
+  INSERT INTO {schema}.transactions (txid, event_count)
   SELECT (%(first)s + n)::text::xid8, %(events)s FROM generate_series(1, %(transactions)s) AS n
 )
-INSERT INTO {SCHEMA}.events (txid, subject, payload)
-SELECT (%(first)s + n)::text::xid8, '{SCHEMA}.' || e, decode(repeat('78', %(payload)s), 'hex')
+INSERT INTO {schema}.events (txid, subject, payload)
+SELECT (%(first)s + n)::text::xid8, (%(subjects)s::text[])[e][1 + n %% %(turns)s],
+       decode(repeat('78', %(payload)s), 'hex')
   FROM generate_series(1, %(transactions)s) AS n, generate_series(1, %(events)s) AS e
-"""  # noqa: S608 - constants
+"""
+OUTBOXES = f"SELECT nspname FROM pg_namespace WHERE nspname ~ '^{SCHEMA}(_[0-9]+)?$'"  # noqa: S608 - constants
 
 
 @dataclass(kw_only=True)
@@ -68,10 +72,11 @@ class Site:
         """The only value of a statement's answer."""
         return self.sql(statement, **parameters)[0][0]
 
-    def prepare(self) -> None:
-        """A new schema, and new streams."""
+    def prepare(self, outboxes: int = 1) -> None:
+        """New schemas, as many as outboxes, and new streams."""
         self.clear()
-        migrate.migrate(self.database_url, SCHEMA)
+        for schema in schemas(outboxes):
+            migrate.migrate(self.database_url, schema)
         for name in (STREAM, BARE):
             self.create_stream(name)
 
@@ -91,17 +96,18 @@ class Site:
                 raise OutboxError(f"stream {name} cannot be made: {answer}", remedy="look at the nats-server's log")
             time.sleep(0.2)
 
-    def wait_until_sent(self) -> None:
+    def wait_until_sent(self, schema: str = SCHEMA) -> None:
         """Wait until nothing is pending, and so no plan speaks of what the next round throws away."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while self.value(f"SELECT EXISTS (SELECT FROM {SCHEMA}.pending)"):  # noqa: S608
+        while self.value(f"SELECT EXISTS (SELECT FROM {schema}.pending)"):  # noqa: S608
             if time.monotonic() > deadline:
                 raise OutboxError(f"the backlog is not sent after {WAIT_SECONDS:.0f} s", remedy="use fewer events")
             time.sleep(0.05)
 
     def clear(self) -> None:
         """Leave nothing behind."""
-        self.sql(f'DROP SCHEMA IF EXISTS "{SCHEMA}" CASCADE')
+        for (schema,) in self.sql(OUTBOXES):
+            self.sql(f'DROP SCHEMA "{schema}" CASCADE')
         for name in (STREAM, BARE):
             self.api(f"STREAM.DELETE.{name}")
         self.loaded = 0
@@ -139,19 +145,22 @@ class Site:
         answer = self.api(f"STREAM.INFO.{name}") or {}
         return int(answer["state"]["last_seq"])
 
-    def load(self, transactions: int, events: int, payload: int) -> None:
+    def load(
+        self, transactions: int, events: int, payload: int, *, subjects: Sequence[str] = (), schema: str = SCHEMA
+    ) -> None:
         """Add a backlog, all at once."""
+        spread = subjects_of(schema, subjects, events)
+        sizes = {"events": events, "payload": payload, "subjects": spread, "turns": len(spread[0])}
         with psycopg.connect(self.database_url) as connection:
             for table in ("events", "transactions"):
-                connection.execute(f"ALTER TABLE {SCHEMA}.{table} DISABLE TRIGGER USER")
+                connection.execute(f"ALTER TABLE {schema}.{table} DISABLE TRIGGER USER")
             for start in range(0, transactions, 100_000):
                 part = min(100_000, transactions - start)
                 first = FAR_TXID + self.loaded + start
-                connection.execute(
-                    LOAD.encode(), {"first": first, "transactions": part, "events": events, "payload": payload}
-                )
+                given = {"first": first, "transactions": part, **sizes}
+                connection.execute(LOAD.format(schema=schema).encode(), given)
             for table in ("events", "transactions"):
-                connection.execute(f"ALTER TABLE {SCHEMA}.{table} ENABLE TRIGGER USER")
+                connection.execute(f"ALTER TABLE {schema}.{table} ENABLE TRIGGER USER")
         self.loaded += transactions
 
     def writers(self, script: str, *, clients: int, seconds: float, rate: float | None = None) -> subprocess.Popen[str]:
@@ -179,17 +188,33 @@ def made(writers: subprocess.Popen[str]) -> float:
     raise OutboxError(f"pgbench failed: {errors.strip()[-500:]}", remedy="run it by hand against the same database")
 
 
+def schemas(outboxes: int) -> list[str]:
+    """The schemas of so many outboxes."""
+    return [SCHEMA, *(f"{SCHEMA}_{number}" for number in range(2, outboxes + 1))]
+
+
+def subjects_of(schema: str, patterns: Sequence[str], events: int) -> list[list[str]]:
+    """The subjects of each event of an outbox, in turn: of these patterns, which are below the stream's prefix.
+
+    Without patterns, each outbox has subjects of its own.
+    """
+    return turns(patterns, events, SCHEMA if patterns or schema == SCHEMA else f"{SCHEMA}.{schema}")
+
+
 class RelayProcess:
     """`outbox relay` as users run it: its log, its use of the machine, and its end."""
 
-    def __init__(self, site: Site, *flags: str) -> None:
-        self._log = site.folder / "relay.log"
+    def __init__(
+        self, site: Site, *flags: str, schema: str = SCHEMA, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._log = site.folder / f"relay-{schema}.log"
         self._drains = "--drain" in flags
         environment = {
             **os.environ,
             "OUTBOX_DATABASE_URL": site.database_url,
             "OUTBOX_NATS_URL": site.nats_url,
-            "OUTBOX_SCHEMA": SCHEMA,
+            "OUTBOX_SCHEMA": schema,
+            **(environment or {}),
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -210,15 +235,16 @@ class RelayProcess:
 
     def wait_until_ready(self) -> float:
         """Wait until it leads and has found nothing to do, or is at it; when it took the lead."""
-        began = self._wait_for("TookLead")
+        began = self.wait_until_it_leads()
         time.sleep(1)
         return began
 
-    def _wait_for(self, event: str) -> float:
+    def wait_until_it_leads(self) -> float:
+        """Wait until it leads; when it took the lead."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while (at := self.happened(event)) is None:
+        while (at := self.happened("TookLead")) is None:
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise OutboxError(f"no {event} in the relay's log: {self._log.read_text()[-500:]}")
+                raise OutboxError(f"no TookLead in the relay's log: {self._log.read_text()[-500:]}")
             time.sleep(0.02)
         return at
 
@@ -235,6 +261,14 @@ class RelayProcess:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1000
         return 0.0
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait until it has ended by itself, but not for longer."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        if self._process.returncode:
+            raise OutboxError(f"the relay failed: {self._log.read_text()[-1000:]}")
+        return self._process.returncode == 0
 
     def ended(self, seconds: float) -> tuple[float, float]:
         """Wait until it has ended by itself; seconds of CPU and megabytes at the peak."""
@@ -258,7 +292,8 @@ class RelayProcess:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         ended = self._process.poll() is not None and not self._drains
         self._process.terminate()
-        if (self._process.wait(30) or ended) and kind is None:
+        good = (0, NOT_DRAINED) if self._drains else (0,)
+        if (self._process.wait(30) not in good or ended) and kind is None:
             raise OutboxError(f"the relay ended by itself: {self._log.read_text()[-1000:]}")
 
 

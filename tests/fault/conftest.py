@@ -5,9 +5,13 @@ Relays that are killed in a thread close nothing, as a killed process would not;
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.bed import rows
+from tests.support.foreign import Company
 
 SIBLINGS = (
     "-3]",  # of test_killed_at: the third time at each stop point
@@ -54,3 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         core = item.get_closest_marker("core") is not None
         if not core and any(sibling in item.nodeid for sibling in SIBLINGS):
             item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture(
+    params=[pytest.param(False, id=pytest.HIDDEN_PARAM), pytest.param(True, id="shared", marks=[pytest.mark.long])]
+)
+def company(request: pytest.FixtureRequest, database: str, workplace: Path) -> Iterator[Company]:
+    """Nobody else writes to the stream; and once more, beside a foreign writer, in mode `shared`."""
+    made = Company(workplace, shared=request.param)
+    try:
+        yield made
+        modes = dict(rows(database, "SELECT name, mode FROM outbox.streams"))
+        assert {modes.get(name, "shared") for name in made.streams} <= {"shared"}
+    finally:
+        made.leaves()

@@ -20,6 +20,7 @@ from outbox.event import Event
 from outbox.jetstream.client import JetStream
 from tests.support.bed import Broker, ThreadRelay, rows, until, wait_until_sent
 from tests.support.faults import Breaks, add, assert_ended_well, assert_receipts_tile, more_sent, stream_of
+from tests.support.foreign import Company, ours
 from tests.support.proxy import NatsProxy
 from tests.support.servers import Stream, own_nats
 from tests.support.workload import Writers
@@ -38,8 +39,11 @@ def impatient(database: str, proxy: NatsProxy) -> Settings:
 
 
 @pytest.mark.core
-def test_lost_acks(database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings) -> None:
+def test_lost_acks(
+    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, company: Company
+) -> None:
     """Fault: every ack is lost, for a while, three times. Promise: read back and marked, nothing is sent twice."""
+    company.joins(broker.url, stream.name, stream.prefix)
     writers = Writers(database, stream.prefix, threads=4, endless=True, seed=71).start()
     with ThreadRelay(impatient) as relay:
         relay.wait_for(Marked)
@@ -55,7 +59,10 @@ def test_lost_acks(database: str, broker: Broker, proxy: NatsProxy, stream: Stre
     assert_ended_well(writers, broker, stream.name)
 
 
-def late_acks(settings: Settings, broker: Broker, proxy: NatsProxy, stream: Stream, delay: float) -> ThreadRelay:
+def late_acks(
+    settings: Settings, broker: Broker, proxy: NatsProxy, stream: Stream, company: Company, delay: float
+) -> ThreadRelay:
+    company.joins(broker.url, stream.name, stream.prefix)
     writers = Writers(settings.database_url, stream.prefix, threads=4, endless=True, seed=73).start()
     with ThreadRelay(settings) as relay:
         relay.wait_for(Marked)
@@ -72,20 +79,21 @@ def late_acks(settings: Settings, broker: Broker, proxy: NatsProxy, stream: Stre
 
 
 def test_acks_that_come_after_the_stream_was_read_back(
-    broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings
+    broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, company: Company
 ) -> None:
     """Fault: acks are 3 s late, the relay waits for 1 s. Promise: what was settled without them stays so."""
-    relay = late_acks(impatient, broker, proxy, stream, 3)
+    relay = late_acks(impatient, broker, proxy, stream, company, 3)
     assert any(isinstance(each, Settled) and each.stored for each in relay.happenings)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("patience", [10, 60])
 def test_acks_that_are_thirty_seconds_late(
-    broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, patience: float
+    broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, company: Company, patience: float
 ) -> None:
     """Fault: acks are 30 s late, and the relay gives up before, or does not. Promise: whole, once, in order."""
-    relay = late_acks(impatient.model_copy(update={"ack_timeout": patience}), broker, proxy, stream, 30)
+    patient = impatient.model_copy(update={"ack_timeout": patience})
+    relay = late_acks(patient, broker, proxy, stream, company, 30)
     timed_out = any(isinstance(each, InDoubt) and "time limit" in each.why for each in relay.happenings)
     assert timed_out == (patience < 30)
 
@@ -110,12 +118,19 @@ def test_acks_in_the_opposite_order(
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_stalled_connection(
-    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, direction: str
+    database: str,
+    broker: Broker,
+    proxy: NatsProxy,
+    stream: Stream,
+    impatient: Settings,
+    company: Company,
+    direction: str,
 ) -> None:
     """Fault: one direction of the connection stalls for seconds, and goes on with all that was written into it.
 
     Promise: what the relay had given up meanwhile and comes late is not stored besides what it sends then.
     """
+    company.joins(broker.url, stream.name, stream.prefix)
     writers = Writers(database, stream.prefix, threads=4, endless=True, seed=83).start()
     flow = getattr(proxy, direction)
     with ThreadRelay(impatient) as relay:
@@ -135,9 +150,16 @@ def test_stalled_connection(
 @pytest.mark.long
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_connection_that_stalls_until_it_is_given_up(
-    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, direction: str
+    database: str,
+    broker: Broker,
+    proxy: NatsProxy,
+    stream: Stream,
+    impatient: Settings,
+    company: Company,
+    direction: str,
 ) -> None:
     """Fault: a direction stalls until the pings find out; then it goes on, beside the relay's new connection."""
+    company.joins(broker.url, stream.name, stream.prefix)
     writers = Writers(database, stream.prefix, threads=4, endless=True, seed=89, transactions=0).start()
     with ThreadRelay(impatient) as relay:
         relay.wait_for(Marked)
@@ -159,10 +181,12 @@ def test_connection_is_cut_around_a_batch(
     stream: Stream,
     impatient: Settings,
     monkeypatch: pytest.MonkeyPatch,
+    company: Company,
     point: str,
 ) -> None:
     """Fault: the connection is reset inside a batch, or behind its last message, eight times; once for a while."""
     breaks = Breaks(monkeypatch, point, proxy.cut)
+    company.joins(broker.url, stream.name, stream.prefix)
     writers = Writers(database, stream.prefix, threads=4, endless=True, seed=97).start()
     with ThreadRelay(impatient) as relay:
         relay.wait_for(Marked)
@@ -179,9 +203,10 @@ def test_connection_is_cut_around_a_batch(
 
 
 def test_commit_that_arrives_after_it_was_given_up(
-    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings
+    database: str, broker: Broker, proxy: NatsProxy, stream: Stream, impatient: Settings, company: Company
 ) -> None:
     """Fault: a large batch waits in a stalled connection until the relay gives it up. Promise: stored once, whole."""
+    company.joins(broker.url, stream.name, stream.prefix, subjects=["warm", "large"])
     with ThreadRelay(impatient) as relay:
         add(database, f"{stream.prefix}.warm", 2)
         relay.wait_for(Marked)
@@ -192,7 +217,7 @@ def test_commit_that_arrives_after_it_was_given_up(
         relay.wait_for(InDoubt, after=after)
         proxy.heal()
         wait_until_sent(database)
-    stored = broker.read(stream.name)
+    stored = ours(broker.read(stream.name))
     assert len({each.message_id for each in stored}) == len(stored) == 752
     assert [each.number for each in stored] == [1, 2, *list(range(1, 151)) * 5]
 
@@ -200,13 +225,20 @@ def test_commit_that_arrives_after_it_was_given_up(
 @pytest.mark.core
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_batch_of_a_former_leader_arrives_late(
-    database: str, broker: Broker, nats: Nats, proxy: NatsProxy, impatient: Settings, when: str
+    database: str,
+    broker: Broker,
+    nats: Nats,
+    proxy: NatsProxy,
+    impatient: Settings,
+    company: Company,
+    when: str,
 ) -> None:
     """Fault: a batch waits in the network until another relay leads, and longer than the duplicate window.
 
     Promise: it is stored once, by one of the two, be it before or after the new leader has sent the same events.
     """
     with stream_of(broker, "LATE", duplicate_window=100_000_000):
+        company.joins(nats.url, "LATE", "LATE", subjects=[str(number) for number in range(4)])
         with ThreadRelay(impatient.model_copy(update={"ack_timeout": 60})) as former:
             add(database, "LATE.warm", 2)
             former.wait_for(Marked)
@@ -225,9 +257,12 @@ def test_batch_of_a_former_leader_arrives_late(
             until(lambda: proxy.up.bytes - before > 250 * 500)
             add(database, "LATE.last", 2)
             wait_until_sent(database)
-        stored = broker.read("LATE")
+        company.leaves()
+        everything = broker.read("LATE")
+        stored = ours(everything)
         assert [each.subject for each in stored[2:-2:250]] == [f"LATE.{number}" for number in range(4)]
-        assert_receipts_tile(database, "LATE", 1004)
+        foreign = {each.sequence for each in everything if each.foreign}
+        assert_receipts_tile(database, "LATE", len(everything), foreign)
         assert len({each.message_id for each in stored}) == len(stored) == 1004
 
 

@@ -14,6 +14,7 @@ from outbox.core.telemetry import Marked
 from tests.support.bed import ThreadRelay, until, wait_until_sent
 from tests.support.cluster import Cluster, three_nodes
 from tests.support.faults import assert_ended_well, more_sent
+from tests.support.foreign import Company
 from tests.support.workload import Writers
 
 SLOW = 60  # an election can take ten seconds, and on a loaded machine more
@@ -26,8 +27,9 @@ def cluster(home: Path) -> Iterator[Cluster]:
         yield made
 
 
-def under_load(database: str, cluster: Cluster, name: str) -> tuple[Writers, ThreadRelay]:
+def under_load(database: str, cluster: Cluster, name: str, company: Company) -> tuple[Writers, ThreadRelay]:
     cluster.create_stream(name, f"{name}.>")
+    company.joins(cluster.url, name, name)
     writers = Writers(database, name, threads=4, endless=True, seed=113).start()
     relay = ThreadRelay(Settings(database_url=database, nats_url=cluster.url))
     relay.wait_for(Marked)
@@ -44,10 +46,10 @@ def ended_well(database: str, cluster: Cluster, name: str, writers: Writers, rel
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.long)])
-def test_leader_steps_down(database: str, cluster: Cluster, times: int) -> None:
+def test_leader_steps_down(database: str, cluster: Cluster, company: Company, times: int) -> None:
     """Fault: the stream's leader steps down several times with batches in flight. Promise: whole, once, in order."""
-    name = f"STEPS{times}"
-    writers, relay = under_load(database, cluster, name)
+    name = company.named(f"STEPS{times}")
+    writers, relay = under_load(database, cluster, name, company)
     for _ in range(times):
         old = cluster.leader(name)
         cluster.step_down(name)
@@ -57,23 +59,24 @@ def test_leader_steps_down(database: str, cluster: Cluster, times: int) -> None:
 
 
 @pytest.mark.long
-def test_leader_is_killed(database: str, cluster: Cluster) -> None:
+def test_leader_is_killed(database: str, cluster: Cluster, company: Company) -> None:
     """Fault: SIGKILL of the stream's leader, three times, and restart. Promise: whole, once, in order."""
-    writers, relay = under_load(database, cluster, "KILLS")
+    name = company.named("KILLS")
+    writers, relay = under_load(database, cluster, name, company)
     for _ in range(3):
-        server = cluster.servers[cluster.leader("KILLS")]
+        server = cluster.servers[cluster.leader(name)]
         server.kill()
         more_sent(database, patience=SLOW)
         server.start()
         more_sent(database, patience=SLOW)
-    ended_well(database, cluster, "KILLS", writers, relay)
+    ended_well(database, cluster, name, writers, relay)
 
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(20, marks=pytest.mark.long)])
-def test_quorum_is_lost_by_freezing(database: str, cluster: Cluster, seconds: int) -> None:
+def test_quorum_is_lost_by_freezing(database: str, cluster: Cluster, company: Company, seconds: int) -> None:
     """Fault: two of three servers are frozen for a while. Promise: waited out; what is acked late counts once."""
-    name = f"FROZEN{seconds}"
-    writers, relay = under_load(database, cluster, name)
+    name = company.named(f"FROZEN{seconds}")
+    writers, relay = under_load(database, cluster, name, company)
     leader = cluster.leader(name)
     frozen = [server for each, server in cluster.servers.items() if each != leader]
     for server in frozen:
@@ -85,14 +88,15 @@ def test_quorum_is_lost_by_freezing(database: str, cluster: Cluster, seconds: in
 
 
 @pytest.mark.long
-def test_quorum_is_lost_by_killing(database: str, cluster: Cluster) -> None:
+def test_quorum_is_lost_by_killing(database: str, cluster: Cluster, company: Company) -> None:
     """Fault: SIGKILL of two of three servers, the leader among them, for 20 s. Promise: waited out, nothing is lost."""
-    writers, relay = under_load(database, cluster, "KILLED")
-    leader = cluster.leader("KILLED")
+    name = company.named("KILLED")
+    writers, relay = under_load(database, cluster, name, company)
+    leader = cluster.leader(name)
     killed = [cluster.servers[leader], next(server for each, server in cluster.servers.items() if each != leader)]
     for server in killed:
         server.kill()
     threading.Event().wait(20)
     for server in killed:
         server.start()
-    ended_well(database, cluster, "KILLED", writers, relay)
+    ended_well(database, cluster, name, writers, relay)

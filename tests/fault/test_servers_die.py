@@ -10,6 +10,7 @@ from outbox.config import Settings
 from outbox.core.telemetry import Marked
 from outbox.embedded import Nats
 from tests.support.bed import Broker, ThreadRelay, until, value, wait_until_sent
+from tests.support.foreign import Company
 from tests.support.servers import own_nats, own_postgres, prepared
 from tests.support.workload import Writers, check
 
@@ -18,11 +19,12 @@ def sent(url: str) -> int:
     return int(value(url, "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL"))
 
 
-def test_nats_server_is_killed_five_times_under_load(database: str, workplace: Path) -> None:
+def test_nats_server_is_killed_five_times_under_load(database: str, workplace: Path, company: Company) -> None:
     """Fault: SIGKILL and restart of nats-server, file storage."""
     with own_nats(workplace / "nats") as server:
         broker = Broker(server.url)
         broker.create_stream("S", "s.>")
+        company.joins(server.url, "S", "s")
         writers = Writers(database, "s", threads=4, endless=True, seed=21).start()
         relay = ThreadRelay(Settings(database_url=database, nats_url=server.url))
         relay.wait_for(Marked)

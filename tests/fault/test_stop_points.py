@@ -12,6 +12,7 @@ import pytest
 from outbox.embedded import Nats
 from tests.support.armed import POINTS
 from tests.support.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
+from tests.support.foreign import Company, ours
 from tests.support.servers import Stream
 from tests.support.workload import Writers, check
 
@@ -61,11 +62,13 @@ def test_killed_at(
     nats: Nats,
     stream: Stream,
     workplace: Path,
+    company: Company,
     point: str,
     nth: int,
 ) -> None:
     """Fault: SIGKILL at a stop point. Promise: whole transactions only, and the next relay finishes the work."""
     broker = Broker(nats.url)
+    company.joins(nats.url, stream.name, stream.prefix)
     rows(database, "SELECT outbox.add(%s, n::text) FROM generate_series(1, 3) AS n", f"{stream.prefix}.first")
     rows(
         database, "INSERT INTO ledger SELECT message_id, '00000000-0000-0000-0000-000000000000', id FROM outbox.events"
@@ -88,16 +91,23 @@ def test_killed_at(
 
 @pytest.mark.parametrize("point", POINTS)
 def test_terminated_at(
-    database: str, environment: dict[str, str], nats: Nats, stream: Stream, workplace: Path, point: str
+    database: str,
+    environment: dict[str, str],
+    nats: Nats,
+    stream: Stream,
+    workplace: Path,
+    company: Company,
+    point: str,
 ) -> None:
     """Fault: SIGTERM at a stop point. Promise: exit code 0, and the next one finishes."""
     broker = Broker(nats.url)
+    company.joins(nats.url, stream.name, stream.prefix)
     writers = Writers(database, stream.prefix, threads=3, endless=True, seed=73).start()
     with ProcessRelay(workplace, environment, armed=(point, "SIGTERM", 2)) as relay:
         came_to(relay, point, "SIGTERM", database)
         assert relay._process.wait(25) == 0, relay.log.read_text()[-2000:]
         assert relay.happenings()[-1]["event"] == "Stopped"
-    stored = broker.read(stream.name)
+    stored = ours(broker.read(stream.name))
     assert check(database, stored).anomalies.keys() <= {"missing"}
     if point not in UNKNOWING:
         assert value(database, MARKED) == len(stored)
@@ -106,7 +116,7 @@ def test_terminated_at(
         writers.stop()
         wait_until_sent(database)
         assert second.stop() == 0
-    stored = broker.read(stream.name)
+    stored = ours(broker.read(stream.name))
     report = check(database, stored)
     assert report.anomalies == {}
     assert report.transactions == writers.committed
@@ -115,7 +125,13 @@ def test_terminated_at(
 
 @pytest.mark.parametrize("point", ["before-ack", "before-first-message", "in-the-mark"])
 def test_frozen_at(
-    database: str, environment: dict[str, str], nats: Nats, stream: Stream, workplace: Path, point: str
+    database: str,
+    environment: dict[str, str],
+    nats: Nats,
+    stream: Stream,
+    workplace: Path,
+    company: Company,
+    point: str,
 ) -> None:
     """Fault: SIGSTOP at a stop point, until another relay leads, then SIGCONT. Promise: the thawed one does no harm.
 
@@ -125,6 +141,7 @@ def test_frozen_at(
     config = broker.info(stream.name)["config"]
     broker.api(f"STREAM.UPDATE.{stream.name}", {**config, "duplicate_window": 100_000_000})
     assert broker.info(stream.name)["config"]["duplicate_window"] == 100_000_000
+    company.joins(nats.url, stream.name, stream.prefix)
     writers = Writers(database, stream.prefix, threads=3, endless=True, seed=79).start()
     frozen = ProcessRelay(workplace, environment, armed=(point, "SIGSTOP", 3))
     with frozen:

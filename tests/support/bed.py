@@ -35,6 +35,7 @@ from outbox.relay.relay import Relay
 
 T = TypeVar("T")
 PATIENCE = 25.0
+COPIED = "Copied-By"  # header of what a foreign writer has from the outbox
 logs = itertools.count()
 
 
@@ -86,6 +87,11 @@ class Stored:
     @property
     def message_id(self) -> str:
         return self.headers["Nats-Msg-Id"]
+
+    @property
+    def foreign(self) -> bool:
+        """True if another writer of the tests wrote it, or copied it."""
+        return self.payload.startswith(b"foreign") or COPIED in self.headers
 
 
 class Broker:
