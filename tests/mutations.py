@@ -36,6 +36,7 @@ class Mutation:
         return f"tests/{self.test}" if "/" in self.test else f"tests/fault/{self.test}"
 
 
+QUARRELS = "test_thousands_of_quarrels"
 MUTATIONS = [
     # A batch of a former leader fits nowhere but where it was planned.
     Mutation(
@@ -293,6 +294,73 @@ MUTATIONS = [
         "AND r.replay_lsn IS NOT NULL",
         "",
         "test_standby.py::test_who_only_receives_is_no_standby",
+    ),
+    # Where others write too: each rule of a fence by subject.
+    *(
+        Mutation(file, line, broken, f"property/core/test_fences.py::{test}")
+        for file, line, broken, test in (
+            # While an attempt is open, a refusal says nothing.
+            (
+                "core/chain.py",
+                "if fences is None or head.position in self.unanswered or batch.fence is None:",
+                "if fences is None or batch.fence is None:",
+                QUARRELS,
+            ),
+            # A former leader may have tried the heads of its plan, and may know as much as this look has found.
+            ("core/chain.py", "if fences is None else set(fences.heads)", "if fences is None else set()", QUARRELS),
+            ("core/chain.py", "if others and head not in self.fences.former:", "if others:", QUARRELS),
+            # Others behind the fence void the attempts that knew of nothing there.
+            ("core/chain.py", "self.unanswered.discard(head)", "pass", QUARRELS),
+            # What is gone may have been ours.
+            (
+                "core/fence.py",
+                "return first > since + 1 or any(place > since for place in deleted)",
+                "return False",
+                QUARRELS,
+            ),
+            # The kind of fence changes only when no attempt with the other one can fit.
+            (
+                "core/chain.py",
+                "if self.shared and self.fencible and last > reach:",
+                "if self.shared and self.fencible:",
+                QUARRELS,
+            ),
+            (
+                "core/chain.py",
+                "if not (self.in_doubt or self.in_flight or self.unanswered):",
+                "if not self.in_doubt:",
+                QUARRELS,
+            ),
+            # A copy is nobody's attempt; what an attempt has stored is told by its batch.
+            (
+                "core/fence.py",
+                "ours = message.is_of(outbox_id) and message.position",
+                "ours = message.outbox_id == outbox_id and message.position",
+                QUARRELS,
+            ),
+            (
+                "core/fence.py",
+                "return [end for end in ends if end <= attempt.last] if attempt.last in ends else None",
+                "return ends[:1]",
+                QUARRELS,
+            ),
+            # No verdict while an attempt may still be stored.
+            (
+                "core/chain.py",
+                "if not self.open or suspected.reason in FOR_ALL:",
+                "if True:",
+                "test_verdict_waits_while_an_attempt_is_open",
+            ),
+            # What was found is used only by who leads still.
+            ("core/fence.py", "self.unconfirmed = True", "self.unconfirmed = False", QUARRELS),
+            # An ack is of this very batch.
+            (
+                "core/chain.py",
+                "(stored.batch, stored.count) == of_batch and beyond",
+                "beyond",
+                "test_ack_is_of_this_very_batch",
+            ),
+        )
     ),
 ]
 

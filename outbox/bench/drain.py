@@ -107,7 +107,8 @@ async def _publish(site: Site, transactions: int, events: int, payload: int, sub
             batch = batches.popleft()
             in_flight.append((batch, jetstream.send(batch, str(uuid4())).outcome))  # type: ignore[arg-type]
         batch, outcome = in_flight.popleft()
-        if await outcome != Stored(stream=STREAM, sequence=batch.last_sequence):
+        acked = await outcome
+        if not isinstance(acked, Stored) or acked.sequence != batch.last_sequence:
             raise OutboxError(f"a batch of the ceiling was not stored: {outcome.result()}")
     took = time.perf_counter() - began
     await jetstream.close()
@@ -149,7 +150,7 @@ async def _read_and_mark(site: Site, transactions: int) -> float:
             cursor, done = page.positions[-1], done + len(page.transactions)
             marks = list(receipts(STREAM, base, page.transactions))
             base = marks[-1].last_sequence
-            stream = StreamRow(name=STREAM, created=row.created, mode=row.mode, last_sequence=base, plan=[])
+            stream = StreamRow(name=STREAM, created=row.created, mode=row.mode, last_sequence=base, plan=[], since=base)
             await store.commit(
                 lead.epoch,
                 Decisions(

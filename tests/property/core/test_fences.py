@@ -15,12 +15,13 @@ from itertools import count
 from random import Random
 from uuid import UUID
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.core.batch import Batch, Packing
+from outbox.core.batch import Batch, Packing, frames
 from outbox.core.chain import Chain
-from outbox.core.fence import Fences, Verge, attempt_at, covered, judge_attempt, numbered, removed
+from outbox.core.fence import Fence, Fences, Verge, attempt_at, covered, judge_attempt, numbered, removed
 from outbox.core.outcome import Duplicate, Outcome, Rejected, Stored, Unknown
 from outbox.core.plan import Look, Planned, Seen, judge, wanted
 from outbox.core.transaction import Transaction
@@ -464,3 +465,56 @@ def test_thousands_of_quarrels() -> None:
             check(model, done=play(model, steps))
         except AssertionError as error:
             raise AssertionError(f"drawn({seed}): {steps}") from error
+
+
+def test_verdict_waits_while_an_attempt_is_open() -> None:
+    """A packed batch of a former leader comes late, when its head was refused alone: nothing of it is sent again."""
+    model = Model(["a", "b"], fickle=frozenset({1}), forgets=True)
+    alone = [("deliver", 7), ("work", 0), ("work", 0)]
+    steps = [("work", 0), ("work", 0), ("elect", 2), ("work", 0), ("work", 0), *alone * 4, ("deliver", 0)]
+    check(model, done=play(model, steps))
+    assert [(each.position, each.number) for each in model.stream if each.ours] == [(1, 1), (2, 1)]
+    assert not model.dead
+
+
+@pytest.mark.parametrize(
+    "ack",
+    [
+        Stored(stream="T", sequence=9, batch="b-2", count=2),
+        Stored(stream="S", sequence=9, batch="other", count=2),
+        Stored(stream="S", sequence=9, batch="b-2", count=1),
+        Stored(stream="S", sequence=1, batch="b-2", count=2),
+    ],
+    ids=["another stream", "another batch", "another count", "before what is settled"],
+)
+def test_ack_is_of_this_very_batch(ack: Stored) -> None:
+    chain = Chain(stream="S", created="x", packing=Packing(), base=3, shared=True, fencible=True)
+    chain.settle(0, 3)
+    chain.join(transaction(1, "ab"))
+    chain.extend()
+    assert chain.fences is not None
+    assert chain.fences.wanted == ["a"]
+    chain.fences.learn({"a": 2})
+    chain.extend()
+    chain.written()
+    (batch,) = chain.launch(iter("b"))
+    assert batch.id == "b-2"
+    chain.learn(ack)
+    assert chain.in_doubt
+    assert chain.unanswered == {1}
+    assert not chain.receipts
+
+
+def test_fence_is_on_the_first_message_with_its_subject() -> None:
+    batch = Batch(
+        id="b-3",
+        stream="S",
+        base=0,
+        transactions=(transaction(1, "aba"),),
+        fence=Fence(position=1, subject="b", sequence=7),
+    )
+    pieces, _ = frames(batch, OUTBOX, "inbox")
+    messages = [b"".join(pieces[n : n + 3]).decode() for n in range(0, 9, 3)]
+    assert ["Nats-Expected-Last-Subject-Sequence: 7\r\n" in each for each in messages] == [False, True, False]
+    assert ["Nats-Expected-Stream: S\r\n" in each for each in messages] == [True, False, False]
+    assert not any("Nats-Expected-Last-Sequence" in each for each in messages)
