@@ -62,7 +62,7 @@ class Seen:
 class Look(Enum):
     """What a look at the stream came to."""
 
-    SETTLED = "the stream stands at the end of a planned transaction"
+    SETTLED = "the stream stands at the end of a planned transaction, but for what nats-server itself wrote behind it"
     FOREIGN = "somebody else wrote to the stream"
     AHEAD = "the stream went on behind the plan, and nothing that it holds there tells who wrote"
     APPLYING = "the stream ends inside a transaction: a commit is being applied, or a part of it was lost"
@@ -149,6 +149,9 @@ def _beyond(
     unknown: Look,
 ) -> Finding:
     """What lies between the end of the last stored transaction and the end of the stream; `unknown` if not ours."""
+    beyond = seen.get(end + 1), seen.get(last)
+    if all(message is not None and message.marker for message in beyond):
+        return Finding(look=Look.SETTLED, stored=stored, at=end)
     next_planned = plan[stored].position if stored < len(plan) else None
     for place in (end + 1, last):
         message = seen.get(place)

@@ -10,6 +10,7 @@ PLAN = [Planned(position=p, count=c, last_message_id=f"m{p}") for p, c in ((1, 2
 ALL = {1, 2, 3}
 FOREIGN = Seen(outbox_id=None, message_id="x", position=None, number=None)
 OTHER = Seen(outbox_id="other", message_id="m1", position=1, number=2, fence=10)
+MARKER = Seen(outbox_id=None, message_id=None, position=None, number=None, marker=True)
 COPY = Seen(outbox_id="me", message_id="m9", position=9, number=1)  # neither batch nor fence
 
 
@@ -36,6 +37,9 @@ GOOD = {12: ours(1, 2), 13: ours(2, 1), 16: ours(3, 3)}
         (15, {**GOOD, 14: ours(3, 1, "a"), 15: ours(3, 2, "b")}, Look.APPLYING, 2),
         (11, {11: FOREIGN}, Look.FOREIGN, 0),
         (11, {11: COPY}, Look.FOREIGN, 0),
+        (11, {11: MARKER}, Look.SETTLED, 0),
+        (13, {12: GOOD[12], 13: MARKER}, Look.SETTLED, 1),
+        (14, {12: GOOD[12], 13: MARKER, 14: FOREIGN}, Look.FOREIGN, 1),
         (17, {**GOOD, 17: COPY}, Look.FOREIGN, 3),
         (12, {11: OTHER, 12: OTHER}, Look.FOREIGN, 0),
         (14, {12: GOOD[12], 13: FOREIGN, 14: FOREIGN}, Look.FOREIGN, 1),
