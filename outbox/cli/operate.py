@@ -284,6 +284,8 @@ def rebase(
         with screen.progress() as progress:
             done = asyncio.run(rebase.rebase(given, read_back=not blind, progress=progress))
         out.print(f"the outbox has the new id {done.outbox_id}; start the relay")
+    if done.kept is not None:
+        out.print(f"transaction {done.kept} stays planned as it was: what a relay has sent of it may still arrive")
     if done.adopted or done.unknown:
         out.print(f"{done.adopted} pending transactions were found in the streams and are marked sent")
         out.print(f"{done.unknown} messages are of transactions that the database does not have")

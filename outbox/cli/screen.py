@@ -11,6 +11,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
+from outbox.core.chain import SHARED
 from outbox.core.comparison import Comparison
 from outbox.doctor.check import Check, Colour
 from outbox.sources import Setting
@@ -87,8 +88,11 @@ def status_view(found: Status, rates: Rates | None = None, backlog: str = "") ->
         for each in found.streams:
             numbers = (each.last_sequence, each.sent_transactions, each.sent_events, each.planned)
             mode = "retired" if each.retired_at else each.mode
+            if mode == SHARED:
+                mode = f"{SHARED}, by {each.fence}"
             streams.add_row(_text(each.name), mode, *(f"{number:,}" for number in numbers))
         parts.append(streams)
+        parts += [_text(f"{each.name}: {each.sharing}", WARN) for each in found.streams if each.sharing]
     return Group(*parts)
 
 

@@ -20,7 +20,7 @@ from outbox.jetstream.client import connected
 from outbox.operate import status
 from outbox.operate.queries import PENDING_SUBJECTS
 from outbox.operate.status import Status
-from outbox.postgres.queries import STREAMS, compose
+from outbox.postgres.queries import compose
 from outbox.postgres.rows import StreamRow
 from outbox.postgres.session import LOOK, step, stepping_session
 from outbox.text import counted
@@ -70,8 +70,10 @@ def _known(connection: psycopg.Connection[TupleRow], name: str) -> Facts:
     return Facts(
         outbox_ids=[str(each) for each in ids],
         streams={
-            name: StreamRow(name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked)
-            for name, created, mode, last, _, blocked in rows(STREAMS)
+            name: StreamRow(
+                name=name, created=created, mode=mode, last_sequence=last, plan=[], blocked=blocked, sharing=sharing
+            )
+            for name, created, mode, last, blocked, sharing in rows(queries.STREAMS)
         },
         subjects=[row[0] for row in rows(queries.RECENT_SUBJECTS)] + [[row[0]] for row in pending[:SUBJECTS]],
         max_event_bytes=size,

@@ -85,3 +85,8 @@ SELECT DISTINCT array_agg(DISTINCT e.subject ORDER BY e.subject) FROM (
 """
 
 OUTBOX_IDS = "SELECT former_ids || outbox_id FROM {schema}.relay"
+
+# The streams that the outbox publishes to, with what holds them back and what other writers cost.
+STREAMS = """
+SELECT name, created, mode, last_sequence, blocked, sharing FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
+"""

@@ -24,7 +24,8 @@ from outbox.core.outcome import (
     code_of,
     meaning,
 )
-from outbox.core.requirements import of_stream, of_subject
+from outbox.core.plan import Seen
+from outbox.core.requirements import of_sharing, of_stream, of_subject
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream.client import JetStream, Refused
@@ -32,7 +33,8 @@ from outbox.postgres.rows import StreamRow
 
 CHECKS = Checks("stream")
 STREAMS_AT_MOST = 1000
-TAIL = 32  # messages at a stream's end that are looked at
+TAIL = 100  # messages at a stream's end that are looked at
+SUBJECTS = 3  # that are named
 FULL_SHARE, NEARLY_SHARE = 0.98, 0.8
 HEADER_ROOM = 1000  # bytes that the relay's own headers take, at most
 LONGEST_WINDOW = 600e9  # ns of a duplicate window, beyond which its ids take much memory
@@ -190,8 +192,6 @@ def _unsuited(config: dict[str, Any]) -> Iterator[Check]:
     name = config["name"]
     for problem in of_stream(config):
         yield CHECKS.red(name, problem.what, problem.remedy)
-    if config.get("sources"):
-        yield CHECKS.yellow(name, "it has sources: they write to it too", "give the relay a stream of its own")
     if config.get("republish"):
         yield CHECKS.yellow(
             name,
@@ -320,15 +320,32 @@ async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known:
     remembered = known.streams.get(name)
     accepted = remembered.last_sequence if remembered is not None and remembered.mode != SHARED else 0
     foreign = [
-        place
+        each
         for place, each in seen.items()
-        if place > accepted and each is not None and each.outbox_id not in known.outbox_ids
+        if place > accepted and each is not None and not each.marker and not _ours(each, known)
     ]
-    if foreign:
+    if not foreign:
+        return CHECKS.green(name, f"no other writer in its last {len(seen)} messages")
+    return _shared(name, info["config"], [each.subject or "" for each in foreign], remembered)
+
+
+def _ours(message: Seen, known: Facts) -> bool:
+    return any(message.is_of(outbox_id) for outbox_id in known.outbox_ids)
+
+
+def _shared(name: str, config: dict[str, Any], subjects: Sequence[str], remembered: StreamRow | None) -> Check:
+    """With whom a stream is shared, by which fence, and what that costs."""
+    lately = list(dict.fromkeys(reversed(subjects)))
+    few = ", ".join(lately[:SUBJECTS]) + (", …" if len(lately) > SUBJECTS else "")
+    with_whom = f"it has other writers ({len(subjects)} of its last messages, on {few})"
+    if (why := next(of_sharing(config), None)) is not None:
         return CHECKS.yellow(
             name,
-            f"it has another writer (message {foreign[-1]}): the relay sends one batch at a time, and slowly",
-            f"give the outbox a stream of its own; or stop the other writer and the relays, then: "
-            f"outbox rebase --stream {name}",
+            f"{with_whom}, and {why}: so any message of theirs makes a batch of the outbox come too late",
+            "give the outbox a stream of its own, or this one limits retention, without TTL, rollups, transforms and "
+            "max_msgs_per_subject",
         )
-    return CHECKS.green(name, f"no other writer in its last {len(seen)} messages")
+    if remembered is not None and remembered.sharing is not None:
+        remedy = "let each service write to subjects of its own"
+        return CHECKS.yellow(name, f"{with_whom}: {remembered.sharing}", remedy)
+    return CHECKS.green(name, f"{with_whom}; fenced by subject: what they write on other subjects costs nothing")

@@ -34,7 +34,7 @@ SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.bl
 STATUS_STREAMS = """
 SELECT name, mode, last_sequence, sent_transactions, sent_events,
        (SELECT coalesce(sum(upper(places) - lower(places)), 0)::bigint FROM unnest(plan) AS places) AS planned,
-       blocked, blocked_since, retired_at
+       blocked, blocked_since, retired_at, CASE WHEN fences IS NULL THEN 'stream' ELSE 'subject' END AS fence, sharing
   FROM {schema}.streams ORDER BY name
 """
 
@@ -181,19 +181,34 @@ SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams
  WHERE retired_at IS NOT NULL ORDER BY name
 """
 
-# Accept a stream as it is now, or retire it: nothing is planned for it; what was planned and not found in it is pending
-# again.
+# Accept a stream as it is now, or retire it: nothing is planned for it, but for a head that may still be stored, with
+# its fence; what else was planned and not found in it is pending again.
 SETTLE_STREAM = """
 WITH accepted AS (
-  UPDATE {schema}.streams AS s SET created = %(created)s, last_sequence = %(last)s, plan_base = %(last)s,
-         plan = ARRAY[]::int8range[], mode = 'chained', blocked = NULL, blocked_since = NULL,
-         retired_at = CASE WHEN %(retire)s THEN clock_timestamp() END
-    FROM (SELECT name, plan FROM {schema}.streams WHERE name = %(name)s FOR UPDATE) AS before
-   WHERE s.name = before.name RETURNING before.plan
+  UPDATE {schema}.streams AS s SET created = %(created)s, last_sequence = %(last)s,
+         plan_base = CASE WHEN k.head IS NULL THEN %(last)s ELSE before.plan_base END,
+         plan = CASE WHEN k.head IS NULL THEN ARRAY[]::int8range[] ELSE ARRAY[int8range(k.head, k.head, '[]')] END,
+         fences = CASE WHEN k.head IS NOT NULL
+           THEN jsonb_build_object(k.head::text, before.fences -> k.head::text) END,
+         mode = CASE WHEN k.head IS NULL THEN 'chained' ELSE before.mode END, blocked = NULL, blocked_since = NULL,
+         sharing = NULL, retired_at = CASE WHEN %(retire)s THEN clock_timestamp() END
+    FROM (SELECT name, mode, plan, plan_base, fences FROM {schema}.streams WHERE name = %(name)s FOR UPDATE) AS before,
+         (SELECT %(head)s::bigint AS head) AS k
+   WHERE s.name = before.name RETURNING before.plan, k.head
 )
 UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
-  SELECT coalesce(range_agg(places), int8multirange()) FROM accepted, unnest(plan) AS places)
+  SELECT coalesce(range_agg(places), int8multirange())
+         - coalesce(range_agg(int8range(head, head, '[]')) FILTER (WHERE head IS NOT NULL), int8multirange())
+    FROM accepted, unnest(plan) AS places)
  WHERE EXISTS (SELECT FROM accepted)
+"""
+
+# The head of a stream's plan that is fenced by a subject, and that is pending still; by transactions_pkey.
+FENCED_HEAD = """
+SELECT t.position, s.fences -> t.position::text ->> 0 AS subject,
+       (s.fences -> t.position::text ->> 1)::bigint AS sequence
+  FROM {schema}.streams AS s JOIN {schema}.transactions AS t ON t.position = lower(s.plan[1])
+ WHERE s.name = %(name)s AND s.fences ? t.position::text AND t.sent_at IS NULL AND t.dead_at IS NULL
 """
 
 # Transactions that were found in a stream, whole, though the database had not learnt of it.

@@ -33,11 +33,15 @@ LOCK_TRIES, LOCK_SECONDS = 50, 0.2  # a relay that a supervisor starts again and
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebased:
-    """What was found: `adopted` transactions were marked, `unknown` messages are of transactions nobody knows."""
+    """What was found: `adopted` transactions were marked, `unknown` messages are of transactions nobody knows.
+
+    `kept` is the position of a transaction that stays planned as it was: a former relay may have sent it.
+    """
 
     outbox_id: UUID
     adopted: int
     unknown: int
+    kept: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +94,31 @@ async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Re
             if info is None and not retire:
                 remedy = f"create it first, then accept it; or forget it: outbox rebase --stream {stream} --retire"
                 raise Misconfigured(f"stream {stream} does not exist", remedy=remedy)
+            same = info is not None and info.created == known.created and not retire
+            head = None if not same else await _open_head(jetstream, connection, name, stream)
             settled = {
+                "head": head,
                 "name": stream,
                 "created": info.created if info else known.created,
                 "last": info.last_sequence if info else known.last_sequence,
                 "retire": retire,
             }
             connection.execute(compose(queries.SETTLE_STREAM, name), settled)
-            return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
+            return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown, kept=head)
+
+
+async def _open_head(
+    jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str, stream: str
+) -> int | None:
+    """The planned transaction that an attempt of a former relay may still store; None if there is none.
+
+    It can as long as nobody has written to the subject of its fence since: it is planned again as it was.
+    """
+    found = connection.execute(compose(queries.FENCED_HEAD, name), {"name": stream}).fetchone()
+    if found is None:
+        return None
+    position, subject, sequence = found
+    return position if await jetstream.next_on(stream, subject, sequence + 1) is None else None
 
 
 async def rebase(settings: Settings, *, read_back: bool = True, progress: Progress = no_progress) -> Rebased:

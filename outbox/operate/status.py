@@ -26,7 +26,9 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 class StreamStatus:
     """One stream as the outbox knows it; `mode` is chained or shared, `planned` counts what may be in flight.
 
-    After `retired_at` nothing is sent there any more.
+    `fence` is what excludes two attempts at the same place: the last sequence of the `stream`, or of a `subject` of
+    what is sent; `sharing` is what other writers cost, where they cost much. After `retired_at` nothing is sent there
+    any more.
     """
 
     name: str
@@ -38,6 +40,8 @@ class StreamStatus:
     blocked: str | None
     blocked_since: datetime | None
     retired_at: datetime | None
+    fence: str
+    sharing: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,7 @@ class Lane:
             blocked=row.blocked,
         )
         self.chain.alone = settings.stream_mode is StreamMode.CHAINED
+        self._shared_so: str | None = None
         self._rewritten = False  # subjects are stored as others than they are sent
         self._asking: Errand[tuple[dict[str, int], int]] = Errand(news)
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
@@ -118,7 +119,7 @@ class Lane:
             return None
         if chain.fences is not None and chain.fences.contended is not None:
             subject, share = chain.fences.contended
-            return f"others write to {subject} so often that {share:.0%} of the attempts come too late"
+            return f"others write to {subject} so often that {round(share, 1):.0%} of the attempts come too late"
         if (why := self._unfencible) is not None:
             return f"{why}: any message of others makes an attempt come too late"
         return None
@@ -382,6 +383,8 @@ class Lane:
 
     def watch(self, now: float) -> None:
         """Say what has been on its way for long: a slow link, or a server that takes its time."""
+        if self.sharing != self._shared_so:
+            self._shared_so, self.chain.dirty = self.sharing, True
         if self._outcomes and self.chain.blocked is None and now - self._outcomes[0].begun >= SLOW_SECONDS:
             sent = counted(self.chain.in_flight[0].count, "message")
             self.chain.block(f"{sent} on the way for {SLOW_SECONDS:.0f} s and more, without an ack")

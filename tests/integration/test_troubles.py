@@ -252,17 +252,44 @@ def test_another_writer_in_the_stream(settings: Settings, broker: Broker, stream
         add(url, f"{stream.prefix}.x")
         wait_until_sent(url)
         broker.publish(f"{stream.prefix}.foreign")
-        named(settings, "it has another writer (message 2)", "or stop the other writer", Colour.YELLOW)
+        (told,) = [each for each in checks(settings) if "other writers" in each.found]
+        assert told.colour is Colour.GREEN
+        assert f"on {stream.prefix}.foreign); fenced by subject" in told.found
         add(url, f"{stream.prefix}.x")
         wait_until_sent(url)
-        assert status.status(url).streams[0].mode == "shared"
+        (shown,) = status.status(url).streams
+        assert (shown.mode, shown.fence, shown.sharing) == ("shared", "subject", None)
     # The other writer has stopped, and so has the relay.
     asyncio.run(rebase.accept_stream(settings, stream.name))
     with ThreadRelay(settings):
         add(url, f"{stream.prefix}.x")
         wait_until_sent(url)
         assert status.status(url).streams[0].mode == "chained"
-        assert [each for each in checks(settings) if "another writer" in each.found] == []
+        assert [each for each in checks(settings) if "other writers" in each.found] == []
+
+
+def test_shared_stream_that_no_subject_can_fence(
+    settings: Settings, broker: Broker, stream: Stream, edit: Callable[..., None]
+) -> None:
+    """It is slow beside others, and says why; and is quick again when the reason is gone."""
+    url = settings.database_url
+    edit(allow_rollup_hdrs=True)
+    broker.publish(f"{stream.prefix}.foreign")
+    with ThreadRelay(settings):
+        add(url, f"{stream.prefix}.x")
+        wait_until_sent(url)
+        named(settings, "it has allow_rollup_hdrs: so any message", "limits retention, without TTL", Colour.YELLOW)
+        (shown,) = status.status(url).streams
+        assert (shown.mode, shown.fence) == ("shared", "stream")
+        assert "it has allow_rollup_hdrs" in str(shown.sharing)
+        edit(allow_rollup_hdrs=False)
+
+        def fenced() -> bool:
+            add(url, f"{stream.prefix}.x")
+            wait_until_sent(url)
+            return status.status(url).streams[0].fence == "subject"
+
+        until(fenced)
 
 
 def test_paused_and_without_a_leader(settings: Settings, stream: Stream) -> None:
