@@ -111,11 +111,11 @@ def _drained(
     with contextlib.ExitStack() as stack:
         given = [RelayProcess(site, "--drain", schema=schema, environment=environment) for schema in names]
         relays = [stack.enter_context(relay) for relay in given]
+        began = min([relay.wait_until_it_leads() for relay in relays])
         deadline = time.monotonic() + seconds
         done = all(relay.ends_within(max(0.0, deadline - time.monotonic())) for relay in relays)
         stopped = time.time()
         found = list(_sent(site, names))
-        began = min(relay.happened("TookLead") or stopped for relay in relays)
     ended = max(at for _, at in found) if done else stopped
     return Drained(began=began, ended=ended, sent=sum(sent for sent, _ in found))
 
