@@ -17,7 +17,7 @@ from outbox.errors import OutboxError
 from outbox.operate.verify import verify
 
 AUTO: Mapping[str, str] = {}
-SHARED = {"OUTBOX_STREAM_MODE": "shared"} if "stream_mode" in Settings.model_fields else AUTO
+SHARED = {"OUTBOX_STREAM_MODE": "shared"}
 SENT = """
 SELECT coalesce(sum(event_count), 0), extract(epoch FROM max(sent_at))::float8 FROM {}.transactions
  WHERE sent_at IS NOT NULL"""
