@@ -19,7 +19,7 @@ from outbox.core import requirements
 from outbox.core.plan import Planned
 from outbox.core.positions import HIGHEST, Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD
-from outbox.errors import Deposed, Halt, Misconfigured, Unsuited, Weather
+from outbox.errors import Denied, Deposed, Halt, Locked, Misconfigured, Unsuited, Weather
 from outbox.postgres import queries
 from outbox.postgres.rows import (
     Decisions,
@@ -34,9 +34,10 @@ from outbox.postgres.rows import (
     ranges,
     read_page,
 )
-from outbox.postgres.session import SESSION, answered, open_session
+from outbox.postgres.session import SESSION, answered, command_session, open_session
 
 MOVES = 50
+END_SESSION = "end its session: pg_terminate_backend; or its transaction, if it is prepared: ROLLBACK PREPARED"
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 
 
@@ -94,6 +95,8 @@ class Store:
         _refuse(requirements.of_postgres(number))
         if problem := schema.installed(comment, suits_from).unsuitable(self._schema):
             raise Unsuited(problem.message, remedy=problem.remedy)
+        if suits_from is None:
+            raise self._empty()
         _refuse(
             requirements.of_outbox(
                 self._schema,
@@ -150,10 +153,16 @@ class Store:
         """This process has led before and lives: what was counted as its death was none."""
         await self._all(queries.ALIVE, leader=leader)
 
-    async def who_leads(self) -> str:
-        """Host and process id of the last relay that took the lead."""
-        rows = await self._all(queries.WHO_LEADS)
-        return str(rows[0][0]) if rows and rows[0][0] else "unknown"
+    async def who_leads(self) -> tuple[str, str | None]:
+        """Host and process id of the last relay that took the lead; and what is to be said if no relay has its lock."""
+        keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(self._schema) % (1 << 32)}
+        ((leader, stranger),) = await self._all(queries.WHO_LEADS, **keys) or [(None, None)]
+        return str(leader or "unknown"), usurped(stranger).line if stranger else None
+
+    async def locked_by(self, error: Locked) -> str:
+        """What is to be said of a lock that is waited for: by whom it is held, as far as that can be seen."""
+        who = (await self._all(queries.LOCKERS))[0][0] or "somebody"
+        return f"{who} holds a lock that the relay needs: {error.line}"
 
     async def pending(self) -> bool:
         """True if any transaction is committed and neither sent nor dead."""
@@ -291,14 +300,17 @@ class Store:
         """Keep the session alive; what operators want. Raises `Deposed` if another relay leads, or a newer one must."""
         rows = await self._at_its_place(queries.PING, lambda: {"place": self._places.get("")}, bool)
         if not rows:
-            words = f"the table {self._schema}.relay is empty"
-            raise Misconfigured(words, remedy="restore its row from a backup; outbox doctor tells more")
+            raise self._empty()
         current, suits_from, paused, lows, highs = rows[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
         if suits_from > schema.VERSION:
             raise Deposed(f"the schema was migrated, and suits no relay before version {suits_from} of it")
         return Wishes(retried=list(zip(lows, highs, strict=True)), paused=paused)
+
+    def _empty(self) -> Denied:
+        words = f"the table {self._schema}.relay is empty"
+        return Denied(words, remedy="restore its row from a backup; outbox doctor tells more")
 
     async def resign(self, epoch: int, why: str | None = None) -> None:
         """Lay the lead down in an orderly way; `why` is left for `outbox status` until somebody leads again."""
@@ -401,7 +413,7 @@ class Store:
 
     async def _rows(self, text: bytes, parameters: dict[str, Any], *, unhurried: bool = False) -> list[TupleRow]:
         async with contextlib.nullcontext() if self._whose is asyncio.current_task() else self.turn():
-            with answered(self._connection):
+            with _denied(), answered(self._connection):
                 if unhurried is not self._unhurried:
                     # statement_timeout counts until the last byte is sent. Not in a pipeline: a process that is frozen
                     # before its end keeps the session, as no time-out of an idle one runs there.
@@ -416,6 +428,30 @@ class Store:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
         if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
+
+
+def usurped(holder: str) -> Weather:
+    """What is to be said where somebody who is no relay holds the leader's lock."""
+    return Weather(f"{holder} holds the lock of the leader, so that no relay can lead", remedy=END_SESSION)
+
+
+def leave_word(url: str, name: str, why: str) -> None:
+    """Leave for `outbox status` what keeps a relay from leading, unless another one leads; whoever leads clears it.
+
+    Commits. In a session of its own, of plain statements: behind a pooler it works too. May raise any of our errors.
+    """
+    keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
+    with command_session(url) as connection:
+        connection.execute(queries.compose(queries.LEAVE_WORD, name), {**keys, "why": why})
+
+
+@contextlib.contextmanager
+def _denied() -> Iterator[None]:
+    """What a statement of the relay may not do, or does not find, may be there at another time."""
+    try:
+        yield
+    except Misconfigured as error:
+        raise Denied(error.message, remedy=error.remedy) from error.__cause__
 
 
 def _refuse(problems: Iterable[requirements.Problem]) -> None:

@@ -336,10 +336,13 @@ class Lanes(dict[str, Lane]):
         return lane
 
     async def restore(self, row: StreamRow, store: Store) -> None:
-        """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
+        """A stream as the last leader left it: its plan is settled as it is before anything new joins. Idempotent."""
+        if row.name in self:
+            return
+        plan = await store.entries(row.plan) if row.plan else []
         lane = self.add(row, fresh=True)
-        if row.plan:
-            lane.chain.restore(await store.entries(row.plan))
+        if plan:
+            lane.chain.restore(plan)
 
     def extend(self, *, held_back: bool) -> None:
         """Let what waits join the plans, unless nothing more is to be sent."""

@@ -108,9 +108,7 @@ class Leader:
             self._tell(Careful())
         self._housekeeper.start()
         try:
-            await self._store.reconcile()
-            for row in await self._store.streams():
-                await self._lanes.restore(row, self._store)
+            await self._begin()
             while not self._stop.is_set():
                 if await self._round() or self._news.is_set():
                     self._news.clear()
@@ -129,6 +127,18 @@ class Leader:
         finally:
             await self._close()
 
+    async def _begin(self) -> None:
+        """Take over what a former leader has left; waits for who holds a lock that it needs."""
+        while not self._stop.is_set():
+            try:
+                await self._store.reconcile()
+                for row in await self._store.streams():
+                    await self._lanes.restore(row, self._store)
+            except Locked as error:
+                await self._locked_out(error)
+            else:
+                return
+
     async def _round(self) -> bool:
         """`run_once`, unless somebody holds a lock that it needs: that is waited for, and the lead is kept."""
         try:
@@ -143,7 +153,7 @@ class Leader:
     async def _locked_out(self, error: Locked) -> None:
         self._lock_told = self._clock()
         if self._lock is None:
-            self._lock = f"somebody holds a lock that the relay needs: {error.line}"
+            self._lock = await self._store.locked_by(error)
             with contextlib.suppress(Locked):  # then status finds that out by itself
                 await self._store.blocks(self._lead.epoch, self._lock)
         self._report([], self._lock)

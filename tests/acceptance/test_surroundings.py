@@ -235,6 +235,8 @@ WAYS: dict[str, tuple[Sequence[str], dict[str, str], str, int]] = {
     "wrong setting": ((), {"OUTBOX_WINDOW": "x", "OUTBOX_ON_DEAD": "y"}, "", 2),
     "no such flag": (("--no-such-flag",), {}, "", 2),
     "wrong value": (("--window", "many"), {}, "", 2),
+    "wrong form of the log": (("--log", "xml"), {}, "", 2),
+    "flags that go together": (("--log", "json", "--create-stream", "X"), {"OUTBOX_LOG": "human"}, "", 2),
     "unexpected": ((), {"BREAK": "1"}, "", 1),
 }
 
