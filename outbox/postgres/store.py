@@ -378,14 +378,22 @@ class Store:
         moved is as the statement says.
         """
         rows: list[TupleRow] = []
+        failure: Weather | None = None
         for _ in range(MOVES):
             if self._places:
-                rows = await self._all(query, **places(), **parameters)
-                if found(rows):
+                try:
+                    rows, failure = await self._all(query, **places(), **parameters), None
+                except Weather as error:
+                    if not isinstance(error.__cause__, psycopg.errors.DivisionByZero):
+                        raise
+                    failure = error  # one of several has moved: none of it was done
+                if failure is None and found(rows):
                     break
             before, self._places = self._places, dict(await self._all(queries.PLACES))
             if before == self._places:
                 break
+        if failure is not None:
+            raise Weather("a row of streams is gone, or moved again and again while it was to be written") from failure
         return rows
 
     async def _lock(self, query: str, purpose: int) -> bool:

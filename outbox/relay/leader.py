@@ -117,7 +117,6 @@ class Leader:
                 else:
                     await self._wait()
             await self._finish()
-            await self._store.resign(self._lead.epoch)
             return self._stop.is_set() or not self._caution.over
         except (Halt, Misconfigured) as error:
             # What contradicts a plan may be the work of a newer leader: it took the lead before it sent anything.
@@ -178,7 +177,7 @@ class Leader:
         moved |= await self._commit()
         moved |= await self._send()
         moved |= await self._read(now)
-        self._housekeeper.check()
+        await self._housekeeper.check()
         await self._keep_alive(now)
         return moved
 
@@ -423,15 +422,28 @@ class Leader:
         self._news.set()
 
     async def _finish(self) -> None:
-        """Stop: send nothing more, wait a little for what is in flight, and mark what was acked."""
+        """Stop: send nothing more, wait a little for what is in flight, mark what was acked, and lay the lead down."""
         deadline = self._clock() + STOP_SECONDS
         while self._lanes.flying and self._clock() < deadline:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), 0.1)
             self._news.clear()
             self._learn(self._clock())
-            await self._commit()
-        await self._commit()
+            await self._patiently(self._commit, deadline)
+        await self._patiently(self._commit, deadline)
+        await self._patiently(lambda: self._store.resign(self._lead.epoch), deadline)
+
+    async def _patiently(self, work: Callable[[], Awaitable[object]], deadline: float) -> None:
+        """Do it, again while somebody holds a lock that it needs; raises `Locked` if that is so until the deadline."""
+        while True:
+            try:
+                await work()
+            except Locked as error:
+                if self._clock() >= deadline:
+                    raise
+                await self._locked_out(error)
+            else:
+                return
 
     async def _close(self) -> None:
         await self._housekeeper.close()

@@ -171,7 +171,7 @@ class Relay:
 
         Who has led before says at every look that it lives: the next leader may count it as dead at any time.
         """
-        told: str | None = None
+        told: str | None = ""
         look = 0.0
         while not self._stop.is_set():
             mine = not self._locked or await store.try_lock()
