@@ -18,9 +18,9 @@ from outbox.core.requirements import Counters, of_counters
 from outbox.errors import Locked, Weather
 from outbox.operate import queries
 from outbox.postgres.denials import READ_ONLY, UNWRITABLE
+from outbox.postgres.hindrances import END_SESSION, usurped
 from outbox.postgres.queries import COUNTERS, LOCKERS, WHO_LEADS, compose
 from outbox.postgres.session import command_session
-from outbox.postgres.store import END_SESSION, usurped
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 LOOKS, LOOK_SECONDS = 6, 0.1  # for who keeps a relay waiting, which in between two tries waits for nobody

@@ -408,7 +408,8 @@ SELECT r.leader,
 """
 
 # Who has locked what the relay needs, as far as their kind of lock tells: nobody else writes to the tables `relay`,
-# `streams` and `housekeeping`, and who adds events locks no rows of the others. A prepared one has no process.
+# `streams`, `limits` and `housekeeping`, and who adds events locks no rows of the others. Who reads, and vacuum, are in nobody's
+# way. A prepared one has no process.
 LOCKERS = """
 SELECT string_agg(DISTINCT coalesce(
          'pid ' || a.pid || ' (' || concat_ws(', ', a.usename, nullif(a.application_name, ''),
@@ -418,9 +419,10 @@ SELECT string_agg(DISTINCT coalesce(
   LEFT JOIN pg_locks AS x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
                          AND x.virtualtransaction = l.virtualtransaction
   LEFT JOIN pg_prepared_xacts AS p ON p.transaction = x.transactionid
- WHERE l.locktype = 'relation' AND l.granted AND l.mode <> 'AccessShareLock'
+ WHERE l.locktype = 'relation' AND l.granted
+   AND l.mode NOT IN ('AccessShareLock', 'ShareUpdateExclusiveLock')
    AND (l.relation IN (to_regclass('{schema}.relay'), to_regclass('{schema}.streams'),
-                       to_regclass('{schema}.housekeeping'))
+                       to_regclass('{schema}.housekeeping'), to_regclass('{schema}.limits'))
         OR (l.relation IN (to_regclass('{schema}.transactions'), to_regclass('{schema}.events'))
             AND l.mode <> 'RowExclusiveLock'))
    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

@@ -19,8 +19,9 @@ from outbox.core import requirements
 from outbox.core.plan import Planned
 from outbox.core.positions import HIGHEST, Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD
-from outbox.errors import Denied, Deposed, Halt, Locked, Misconfigured, Unsuited, Weather
+from outbox.errors import Denied, Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.postgres import queries
+from outbox.postgres.hindrances import usurped
 from outbox.postgres.rows import (
     Decisions,
     Home,
@@ -34,10 +35,9 @@ from outbox.postgres.rows import (
     ranges,
     read_page,
 )
-from outbox.postgres.session import SESSION, answered, command_session, open_session
+from outbox.postgres.session import SESSION, answered, open_session
 
 MOVES = 50
-END_SESSION = "end its session: pg_terminate_backend; or its transaction, if it is prepared: ROLLBACK PREPARED"
 DEATHS = 2  # leaders in a row that died before they had shown that they live
 
 
@@ -159,10 +159,10 @@ class Store:
         ((leader, stranger),) = await self._all(queries.WHO_LEADS, **keys) or [(None, None)]
         return str(leader or "unknown"), usurped(stranger).line if stranger else None
 
-    async def locked_by(self, error: Locked) -> str:
-        """What is to be said of a lock that is waited for: by whom it is held, as far as that can be seen."""
+    async def locked_by(self, words: str) -> str:
+        """What is to be said of a lock that is waited for, with the server's words: who holds it, if that is seen."""
         who = (await self._all(queries.LOCKERS))[0][0] or "somebody"
-        return f"{who} holds a lock that the relay needs: {error.line}"
+        return f"{who} holds a lock that the relay needs: {words}"
 
     async def pending(self) -> bool:
         """True if any transaction is committed and neither sent nor dead."""
@@ -436,21 +436,6 @@ class Store:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
         if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
-
-
-def usurped(holder: str) -> Weather:
-    """What is to be said where somebody who is no relay holds the leader's lock."""
-    return Weather(f"{holder} holds the lock of the leader, so that no relay can lead", remedy=END_SESSION)
-
-
-def leave_word(url: str, name: str, why: str) -> None:
-    """Leave for `outbox status` what keeps a relay from leading, unless another one leads; whoever leads clears it.
-
-    Commits. In a session of its own, of plain statements: behind a pooler it works too. May raise any of our errors.
-    """
-    keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(name) % (1 << 32)}
-    with command_session(url) as connection:
-        connection.execute(queries.compose(queries.LEAVE_WORD, name), {**keys, "why": why})
 
 
 @contextlib.contextmanager

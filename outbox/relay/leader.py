@@ -152,7 +152,7 @@ class Leader:
     async def _locked_out(self, error: Locked) -> None:
         self._lock_told = self._clock()
         if self._lock is None:
-            self._lock = await self._store.locked_by(error)
+            self._lock = await self._store.locked_by(error.line)
             with contextlib.suppress(Locked):  # then status finds that out by itself
                 await self._store.blocks(self._lead.epoch, self._lock)
         self._report([], self._lock)

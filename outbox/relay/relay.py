@@ -31,8 +31,9 @@ from outbox.core.telemetry import (
 from outbox.errors import Denied, Deposed, Halt, Locked, Misconfigured, OutboxError, Unsuited, Weather
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.connect import Servers
+from outbox.postgres.hindrances import leave_word
 from outbox.postgres.rows import Lead
-from outbox.postgres.store import Store, leave_word
+from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
 from outbox.relay.leader import Leader
 from outbox.sources import current
@@ -139,16 +140,16 @@ class Relay:
             try:
                 with self._reaching("outbox"):
                     return await self._candidate(store, drain=drain)
-            except Locked as error:
-                why = await store.locked_by(error)
-            except (Denied, Unsuited) as error:
+            except (Locked, Denied, Unsuited) as error:
                 if drain and isinstance(error, Unsuited):
                     raise
-                why = error.line
-            if why != told:
-                told = why
-                self._tell(Waiting(why=told))
-                await self._leave_word(told)
+                locked = isinstance(error, Locked)
+                why = await store.locked_by(error.line) if locked else error.line
+                if why != told:
+                    told = why
+                    self._tell(Waiting(why=why))
+                    if not locked:  # that the status finds out by itself
+                        await self._leave_word(why)
             await self._sleep(AGAIN_SECONDS)
         return None
 
@@ -171,7 +172,7 @@ class Relay:
 
         Who has led before says at every look that it lives: the next leader may count it as dead at any time.
         """
-        told: str | None = ""
+        told: str | None = ""  # nothing yet
         look = 0.0
         while not self._stop.is_set():
             mine = not self._locked or await store.try_lock()

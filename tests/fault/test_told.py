@@ -265,6 +265,7 @@ def the_way_to_the_database_is_cut(scene: Scene) -> Iterator[None]:
 NOBODY_LEADS = ("the way to the database is cut",)
 NOTHING_IS_ADDED = ("the database is read only", "a table is renamed", "somebody locks a table before the term begins")
 NO_STATUS = ("a table is renamed", "somebody locks a table before the term begins")
+TAKE_LONG = ("somebody locks a table before the term begins", "a table is renamed")
 ENDS_THE_TEST = ("the stream is gone", "the server hangs up", "forbidden")
 
 
@@ -281,7 +282,9 @@ def own(home: Path) -> Iterator[Postgres]:
     server.stop()
 
 
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(each, marks=pytest.mark.long if each in TAKE_LONG else ()) for each in FAULTS]
+)
 def test_the_reason_is_named_within_seconds(own: Postgres, guarded: Nats, workplace: Path, what: str) -> None:
     begin, words = FAULTS[what]
     url, port = clone(own), free_port()
