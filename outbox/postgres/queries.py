@@ -408,8 +408,8 @@ SELECT r.leader,
 """
 
 # Who has locked what the relay needs, as far as their kind of lock tells: nobody else writes to the tables `relay`,
-# `streams`, `limits` and `housekeeping`, and who adds events locks no rows of the others. Who reads, and vacuum, are in nobody's
-# way. A prepared one has no process.
+# `streams`, `limits` and `housekeeping`, and who adds events locks no rows of the others. Who reads is in nobody's way,
+# nor is vacuum. A prepared one has no process.
 LOCKERS = """
 SELECT string_agg(DISTINCT coalesce(
          'pid ' || a.pid || ' (' || concat_ws(', ', a.usename, nullif(a.application_name, ''),

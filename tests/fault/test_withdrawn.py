@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from outbox.config import Settings
-from outbox.core.telemetry import Marked, Unreachable, Waiting
+from outbox.core.telemetry import Connected, Marked, Unreachable, Waiting
 from outbox.embedded import Nats
 from outbox.errors import OutboxError
 from outbox.operate import migrate
@@ -121,6 +121,23 @@ def test_schema_is_taken_down_and_comes_back(
         add(database, stream)
         wait_until_sent(database)
     assert len(broker.read(stream.name)) == 2
+
+
+def test_lock_of_a_forgotten_prepared_transaction_is_named(two_phase_database: str, nats: Nats, stream: Stream) -> None:
+    """Fault: it holds the row of the relay, when one starts. Promise: named by relay and status, and waited for."""
+    url = two_phase_database
+    name = f"forgotten {url.rpartition('/')[2]}"
+    with psycopg.connect(url) as stranger:
+        stranger.execute("SELECT FROM outbox.relay FOR UPDATE")
+        stranger.execute(f"PREPARE TRANSACTION '{name}'".encode())
+        stranger.rollback()
+    with ThreadRelay(Settings(database_url=url, nats_url=nats.url)) as relay:
+        add(url, stream)
+        waits(relay, f"prepared transaction '{name}' holds a lock that the relay needs")
+        until(lambda: "a prepared transaction holds a lock" in str(status(url).blocked))
+        rows(url, f"ROLLBACK PREPARED '{name}'")
+        wait_until_sent(url)
+        assert sum(isinstance(each, Connected) and each.server == "postgres" for each in relay.happenings) == 1
 
 
 def test_why_a_relay_is_refused_is_left_for_the_status(database: str, settings: Settings, stream: Stream) -> None:
