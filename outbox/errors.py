@@ -50,7 +50,7 @@ class Locked(Weather):
 
 
 class Unusable(Weather):
-    """A stream's configuration is in the way. Found at the start it is refused; later it is waited out, loudly."""
+    """A stream as it is now is in the way. It holds what is for it, loudly; only a new one is refused at the start."""
 
 
 class Unsuited(Misconfigured):
@@ -58,9 +58,9 @@ class Unsuited(Misconfigured):
 
 
 class Denied(Weather):
-    """A server that is there does not take us as we are set up: credentials, TLS, names.
+    """A server that is there does not take us as we are set up: credentials, TLS, names, grants, tables that are gone.
 
-    At the first connection of a process it is refused; later, when something was renewed, it is waited out, loudly.
+    At the start of a process it is refused; later, when something was renewed or taken away, it is waited out, loudly.
     """
 
 

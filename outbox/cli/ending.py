@@ -84,7 +84,9 @@ def _check(word: str) -> None:
 def _log_format() -> LogFormat:
     """As the relay's log is to be."""
     words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
-    given = dict(itertools.pairwise(words)).get("--log") or _early("log")
+    given = dict(itertools.pairwise(words)).get("--log")
+    if given not in tuple(LogFormat):  # none, or a mistake, which is told as the other settings say
+        given = _early("log")
     return LogFormat.JSON if given == LogFormat.JSON else LogFormat.HUMAN
 
 

@@ -42,7 +42,9 @@ class StandingBy(Happening):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting(Happening):
-    """The schema is of a version that this relay cannot work with: it stands by until that fits."""
+    """Something in the database keeps this relay from leading: the schema, a grant, a lock. It stands by until that is
+    settled.
+    """
 
     level: ClassVar[Level] = Level.WARNING
     why: str

@@ -57,6 +57,10 @@ class Refused(Weather):
         self.code = code
 
 
+class Forbidden(nats.errors.Error):
+    """The server does not let us publish there. To who waits for an answer it would look like silence."""
+
+
 class Sending:
     """A batch on its way, and its outcome."""
 
@@ -90,7 +94,7 @@ class JetStream:
         self._outgoing: asyncio.Queue[tuple[str, Batch, str]] = asyncio.Queue()
         self._sender: asyncio.Task[None] | None = None
         self._forbidden: dict[str, str] = {}
-        self._forbidden_calls: dict[str, str] = {}
+        self._questions: dict[str, str] = {}  # the subjects of what is asked
         self._deaf = ""
         self._settings: Settings
         self._servers: Servers
@@ -222,7 +226,7 @@ class JetStream:
         except nats.errors.NoRespondersError:
             return Unknown(why="no responders: the subject is in no stream, or the stream has no leader")
         except (TimeoutError, nats.errors.Error) as error:
-            return Unknown(why=self._forbidden.pop(subject, "") or str(error) or "no answer within the time limit")
+            return Unknown(why=str(error) or "no answer within the time limit")
         return read_reply(reply.data)
 
     async def stream_of(self, subject: str) -> str | None:
@@ -313,13 +317,14 @@ class JetStream:
 
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""
+        asked = f"{self._api}.{call}"
         try:
-            reply = await self._question(f"{self._api}.{call}", payload, seconds)
+            reply = await self._question(asked, payload, seconds)
             answer: dict[str, Any] = json.loads(reply.data)
         except (TimeoutError, nats.errors.Error, ValueError) as error:
-            asked = f"{self._api}.{call}"
-            why = self._forbidden_calls.pop(asked, "") or str(error) or type(error).__name__
-            raise Weather(f"JetStream does not answer ({asked}): {why}") from error
+            why = str(error) or type(error).__name__
+            remedy = f"allow this user to publish to {asked}" if isinstance(error, Forbidden) else ""
+            raise Weather(f"JetStream does not answer ({asked}): {why}", remedy=remedy) from error
         if refusal := answer.get("error"):
             raise Refused(int(refusal.get("err_code", 0)), str(refusal.get("description", "")))
         return answer
@@ -334,6 +339,7 @@ class JetStream:
         """
         token = str(next(self._tokens))
         reply = self._asked[token] = asyncio.get_running_loop().create_future()
+        self._questions[token] = subject
         try:
             await self._nc.publish(subject, payload, reply=f"{self._prefix}.{token}", headers=headers)
             await self._arrival(reply, seconds)
@@ -343,7 +349,7 @@ class JetStream:
                 raise nats.errors.TimeoutError
             message: Msg = reply.result()
         finally:
-            del self._asked[token]
+            del self._asked[token], self._questions[token]
             reply.cancel()
         if (message.headers or {}).get("Status") == "503":
             raise nats.errors.NoRespondersError
@@ -434,8 +440,13 @@ class JetStream:
     async def _on_error(self, error: Exception) -> None:
         # A permission violation is only an asynchronous error: to the publisher it looks like silence.
         if found := re.search(r'permissions violation for publish to "([^"]+)"', str(error), re.IGNORECASE):
-            where = self._forbidden_calls if found[1].startswith(self._api) else self._forbidden
-            where[found[1]] = str(error)
+            asked = [token for token, subject in self._questions.items() if subject == found[1]]
+            for token in asked:
+                if not self._asked[token].done():
+                    self._asked[token].set_exception(Forbidden(str(error)))
+                    self._asked[token].exception()  # whoever waits will look; if nobody does, asyncio need not complain
+            if not asked:
+                self._forbidden[found[1]] = str(error)
             self._news()
         if "permissions violation for subscription" in str(error).lower():
             self._deaf = str(error)

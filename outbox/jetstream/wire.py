@@ -181,7 +181,11 @@ class Wary(Client):
             asyncio.create_task(self._close(Client.CLOSED, True))  # noqa: RUF006 - as nats-py does when told to go
 
     async def _process_err(self, err_msg: str) -> None:
-        if PERMISSIONS_ERR not in err_msg:
+        if PERMISSIONS_ERR in err_msg:
+            # nats-py's parser has made it lower case, and with it the subject: as it came, it is there still.
+            if found := re.search(r'"[^"]*"', bytes(self._ps.buf).partition(b"\r\n")[0].decode(errors="replace")):
+                err_msg = re.sub(r'"[^"]*"', lambda _: found[0], err_msg)
+        else:
             self.said = self.said or err_msg.strip("'")  # the end of the connection would be the last word
         await super()._process_err(err_msg)
 

@@ -24,9 +24,10 @@ SHARE, LONGEST = 0.05, 30.0  # of the time, at most, as with a very long backlog
 
 # What metrics show, every few seconds. What is pending is counted as in STATUS.
 OBSERVE = """
-SELECT (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS leader_present,
+SELECT (SELECT count(*) > 0 FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = %(lock)s::bigint::oid
+           AND l.objid = %(key)s::bigint::oid AND a.application_name = 'outbox relay'
+           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS leader_present,
        r.blocked IS NOT NULL AS blocked, r.paused_at IS NOT NULL AS paused, p.pending_transactions, p.pending_events,
        p.oldest_pending_seconds::float8,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_letters,

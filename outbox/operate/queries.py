@@ -9,26 +9,33 @@ from __future__ import annotations
 STATUS = """
 SELECT r.outbox_id, r.epoch, r.leader, r.leader_since, r.cursor, r.blocked, r.blocked_since, r.paused_at, r.paused_why,
        obj_description('{schema}.events'::regclass, 'pg_class') AS comment,
-       (SELECT count(*) > 0 FROM pg_locks AS l WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-          AND l.classid = %(lock)s::bigint::oid AND l.objid = %(key)s::bigint::oid
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS led,
+       (SELECT count(*) > 0 FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = %(lock)s::bigint::oid
+           AND l.objid = %(key)s::bigint::oid AND a.application_name = 'outbox relay'
+           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS led,
        (SELECT count(*) FROM {schema}.pending) AS pending_transactions,
        (SELECT coalesce(sum(event_count), 0) FROM {schema}.pending) AS pending_events,
        (SELECT extract(epoch FROM clock_timestamp() - min(sealed_at))::float8 FROM {schema}.pending)
          AS oldest_pending_seconds,
        (SELECT min(position) FROM {schema}.pending) AS oldest_pending_position,
        (SELECT count(*) FROM {schema}.dead WHERE discarded_at IS NULL) AS dead_transactions,
-       (SELECT coalesce(string_agg(concat_ws(' ', 'pid', b.pid, '(' || concat_ws(', ', b.usename,
-               nullif(b.application_name, '')) || ')'), ' and '), 'somebody')
-          FROM pg_locks AS l CROSS JOIN LATERAL unnest(pg_blocking_pids(l.pid)) AS blocking (pid)
-          LEFT JOIN pg_stat_activity AS b ON b.pid = blocking.pid
-         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = %(lock)s::bigint::oid
-           AND l.objid = %(key)s::bigint::oid
-           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        HAVING count(*) > 0) AS locked_out_by,
        h.stray_events, h.drift, h.failing AS housekeeping_failing, h.failing_since AS housekeeping_failing_since,
        clock_timestamp() AS observed_at, current_setting('default_transaction_read_only')::boolean AS frozen
   FROM {schema}.relay AS r CROSS JOIN {schema}.housekeeping AS h
+"""
+
+# Who keeps relays of this outbox waiting for a lock just now, whether they lead or begin.
+LOCKED_OUT = """
+SELECT string_agg(DISTINCT coalesce('pid ' || b.pid || ' (' || concat_ws(', ', b.usename,
+                    nullif(b.application_name, '')) || ')', 'a prepared transaction'), ' and ')
+  FROM (SELECT DISTINCT l.pid FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+         WHERE a.application_name = 'outbox relay' AND l.locktype = 'relation'
+           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+           AND l.relation IN ('{schema}.relay'::regclass, '{schema}.streams'::regclass, '{schema}.events'::regclass,
+                              '{schema}.transactions'::regclass, '{schema}.limits'::regclass)) AS relay
+ CROSS JOIN LATERAL unnest(pg_blocking_pids(relay.pid)) AS blocking (pid)
+  LEFT JOIN pg_stat_activity AS b ON b.pid = blocking.pid
+ WHERE b.application_name IS DISTINCT FROM 'outbox relay'
 """
 
 STATUS_STREAMS = """
@@ -179,6 +186,19 @@ SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
 RETIRED = """
 SELECT name, created, mode, last_sequence, plan, blocked FROM {schema}.streams
  WHERE retired_at IS NOT NULL ORDER BY name
+"""
+
+# A stream that only receipts speak of, so that it can be retired.
+KNOW_STREAM = """
+INSERT INTO {schema}.streams (name, created, last_sequence, plan_base) SELECT %(name)s, '', 0, 0
+ WHERE EXISTS (SELECT FROM {schema}.transactions WHERE stream = %(name)s AND sent_at IS NOT NULL)
+ON CONFLICT (name) DO NOTHING
+"""
+
+# The subjects of what was sent to a stream, as far as it is kept, and of what is pending. Reads all rows.
+SUBJECTS = """
+SELECT DISTINCT e.subject FROM {schema}.transactions AS t JOIN {schema}.events AS e ON e.txid = t.txid
+ WHERE t.stream = %(name)s OR (t.sent_at IS NULL AND t.dead_at IS NULL)
 """
 
 # Accept a stream as it is now, or retire it: nothing is planned for it, but for a head that may still be stored, with

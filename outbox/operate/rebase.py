@@ -18,7 +18,7 @@ from outbox import schema
 from outbox.config import Settings
 from outbox.core.comparison import Comparison
 from outbox.errors import Halt, Misconfigured
-from outbox.event import subject_problem
+from outbox.event import matches, subject_problem
 from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries, txids
@@ -74,7 +74,8 @@ async def retire_stream(settings: Settings, stream: str) -> Rebased:
     """Forget a stream as a place to send to, which may be gone. Commits.
 
     What was planned for it and is not in it is pending again, to be sent where its subjects are by then; receipts stay.
-    Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream.
+    Raises `Misconfigured` while a relay leads, if the outbox does not know the stream, not even by receipts, or if it
+    still takes what the outbox sends.
     """
     return await _settle_stream(settings, stream, retire=True)
 
@@ -85,6 +86,9 @@ async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Re
         with command_session(settings.database_url) as connection:
             await _lock(connection, name)
             outbox_id = _outbox_id(connection, name)
+            if retire:
+                await _refuse_one_in_use(jetstream, connection, name, stream)
+                connection.execute(compose(queries.KNOW_STREAM, name), {"name": stream})
             retired = () if retire else _streams(connection, name, queries.RETIRED)
             known = next((each for each in [*_streams(connection, name), *retired] if each.name == stream), None)
             if known is None:
@@ -119,6 +123,22 @@ async def _open_head(
         return None
     position, subject, sequence = found
     return position if await jetstream.next_on(stream, subject, sequence + 1) is None else None
+
+
+async def _refuse_one_in_use(
+    jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str, stream: str
+) -> None:
+    """A stream that takes the outbox's subjects would be met again at once, and halt the relay that forgot it."""
+    info = await jetstream.stream(stream)
+    if info is None:
+        return
+    for (subject,) in connection.execute(compose(queries.SUBJECTS, name), {"name": stream}):
+        if any(matches(subject, each) for each in info.subjects):
+            raise Misconfigured(
+                f"stream {stream} still takes what the outbox sends, such as subject {subject}",
+                remedy="give its subjects to another stream first (nats stream edit), or delete it; to go on with it "
+                f"as it is: outbox rebase --stream {stream}",
+            )
 
 
 async def rebase(settings: Settings, *, read_back: bool = True, progress: Progress = no_progress) -> Rebased:

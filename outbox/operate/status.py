@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import LiteralString
 from uuid import UUID
 
 import psycopg
@@ -13,13 +15,15 @@ from psycopg.rows import TupleRow, class_row, dict_row
 
 from outbox import schema
 from outbox.core.requirements import Counters, of_counters
-from outbox.errors import Weather
+from outbox.errors import Locked, Weather
 from outbox.operate import queries
 from outbox.postgres.denials import READ_ONLY, UNWRITABLE
-from outbox.postgres.queries import COUNTERS, compose
+from outbox.postgres.hindrances import END_SESSION, usurped
+from outbox.postgres.queries import COUNTERS, LOCKERS, WHO_LEADS, compose
 from outbox.postgres.session import command_session
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
+LOOKS, LOOK_SECONDS = 6, 0.1  # for who keeps a relay waiting, which in between two tries waits for nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +97,13 @@ class Status:
 
 def status(url: str, name: str = schema.DEFAULT_SCHEMA) -> Status:
     """Read the state; the cost grows with what is pending, not with what was sent. May raise `Weather`."""
-    with command_session(url, reads=True) as connection:
-        return read(connection, name)
+    try:
+        with command_session(url, reads=True) as connection:
+            return read(connection, name)
+    except Locked as error:
+        with command_session(url, reads=True) as connection:
+            who = _first(connection, LOCKERS, name) or "somebody"
+        raise Locked(f"{who} holds a lock that is needed to look: {error.message}", remedy=END_SESSION) from error
 
 
 def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
@@ -105,18 +114,14 @@ def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
         schema.check_version(comment, name)
     row = connection.cursor(row_factory=dict_row).execute(compose(queries.STATUS, name), keys).fetchone()
     assert row is not None  # noqa: S101 - the table relay has one row, by its constraints
-    comment, led, frozen, holder = (row.pop(name) for name in ("comment", "led", "frozen", "locked_out_by"))
+    comment, led, frozen = (row.pop(name) for name in ("comment", "led", "frozen"))
     schema.check_version(comment, name)
     counters = connection.execute(compose(COUNTERS, name)).fetchall()
     streams = connection.cursor(row_factory=class_row(StreamStatus)).execute(compose(queries.STATUS_STREAMS, name))
     dead = connection.cursor(row_factory=class_row(RecentDead)).execute(compose(queries.STATUS_DEAD, name))
     found = {**row, "streams": streams.fetchall(), "dead": dead.fetchall()}
-    if frozen:  # no relay can write down that this is in its way
-        found["blocked"] = str(Weather(READ_ONLY, remedy=UNWRITABLE))
-        found["blocked_since"] = found["blocked_since"] or found["observed_at"]
-    if holder:  # just now; it may hold the very row in which this would be written
-        remedy = "end its transaction: pg_terminate_backend"
-        found["blocked"] = str(Weather(f"the relay waits for a lock that {holder} holds", remedy=remedy))
+    if (why := _unwritable(connection, name, keys, led=led, frozen=frozen)) is not None:
+        found["blocked"] = str(why)
         found["blocked_since"] = found["blocked_since"] or found["observed_at"]
     return Status(
         schema=name,
@@ -126,6 +131,27 @@ def read(connection: psycopg.Connection[TupleRow], name: str) -> Status:
         sent_events=sum(stream.sent_events for stream in found["streams"]),
         **(found if led else {**found, "leader": None, "leader_since": None}),
     )
+
+
+def _unwritable(
+    connection: psycopg.Connection[TupleRow], name: str, keys: dict[str, int], *, led: bool, frozen: bool
+) -> Weather | None:
+    """What is in the way of relays just now, and may be in the way of writing that down."""
+    if frozen:
+        return Weather(READ_ONLY, remedy=UNWRITABLE)
+    for _ in range(LOOKS):
+        if holder := _first(connection, queries.LOCKED_OUT, name):
+            return Weather(f"{holder} holds a lock that the relay needs", remedy=END_SESSION)
+        if not _first(connection, LOCKERS, name):
+            break
+        time.sleep(LOOK_SECONDS)
+    leads = connection.execute(compose(WHO_LEADS, name), keys).fetchone()
+    return usurped(leads[1]) if not led and leads is not None and leads[1] else None
+
+
+def _first(connection: psycopg.Connection[TupleRow], query: LiteralString, name: str) -> str | None:
+    row = connection.execute(compose(query, name)).fetchone()
+    return row[0] if row else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -399,8 +399,50 @@ SELECT e.txid::text, count(*) FROM (
  GROUP BY e.txid ORDER BY e.txid LIMIT 10
 """
 
-# Host and process id of the last relay that took the lead.
-WHO_LEADS = "SELECT leader FROM {schema}.relay"
+# Host and process id of the last relay that took the lead; and who holds the leader's lock, if that is no relay.
+WHO_LEADS = """
+SELECT r.leader,
+       (SELECT string_agg(concat_ws(' ', 'pid', l.pid, '(' || concat_ws(', ', a.usename, nullif(a.application_name, ''))
+                                                       || ')'), ' and ')
+          FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = %(lock)s::bigint::oid
+           AND l.objid = %(key)s::bigint::oid AND a.application_name IS DISTINCT FROM 'outbox relay'
+           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS stranger
+  FROM {schema}.relay AS r
+"""
+
+# Who has locked what the relay needs, as far as their kind of lock tells: nobody else writes to the tables `relay`,
+# `streams`, `limits` and `housekeeping`, and who adds events locks no rows of the others. Who reads is in nobody's way,
+# nor is vacuum. A prepared one has no process.
+LOCKERS = """
+SELECT string_agg(DISTINCT coalesce(
+         'pid ' || a.pid || ' (' || concat_ws(', ', a.usename, nullif(a.application_name, ''),
+                                              nullif(a.backend_type, 'client backend')) || ')',
+         'prepared transaction ' || quote_literal(p.gid)), ' and ')
+  FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+  LEFT JOIN pg_locks AS x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
+                         AND x.virtualtransaction = l.virtualtransaction
+  LEFT JOIN pg_prepared_xacts AS p ON p.transaction = x.transactionid
+ WHERE l.locktype = 'relation' AND l.granted
+   AND l.mode NOT IN ('AccessShareLock', 'ShareUpdateExclusiveLock')
+   AND (l.relation IN (to_regclass('{schema}.relay'), to_regclass('{schema}.streams'),
+                       to_regclass('{schema}.housekeeping'), to_regclass('{schema}.limits'))
+        OR (l.relation IN (to_regclass('{schema}.transactions'), to_regclass('{schema}.events'))
+            AND l.mode <> 'RowExclusiveLock'))
+   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND coalesce(a.application_name, '') NOT IN ('outbox relay', 'outbox housekeeping')
+   AND l.pid IS DISTINCT FROM pg_backend_pid()
+"""
+
+# Why a relay does not lead, for the status; not while another one does.
+LEAVE_WORD = """
+UPDATE {schema}.relay SET blocked = %(why)s, blocked_since = now()
+ WHERE blocked IS DISTINCT FROM %(why)s AND NOT EXISTS (
+   SELECT FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid AND a.application_name = 'outbox relay'
+    WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = %(lock)s::bigint::oid
+      AND l.objid = %(key)s::bigint::oid
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+"""
 
 # Once, before the relay sleeps for the first time.
 LISTEN = "LISTEN {channel}"

@@ -19,8 +19,9 @@ from outbox.core import requirements
 from outbox.core.plan import Planned
 from outbox.core.positions import HIGHEST, Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD
-from outbox.errors import Deposed, Halt, Misconfigured, Unsuited, Weather
+from outbox.errors import Denied, Deposed, Halt, Misconfigured, Unsuited, Weather
 from outbox.postgres import queries
+from outbox.postgres.hindrances import usurped
 from outbox.postgres.rows import (
     Decisions,
     Home,
@@ -96,6 +97,8 @@ class Store:
         _refuse(requirements.of_postgres(number))
         if problem := schema.installed(comment, suits_from).unsuitable(self._schema):
             raise Unsuited(problem.message, remedy=problem.remedy)
+        if suits_from is None:
+            raise self._empty()
         _refuse(
             requirements.of_outbox(
                 self._schema,
@@ -152,10 +155,16 @@ class Store:
         """This process has led before and lives: what was counted as its death was none."""
         await self._all(queries.ALIVE, leader=leader)
 
-    async def who_leads(self) -> str:
-        """Host and process id of the last relay that took the lead."""
-        rows = await self._all(queries.WHO_LEADS)
-        return str(rows[0][0]) if rows and rows[0][0] else "unknown"
+    async def who_leads(self) -> tuple[str, str | None]:
+        """Host and process id of the last relay that took the lead; and what is to be said if no relay has its lock."""
+        keys = {"lock": schema.LEADER_LOCK, "key": schema.lock_key(self._schema) % (1 << 32)}
+        ((leader, stranger),) = await self._all(queries.WHO_LEADS, **keys) or [(None, None)]
+        return str(leader or "unknown"), usurped(stranger).line if stranger else None
+
+    async def locked_by(self, words: str) -> str:
+        """What is to be said of a lock that is waited for, with the server's words: who holds it, if that is seen."""
+        who = (await self._all(queries.LOCKERS))[0][0] or "somebody"
+        return f"{who} holds a lock that the relay needs: {words}"
 
     async def pending(self) -> bool:
         """True if any transaction is committed and neither sent nor dead."""
@@ -307,14 +316,17 @@ class Store:
         """Keep the session alive; what operators want. Raises `Deposed` if another relay leads, or a newer one must."""
         rows = await self._at_its_place(queries.PING, lambda: {"place": self._places.get("")}, bool)
         if not rows:
-            words = f"the table {self._schema}.relay is empty"
-            raise Misconfigured(words, remedy="restore its row from a backup; outbox doctor tells more")
+            raise self._empty()
         current, suits_from, paused, lows, highs = rows[0]
         if current != epoch:
             raise Deposed("another relay has taken the lead")
         if suits_from > schema.VERSION:
             raise Deposed(f"the schema was migrated, and suits no relay before version {suits_from} of it")
         return Wishes(retried=list(zip(lows, highs, strict=True)), paused=paused)
+
+    def _empty(self) -> Denied:
+        words = f"the table {self._schema}.relay is empty"
+        return Denied(words, remedy="restore its row from a backup; outbox doctor tells more")
 
     async def resign(self, epoch: int, why: str | None = None) -> None:
         """Lay the lead down in an orderly way; `why` is left for `outbox status` until somebody leads again."""
@@ -382,14 +394,22 @@ class Store:
         moved is as the statement says.
         """
         rows: list[TupleRow] = []
+        failure: Weather | None = None
         for _ in range(MOVES):
             if self._places:
-                rows = await self._all(query, **places(), **parameters)
-                if found(rows):
+                try:
+                    rows, failure = await self._all(query, **places(), **parameters), None
+                except Weather as error:
+                    if not isinstance(error.__cause__, psycopg.errors.DivisionByZero):
+                        raise
+                    failure = error  # one of several has moved: none of it was done
+                if failure is None and found(rows):
                     break
             before, self._places = self._places, dict(await self._all(queries.PLACES))
             if before == self._places:
                 break
+        if failure is not None:
+            raise Weather("a row of streams is gone, or moved again and again while it was to be written") from failure
         return rows
 
     async def _lock(self, query: str, purpose: int) -> bool:
@@ -417,7 +437,7 @@ class Store:
 
     async def _rows(self, text: bytes, parameters: dict[str, Any], *, unhurried: bool = False) -> list[TupleRow]:
         async with contextlib.nullcontext() if self._whose is asyncio.current_task() else self.turn():
-            with answered(self._connection):
+            with _denied(), answered(self._connection):
                 if unhurried is not self._unhurried:
                     # statement_timeout counts until the last byte is sent. Not in a pipeline: a process that is frozen
                     # before its end keeps the session, as no time-out of an idle one runs there.
@@ -432,6 +452,15 @@ class Store:
         # A cancelled wait for a synchronous standby is only a warning: the commit is visible, not durable.
         if diagnostic.source_function == "SyncRepWaitForLSN":
             self._warnings.append(diagnostic.message_primary or "")
+
+
+@contextlib.contextmanager
+def _denied() -> Iterator[None]:
+    """What a statement of the relay may not do, or does not find, may be there at another time."""
+    try:
+        yield
+    except Misconfigured as error:
+        raise Denied(error.message, remedy=error.remedy) from error.__cause__
 
 
 def _refuse(problems: Iterable[requirements.Problem]) -> None:

@@ -49,6 +49,7 @@ class Housekeeper:
         self._task: asyncio.Task[None] | None = None
         self._session: Housekeeping | None = None
         self._failing = ""
+        self._unsaid: str | None = None  # what fails, for the leader to note: it has no session of its own for that
         self._ends = False
         self._halt: Halt | None = None
         self._purge = Purge(settings.retention * 3600, tell, self._clock)
@@ -63,12 +64,19 @@ class Housekeeper:
         if self._settings.retention == 0:
             self._marked.set()
 
-    def check(self) -> None:
-        """Raise `Halt` if it has found what a relay cannot go on with, or what it died of."""
+    async def check(self) -> None:
+        """Note what fails; raise `Halt` if it has found what a relay cannot go on with, or what it died of.
+
+        By the leader, whose session it is: its socket has one watcher at a time.
+        """
         if self._halt is not None:
             raise self._halt
         if self._task is not None and self._task.done():
             self._task.result()
+        if self._unsaid is not None:
+            why, self._unsaid = self._unsaid, None
+            with contextlib.suppress(OutboxError):  # the leader meets the same, and says so
+                await self._store.housekeeping_fails(why)
 
     async def close(self) -> None:
         """Stop it; idempotent."""
@@ -98,9 +106,9 @@ class Housekeeper:
         self._backoff = self._backoff.failed()
         if self._backoff.failures >= TOLD_AFTER and error.line != self._failing:
             self._failing = error.line
+            self._unsaid = error.line
             self._tell(HousekeepingFailed(why=error.line))
-            with contextlib.suppress(OutboxError):  # the leader meets the same, and says so
-                await self._store.housekeeping_fails(error.line)
+            self._news()
         self._noted = None
         await asyncio.sleep(self._backoff.delay(random.random()))
 

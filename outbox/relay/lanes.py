@@ -447,12 +447,15 @@ class Lanes(dict[str, Lane]):
         return lane
 
     async def restore(self, row: StreamRow, store: Store) -> None:
-        """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
+        """A stream as the last leader left it: its plan is settled as it is before anything new joins. Idempotent."""
+        if row.name in self:
+            return
+        plan = await store.entries(row.plan) if row.plan else []
         lane = self.add(row, fresh=True)
-        if row.plan:
+        if plan:
             heads = None if row.fences is None else {each.position: each for each in row.fences}
             fences = Fences(since=row.since, heads=heads, former=set(heads)) if heads is not None else None
-            lane.chain.restore(await store.entries(row.plan), fences)
+            lane.chain.restore(plan, fences)
 
     def extend(self, *, held_back: bool) -> None:
         """Let what waits join the plans, unless nothing more is to be sent."""

@@ -108,9 +108,7 @@ class Leader:
             self._tell(Careful())
         self._housekeeper.start()
         try:
-            await self._store.reconcile()
-            for row in await self._store.streams():
-                await self._lanes.restore(row, self._store)
+            await self._begin()
             while not self._stop.is_set():
                 if await self._round() or self._news.is_set():
                     self._news.clear()
@@ -119,7 +117,6 @@ class Leader:
                 else:
                     await self._wait()
             await self._finish()
-            await self._store.resign(self._lead.epoch)
             return self._stop.is_set() or not self._caution.over
         except (Halt, Misconfigured) as error:
             # What contradicts a plan may be the work of a newer leader: it took the lead before it sent anything.
@@ -128,6 +125,18 @@ class Leader:
             raise
         finally:
             await self._close()
+
+    async def _begin(self) -> None:
+        """Take over what a former leader has left; waits for who holds a lock that it needs."""
+        while not self._stop.is_set():
+            try:
+                await self._store.reconcile()
+                for row in await self._store.streams():
+                    await self._lanes.restore(row, self._store)
+            except Locked as error:
+                await self._locked_out(error)
+            else:
+                return
 
     async def _round(self) -> bool:
         """`run_once`, unless somebody holds a lock that it needs: that is waited for, and the lead is kept."""
@@ -143,7 +152,7 @@ class Leader:
     async def _locked_out(self, error: Locked) -> None:
         self._lock_told = self._clock()
         if self._lock is None:
-            self._lock = f"somebody holds a lock that the relay needs: {error.line}"
+            self._lock = await self._store.locked_by(error.line)
             with contextlib.suppress(Locked):  # then status finds that out by itself
                 await self._store.blocks(self._lead.epoch, self._lock)
         self._report([], self._lock)
@@ -168,7 +177,7 @@ class Leader:
         moved |= await self._commit()
         moved |= await self._send()
         moved |= await self._read(now)
-        self._housekeeper.check()
+        await self._housekeeper.check()
         await self._keep_alive(now)
         return moved
 
@@ -416,15 +425,28 @@ class Leader:
         self._news.set()
 
     async def _finish(self) -> None:
-        """Stop: send nothing more, wait a little for what is in flight, and mark what was acked."""
+        """Stop: send nothing more, wait a little for what is in flight, mark what was acked, and lay the lead down."""
         deadline = self._clock() + STOP_SECONDS
         while self._lanes.flying and self._clock() < deadline:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), 0.1)
             self._news.clear()
             self._learn(self._clock())
-            await self._commit()
-        await self._commit()
+            await self._patiently(self._commit, deadline)
+        await self._patiently(self._commit, deadline)
+        await self._patiently(lambda: self._store.resign(self._lead.epoch), deadline)
+
+    async def _patiently(self, work: Callable[[], Awaitable[object]], deadline: float) -> None:
+        """Do it, again while somebody holds a lock that it needs; raises `Locked` if that is so until the deadline."""
+        while True:
+            try:
+                await work()
+            except Locked as error:
+                if self._clock() >= deadline:
+                    raise
+                await self._locked_out(error)
+            else:
+                return
 
     async def _close(self) -> None:
         await self._housekeeper.close()

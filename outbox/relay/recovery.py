@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from outbox.core.fence import Attempt, Fence, Verge, attempt_at, covered, judge_attempt, removed
 from outbox.core.plan import Finding, Look, Planned, judge, wanted
-from outbox.errors import Halt, Weather
+from outbox.errors import Halt, Unusable, Weather
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.stream import StreamInfo
 
@@ -234,7 +234,9 @@ async def _identified(jetstream: JetStream, known: Remembered, *, deleted: bool 
             "--retire"
         )
     if info.created != known.created:
-        raise Halt(
+        # With nothing on its way there nobody can lose or double anything while it waits, and the others go on.
+        kind = Halt if known.plan or known.moved else Unusable
+        raise kind(
             f"stream {known.stream} is not the one that the outbox knows: created {info.created}, known since "
             f"{known.created}; it was made again, restored, or promoted from a mirror, and may lack messages",
             remedy=f"compare: outbox verify --stream {known.stream}; then accept the stream as it is: "

@@ -1,7 +1,8 @@
 """The relay process: stand by for the lock, lead, and begin again whatever dies; for ever, until it is stopped.
 
-Weather is waited out with a back-off that spends no attempt. `Halt` and `Misconfigured` end the relay: going on would
-help nobody. The lock is for liveness; that two leaders do no harm is the plan's and the chain's doing.
+Weather is waited out with a back-off that spends no attempt. `Halt` ends the relay, and so does what is wrong with its
+set-up from the start; what is taken away under it later is waited for. Whatever keeps it from leading is left in the
+database for the status. The lock is for liveness; that two leaders do no harm is the plan's and the chain's doing.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from outbox.core.telemetry import (
     Waiting,
     silent,
 )
-from outbox.errors import Denied, Deposed, Halt, Misconfigured, Unsuited, Weather
+from outbox.errors import Denied, Deposed, Halt, Locked, Misconfigured, OutboxError, Unsuited, Weather
 from outbox.jetstream.client import JetStream
 from outbox.jetstream.connect import Servers
-from outbox.postgres.rows import Home
+from outbox.postgres.hindrances import leave_word
+from outbox.postgres.rows import Lead
 from outbox.postgres.store import Store
 from outbox.relay.background import Backoff
 from outbox.relay.leader import Leader
 from outbox.sources import current
 
 STANDBY_SECONDS = 0.2
-SCHEMA_SECONDS = 1.0
+AGAIN_SECONDS = 1.0
 STANDBY_TRY_SECONDS = 2.0
 SOUND_TERM_SECONDS = 5.0  # a shorter term counts as a failure: the next one waits longer
 
@@ -95,22 +97,17 @@ class Relay:
                         break
             except (Weather, Deposed) as error:
                 await self._wait_out(error)
+            except (Halt, Misconfigured) as error:
+                await self._leave_word(f"halted: {error}")
+                raise
         self._tell(Stopped())
         return drained or not drain
 
     async def _serve(self, store: Store, *, drain: bool) -> bool:
         """Stand by and lead on one session; True if drained or stopped, False if another term is due."""
-        home = await self._suited(store, drain=drain)
-        if home is None or not await self._stand_by(store, drain=drain):
+        lead = await self._elected(store, drain=drain)
+        if lead is None:
             return True
-        if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
-            raise Halt(
-                f"transaction {dead} is a dead letter, and this relay halts on one",
-                remedy=f"outbox dead retry {dead}, or outbox dead discard {dead}; or start the relay with "
-                "--on-dead continue",
-            )
-        self._has_led = True  # also if the answer to this is lost
-        lead = await store.lead(self._name, home)
         self._leader = Leader(
             store,
             lead,
@@ -131,40 +128,65 @@ class Relay:
             if clock() - began > SOUND_TERM_SECONDS:
                 self._backoff = self._backoff.reset()
 
-    async def _suited(self, store: Store, *, drain: bool) -> Home | None:
-        """Wait until the schema is one that this relay can work with; None if stopped meanwhile.
+    async def _elected(self, store: Store, *, drain: bool) -> Lead | None:
+        """Wait until this relay may lead, and take the lead; None if it was stopped meanwhile, or there is no need.
 
-        So a migration and new relays may come in any order. A relay that drains is refused: its caller waits for it.
+        A schema that does not suit is waited for, so that a migration and new relays may come in any order; so is
+        whoever holds a lock; and once this process has led, all that was taken away under it. A relay that drains is
+        refused: its caller waits for it.
         """
         told = ""
         while not self._stop.is_set():
             try:
-                return await store.preflight(self._settings.max_batch_messages)
-            except Unsuited as error:
-                if drain:
+                with self._reaching("outbox"):
+                    return await self._candidate(store, drain=drain)
+            except (Locked, Denied, Unsuited) as error:
+                if drain and isinstance(error, Unsuited):
                     raise
-                if error.line != told:
-                    told = error.line
-                    self._tell(Waiting(why=told))
-            await self._sleep(SCHEMA_SECONDS)
+                locked = isinstance(error, Locked)
+                why = await store.locked_by(error.line) if locked else error.line
+                if why != told:
+                    told = why
+                    self._tell(Waiting(why=why))
+                    if not locked:  # that the status finds out by itself
+                        await self._leave_word(why)
+            await self._sleep(AGAIN_SECONDS)
         return None
+
+    async def _candidate(self, store: Store, *, drain: bool) -> Lead | None:
+        """Take the lead when nobody else has it; None if stopped meanwhile, or, with `drain`, nothing is pending."""
+        home = await store.preflight(self._settings.max_batch_messages)
+        if not await self._stand_by(store, drain=drain):
+            return None
+        if self._settings.on_dead is OnDead.HALT and (dead := await store.first_dead()) is not None:
+            raise Halt(
+                f"transaction {dead} is a dead letter, and this relay halts on one",
+                remedy=f"outbox dead retry {dead}, or outbox dead discard {dead}; or start the relay with "
+                "--on-dead continue",
+            )
+        self._has_led = True  # also if the answer to this is lost
+        return await store.lead(self._name, home)
 
     async def _stand_by(self, store: Store, *, drain: bool) -> bool:
         """Wait for the lock, polling: a waiting lock request would hold back vacuum. False if stopped meanwhile.
 
         Who has led before says at every look that it lives: the next leader may count it as dead at any time.
         """
-        told = False
+        told: str | None = ""  # nothing yet
+        look = 0.0
         while not self._stop.is_set():
             mine = not self._locked or await store.try_lock()
             if self._has_led:
                 await store.alive(self._name)
             if mine:
                 return True
-            if not told:
-                told = True
+            if (now := asyncio.get_running_loop().time()) >= look:
+                look = now + AGAIN_SECONDS
                 await self._try_nats()
-                self._tell(StandingBy(leader=await store.who_leads()))
+                leader, stranger = await store.who_leads()
+                if stranger != told:
+                    told = stranger
+                    self._tell(Waiting(why=stranger) if stranger else StandingBy(leader=leader))
             if drain and not await store.pending():
                 return False
             await self._sleep(STANDBY_SECONDS)
@@ -192,16 +214,25 @@ class Relay:
 
     @contextlib.contextmanager
     def _reaching(self, server: str) -> Iterator[None]:
-        """What a server denies at first is a wrong setting; once it has let this process in, it is waited out."""
+        """What is denied at first is a wrong setting; once it has let this process in, it is waited out."""
         try:
             yield
-        except Denied as denied:
-            if server in self._reached:
-                raise
-            raise Misconfigured(denied.message, remedy=denied.remedy) from denied
+        except Unsuited:
+            raise
+        except (Denied, Misconfigured) as error:
+            kind = Denied if server in self._reached else Misconfigured
+            raise kind(error.message, remedy=error.remedy) from error
         self._reached.add(server)
 
+    async def _leave_word(self, why: str) -> None:
+        """Leave in the database, for the status, what keeps this relay from leading, if that can be done at all."""
+        with contextlib.suppress(OutboxError):
+            url = current(self._settings, "database_").database_url
+            await asyncio.to_thread(leave_word, url, self._settings.schema, why)
+
     async def _wait_out(self, error: Weather | Deposed) -> None:
+        if isinstance(error, Denied):
+            await self._leave_word(error.line)
         self._backoff = replace(self._backoff, longest=1.0).failed()
         delay = self._backoff.delay(random.random())
         if isinstance(error, Deposed):

@@ -175,6 +175,7 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("UPDATE (replay_of)", "{schema}.transactions"),
         ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
         ("UPDATE", "{schema}.relay, {schema}.streams, {schema}.limits"),
+        ("INSERT", "{schema}.streams"),
     ),
 }
 

@@ -235,6 +235,8 @@ WAYS: dict[str, tuple[Sequence[str], dict[str, str], str, int]] = {
     "wrong setting": ((), {"OUTBOX_WINDOW": "x", "OUTBOX_ON_DEAD": "y"}, "", 2),
     "no such flag": (("--no-such-flag",), {}, "", 2),
     "wrong value": (("--window", "many"), {}, "", 2),
+    "wrong form of the log": (("--log", "xml"), {}, "", 2),
+    "flags that go together": (("--log", "json", "--create-stream", "X"), {"OUTBOX_LOG": "human"}, "", 2),
     "unexpected": ((), {"BREAK": "1"}, "", 1),
 }
 
@@ -322,6 +324,32 @@ def test_signals_that_mean_nothing_here_are_told_and_ignored(
             with contextlib.suppress(ProcessLookupError):
                 relay.send_signal(number)
         assert ended(relay) == 0
+
+
+SIGNALS_ITSELF = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.{number})
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "prometheus_client", "outbox.relay.relay"])
+@pytest.mark.parametrize(
+    ("number", "flags", "code"), [("SIGTERM", (), 0), ("SIGINT", (), 0), ("SIGQUIT", ("--drain",), 3)]
+)
+def test_relay_that_is_stopped_while_it_is_loaded(
+    environment: dict[str, str], workplace: Path, module: str, number: str, flags: Sequence[str], code: int
+) -> None:
+    """Fault: a signal in the first second of the process. Promise: an orderly end, without a word."""
+    (workplace / "sitecustomize.py").write_text(SIGNALS_ITSELF.format(module=module, number=number))
+    given = {**environment, "PYTHONPATH": f"{workplace}:{ROOT}"}
+    with started(given, "relay", *flags, stderr=subprocess.PIPE) as relay:
+        assert relay.stderr
+        assert relay.stderr.read() == b""
+        assert ended(relay) == code
 
 
 @pytest.mark.parametrize(

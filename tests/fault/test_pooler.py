@@ -12,6 +12,7 @@ from outbox.doctor import examine as doctor
 from outbox.doctor.check import Colour
 from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
+from outbox.operate.status import status
 from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value
 from tests.support.commands import outbox
 from tests.support.pooler import pooler
@@ -53,6 +54,7 @@ def test_transaction_mode_is_refused(
     assert "pooler in transaction mode" in error.message
     assert "direct connection" in error.remedy
     assert Broker(nats.url).read(stream.name) == []
+    assert "pooler in transaction mode" in str(status(database).blocked)
 
 
 def test_session_mode_works(postgres: Postgres, database: str, nats: Nats, stream: Stream, workplace: Path) -> None:

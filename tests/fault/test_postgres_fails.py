@@ -28,6 +28,11 @@ TERMINATE = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
     " WHERE application_name = 'outbox relay' AND datname = current_database()"
 )
+MOVE = {
+    "streams": "UPDATE outbox.streams SET name = name",
+    "relay": "UPDATE outbox.relay SET epoch = epoch",
+    "housekeeping": "UPDATE outbox.housekeeping SET purged = purged",
+}
 SENT = "SELECT count(*) FROM outbox.transactions WHERE sent_at IS NOT NULL"
 
 
@@ -105,6 +110,36 @@ def test_statement_time_outs_in_a_wait_for_a_lock(
     report = check(database, broker.read(stream.name))
     assert report.anomalies == {}
     assert report.transactions == writers.committed
+
+
+def test_lock_that_is_held_while_a_relay_stops(
+    database: str, settings: Settings, broker: Broker, stream: Stream
+) -> None:
+    """Fault: what is to be marked is locked when the relay is stopped. Promise: marked, and no death is counted."""
+    with psycopg.connect(database) as stranger, ThreadRelay(settings) as relay:
+        rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+        relay.wait_for(Marked)
+        rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+        stranger.execute("SELECT FROM outbox.relay FOR UPDATE")
+        relay.wait_for(Blocked)
+        ending = threading.Thread(target=relay.stop)
+        ending.start()
+        threading.Event().wait(1.5)  # more than the relay waits for a lock at a time
+        stranger.rollback()
+        ending.join()
+        assert relay.error is None
+    assert rows(database, "SELECT leader, deaths FROM outbox.relay") == [(None, 0)]
+
+
+def test_rows_of_the_relay_that_move_end_no_term(database: str, settings: Settings, stream: Stream) -> None:
+    """Fault: somebody writes to the rows that the relay knows by their place. Promise: they are looked for again."""
+    with ThreadRelay(settings) as relay:
+        for number, table in enumerate(("relay", "streams", "housekeeping", "streams, relay"), start=1):
+            for each in table.split(", "):
+                rows(database, MOVE[each])
+            rows(database, "SELECT outbox.add(%s, 'x')", f"{stream.prefix}.x")
+            until(partial(lambda least: value(database, SENT) >= least, number))
+        assert not any(isinstance(each, LostLead | Unreachable) for each in relay.happenings)
 
 
 def test_read_only_for_a_while(nats: Nats, broker: Broker, stream: Stream, workplace: Path) -> None:

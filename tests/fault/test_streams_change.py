@@ -96,22 +96,56 @@ def test_stream_recreated_under_a_running_relay_halts_it(database: str, broker: 
 
 
 def test_memory_stream_that_a_restart_lost_is_waited_for_and_then_asked_about(database: str, workplace: Path) -> None:
-    """Fault: a server restart loses a memory stream. Promise: blocked and visible; nothing is marked meanwhile."""
+    """Fault: a server restart loses a memory stream. Promise: blocked and visible; nothing is marked meanwhile, and
+    other streams flow.
+    """
     with own_nats(workplace / "nats") as server:
         broker = Broker(server.url)
         broker.create_stream("MEMORY", "m.>", storage="memory")
-        relay = ThreadRelay(Settings(database_url=database, nats_url=server.url))
-        add(database, "m.one")
-        relay.wait_for(Marked)
-        server.restart(kill=True)
-        add(database, "m.two")
-        relay.wait_for(Blocked, lambda each: "does not exist" in each.why)
-        until(lambda: any("does not exist" in str(each.blocked) for each in status.status(database).streams))
-        broker.create_stream("MEMORY", "m.>", storage="memory")
-        error = relay.ended()
-    assert isinstance(error, Halt)
-    assert "outbox rebase --stream MEMORY" in error.remedy
-    assert value(database, "SELECT count(*) FROM outbox.pending") == 1
+        broker.create_stream("FILE", "f.>")
+        settings = Settings(database_url=database, nats_url=server.url)
+        with ThreadRelay(settings) as relay:
+            add(database, "m.one")
+            relay.wait_for(Marked)
+            server.restart(kill=True)
+            add(database, "m.two")
+            relay.wait_for(Blocked, lambda each: "does not exist" in each.why)
+            until(lambda: any("does not exist" in str(each.blocked) for each in status.status(database).streams))
+            broker.create_stream("MEMORY", "m.>", storage="memory")
+            relay.wait_for(Blocked, lambda each: "outbox rebase --stream MEMORY" in each.why)
+            add(database, "f.one")
+            until(lambda: broker.last_sequence("FILE") == 1)
+        assert broker.last_sequence("MEMORY") == 0
+        assert value(database, "SELECT count(*) FROM outbox.pending") == 1
+        asyncio.run(rebase.accept_stream(settings, "MEMORY"))
+        with ThreadRelay(settings, drain=True) as after:
+            assert after.ended() is None
+        assert broker.last_sequence("MEMORY") == 1
+
+
+def test_stream_made_again_holds_only_its_own_at_a_start(
+    database: str, settings: Settings, broker: Broker, stream: Stream
+) -> None:
+    """Fault: a stream was made again while no relay led, and nothing was on its way there. The others flow, and what is
+    for it waits; with something on its way the relay halts.
+    """
+    broker.create_stream("AGAIN", "again.>")
+    add(database, "again.one")
+    assert ThreadRelay(settings, drain=True).ended() is None
+    broker.api("STREAM.DELETE.AGAIN")
+    broker.create_stream("AGAIN", "again.>")
+    with ThreadRelay(settings) as relay:
+        relay.wait_for(Blocked, lambda each: each.stream == "AGAIN" and "outbox rebase --stream AGAIN" in each.why)
+        add(database, "again.two")
+        add(database, f"{stream.prefix}.x")
+        relay.wait_for(Marked, lambda each: each.last_position == 3)
+        until(lambda: any("made again" in str(each.blocked) for each in status.status(database).streams))
+    assert rows(database, "SELECT position FROM outbox.pending") == [(2,)]
+    assert broker.last_sequence("AGAIN") == 0
+    asyncio.run(rebase.accept_stream(settings, "AGAIN"))
+    assert ThreadRelay(settings, drain=True).ended() is None
+    assert broker.last_sequence("AGAIN") == 1
+    broker.api("STREAM.DELETE.AGAIN")
 
 
 def test_message_of_this_outbox_that_cannot_be_there_halts(

@@ -19,15 +19,19 @@ from typing import Any
 import psycopg
 import pytest
 
+from outbox import schema
 from outbox.embedded import Nats, Postgres, free_port
 from outbox.errors import OutboxError
 from outbox.operate import pause, status
 from tests.support.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
 from tests.support.commands import outbox
+from tests.support.pooler import pooler
 from tests.support.proxy import NatsProxy, Proxy
 from tests.support.servers import clone, numbers, own_nats, templated
 
 SECONDS = 8.0  # five are promised; a busy machine gets some more
+RELAY = "outbox relay"
+LEADER_LOCK = f"SELECT pg_try_advisory_lock({schema.LEADER_LOCK}, {schema.lock_key('outbox')})"
 CONFIG = """
 max_control_line: 250
 accounts { A {
@@ -46,6 +50,16 @@ class Scene:
     nats: NatsProxy
     postgres: Proxy
     server: Postgres
+    directory: Path
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The relay has no session while the block runs."""
+        self.postgres.refusing = True
+        self.postgres.cut()
+        until(lambda: value(self.url, "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = %s", RELAY))
+        yield
+        self.postgres.refusing = False
 
     def add(self, subject: str = "s.x", payload: str = "x") -> None:
         rows(self.url, "SELECT outbox.add(%s, %s)", subject, payload)
@@ -136,6 +150,60 @@ def somebody_locks_the_table_of_streams(scene: Scene) -> Iterator[None]:
         yield
 
 
+@fault("holds a lock")
+def somebody_locks_a_table_before_the_term_begins(scene: Scene) -> Iterator[None]:
+    with psycopg.connect(scene.url, application_name="nightly") as stranger, contextlib.ExitStack() as stack:
+        stack.enter_context(scene.away())
+        stranger.execute("LOCK TABLE outbox.limits, outbox.transactions IN ACCESS EXCLUSIVE MODE")
+        stack.close()
+        yield
+
+
+@fault("nightly")
+def somebody_locks_the_row_of_the_relay_before_it_leads(scene: Scene) -> Iterator[None]:
+    with psycopg.connect(scene.url, application_name="nightly") as stranger, contextlib.ExitStack() as stack:
+        stack.enter_context(scene.away())
+        stranger.execute("SELECT FROM outbox.relay FOR UPDATE")
+        stack.close()
+        yield
+
+
+@fault("nightly) holds the lock of the leader")
+def somebody_holds_the_lock_of_the_leader(scene: Scene) -> Iterator[None]:
+    with psycopg.connect(scene.url, application_name="nightly") as stranger, contextlib.ExitStack() as stack:
+        stack.enter_context(scene.away())
+        assert stranger.execute(LEADER_LOCK).fetchone() == (True,)
+        stranger.commit()
+        stack.close()
+        yield
+
+
+@fault("pooler in transaction mode")
+def a_pooler_comes_in_between(scene: Scene) -> Iterator[None]:
+    with pooler(scene.server, scene.url, scene.directory, "transaction") as url:
+        before, scene.postgres.target = scene.postgres.target, int(url.rpartition(":")[2].partition("/")[0])
+        scene.postgres.cut()
+        yield
+        scene.postgres.target = before
+        scene.postgres.cut()
+
+
+@fault("may add 5000 events")
+def a_limit_is_raised_over_what_the_relay_takes(scene: Scene) -> Iterator[None]:
+    rows(scene.url, "UPDATE outbox.limits SET max_transaction_events = 5000")
+    scene.postgres.cut()
+    yield
+    rows(scene.url, "UPDATE outbox.limits SET max_transaction_events = 1000")
+
+
+@fault("not in this database")
+def a_table_is_renamed(scene: Scene) -> Iterator[None]:
+    scene.add()
+    rows(scene.url, "ALTER TABLE outbox.events RENAME TO elsewhere")
+    yield
+    rows(scene.url, "ALTER TABLE outbox.elsewhere RENAME TO events")
+
+
 @fault("no_ack")
 def the_stream_does_not_suit(scene: Scene) -> Iterator[None]:
     scene.configure(no_ack=True)
@@ -195,6 +263,9 @@ def the_way_to_the_database_is_cut(scene: Scene) -> Iterator[None]:
 
 # The database itself cannot tell of these: `outbox status` says that nobody leads.
 NOBODY_LEADS = ("the way to the database is cut",)
+NOTHING_IS_ADDED = ("the database is read only", "a table is renamed", "somebody locks a table before the term begins")
+NO_STATUS = ("a table is renamed", "somebody locks a table before the term begins")
+TAKE_LONG = ("somebody locks a table before the term begins", "a table is renamed")
 ENDS_THE_TEST = ("the stream is gone", "the server hangs up", "forbidden")
 
 
@@ -211,7 +282,9 @@ def own(home: Path) -> Iterator[Postgres]:
     server.stop()
 
 
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(each, marks=pytest.mark.long if each in TAKE_LONG else ()) for each in FAULTS]
+)
 def test_the_reason_is_named_within_seconds(own: Postgres, guarded: Nats, workplace: Path, what: str) -> None:
     begin, words = FAULTS[what]
     url, port = clone(own), free_port()
@@ -227,17 +300,18 @@ def test_the_reason_is_named_within_seconds(own: Postgres, guarded: Nats, workpl
             "OUTBOX_NATS_PASSWORD": "pw",
             "OUTBOX_LISTEN": f"127.0.0.1:{port}",
         }
-        scene = Scene(url, broker, nats, postgres, own)
+        scene = Scene(url, broker, nats, postgres, own, workplace)
         relay = stack.enter_context(ProcessRelay(workplace, environment))
         scene.add()
         relay.wait_for("Marked")
         shown = {"OUTBOX_DATABASE_URL": url}
         with begin(scene):
-            if what != "the database is read only":
+            if what not in NOTHING_IS_ADDED:
                 scene.add()
             until(lambda: words in ready(port), patience=SECONDS, what=f"{words!r} in /readyz")
             until(lambda: words in told(url) or what in NOBODY_LEADS, patience=SECONDS, what=f"{words!r} in the status")
-            assert outbox(shown, "status").returncode == 0
+            assert what in (*NOBODY_LEADS, *NO_STATUS) or all(words in told(url) for _ in range(5))
+            assert outbox(shown, "status").returncode == (1 if what in NO_STATUS else 0)
         if what not in ENDS_THE_TEST:
             wait_until_sent(url)
             until(lambda: words not in ready(port), what="all is well")

@@ -185,6 +185,7 @@ def test_other_cluster_is_refused_until_rebase(
     error = ThreadRelay(settings).ended()
     assert isinstance(error, Halt)
     assert "outbox rebase" in error.remedy
+    assert status.status(database).blocked == f"halted: {error}"
     assert len(broker.read(stream.name)) == 1
     assert asyncio.run(rebase.rebase(settings)).outbox_id != old
     with ThreadRelay(settings, drain=True) as relay:

@@ -19,6 +19,7 @@ from outbox.embedded import Nats, Postgres
 from outbox.errors import Misconfigured
 from outbox.operate import dead, migrate, rebase, status
 from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.commands import outbox
 from tests.support.guarded import SECRET
 from tests.support.servers import Stream, clone, old_nats
 
@@ -230,6 +231,44 @@ def test_what_is_forbidden_on_one_stream_leaves_the_others_alone(database: str, 
             until(lambda: admins.last_sequence("FREE") == 200)
             assert not [each for each in relay.happenings if isinstance(each, InDoubt) and each.stream == "FREE"]
             assert [each.blocked is not None for each in status.status(database).streams] == [True, False]
+
+
+@pytest.mark.parametrize("call", ["STREAM.NAMES", "STREAM.INFO.Denied", "STREAM.MSG.GET.Denied"])
+def test_question_that_is_forbidden_is_told_as_such(
+    database: str, workplace: Path, environment: dict[str, str], call: str
+) -> None:
+    """Fault: the relay's user may not use a part of JetStream's API, which looks like silence. All name it."""
+    denied = f'{{ user: relay, password: x, permissions: {{ publish: {{ deny: "$JS.API.{call}" }} }} }}'
+    users = f"authorization {{ users: [ {denied}, {{ user: admin, password: x }} ] }}"
+    words = f'permissions violation for publish to "$JS.API.{call}"'
+    with Nats(workplace / "nats", config=users) as server:
+        admins = Broker(server.url.replace("//", "//admin:x@"))
+        admins.create_stream("Denied", "Denied.>")
+        admins.publish("Denied.before", b"")
+        environment["OUTBOX_NATS_URL"] = server.url.replace("//", "//relay:x@")
+        add(database, "Denied.x")
+        with ThreadRelay(Settings(database_url=database, nats_url=environment["OUTBOX_NATS_URL"])):
+            until(lambda: words in str(status.status(database).blocked))
+        done = outbox(environment, "doctor", "--json")
+        assert words.replace('"', '\\"') in done.stdout
+        rows(database, "INSERT INTO outbox.streams (name, created, last_sequence) VALUES ('Denied', 'x', 0)")
+        if call != "STREAM.NAMES":
+            done = outbox(environment, "verify")
+            assert words in done.stderr
+            assert f"allow this user to publish to $JS.API.{call}" in done.stderr
+
+
+def test_subject_in_capitals_that_is_forbidden(database: str, workplace: Path) -> None:
+    """nats-py gives the server's words in lower case: the stream that is held back is found all the same."""
+    denied = '{ user: relay, password: x, permissions: { publish: { deny: "Orders.>" } } }'
+    users = f"authorization {{ users: [ {denied}, {{ user: admin, password: x }} ] }}"
+    with Nats(workplace / "nats", config=users) as server:
+        Broker(server.url.replace("//", "//admin:x@")).create_stream("ORDERS", "Orders.>")
+        add(database, "Orders.Placed")
+        with ThreadRelay(
+            Settings(database_url=database, nats_url=server.url.replace("//", "//relay:x@"), ack_timeout=60)
+        ) as relay:
+            relay.wait_for(Blocked, lambda each: each.stream == "ORDERS" and '"Orders.Placed"' in each.why)
 
 
 def test_dead_letter(settings: Settings, stream: Stream, edit: Callable[..., None]) -> None:
