@@ -106,7 +106,8 @@ async def settle_head(jetstream: JetStream, known: Remembered, head: Head, outbo
     rewritten = head.placed is not None and await _is_rewritten(jetstream, known.stream, *head.placed)
     looks, end = 0, 0
     while True:
-        attempt, sequence, others = await _behind(jetstream, known, head, outbox_id)
+        behind = await _behind(jetstream, known, head, outbox_id)
+        attempt, sequence, rewritten = behind.attempt, behind.sequence, rewritten or behind.rewritten
         info = await _identified(jetstream, known)
         if info.last_sequence < known.base:
             raise _halt(known, Finding(look=Look.WENT_BACK, stored=0, at=info.last_sequence), info)
@@ -125,7 +126,7 @@ async def settle_head(jetstream: JetStream, known: Remembered, head: Head, outbo
             await _nothing_unknown(jetstream, known, outbox_id, info)
             base = attempt.first - 1
             return HeadSettlement(
-                stored=stored, base=base, sequence=sequence, others=others, rewritten=rewritten, info=info
+                stored=stored, base=base, sequence=sequence, others=False, rewritten=rewritten, info=info
             )
         looks = 0 if info.last_sequence != end else looks + 1  # a large batch is applied for as long as it moves
         if verge is Verge.IMPOSTOR or looks >= LOOKS:
@@ -136,38 +137,48 @@ async def settle_head(jetstream: JetStream, known: Remembered, head: Head, outbo
     await _nothing_gone(jetstream, known, head, info, sequence)
     await _nothing_unknown(jetstream, known, outbox_id, info)
     before = head.fence.sequence if head.fence is not None else 0
-    contradicted = head.told is not None and not head.open and not others and sequence == before != head.told
+    contradicted = head.told is not None and not head.open and sequence == before != head.told
     return HeadSettlement(
         stored=0,
         base=known.base,
         sequence=sequence,
-        others=others or sequence < before,
+        others=behind.others or sequence < before,
         rewritten=rewritten or contradicted,
         info=info,
     )
 
 
-async def _behind(
-    jetstream: JetStream, known: Remembered, head: Head, outbox_id: str
-) -> tuple[Attempt | None, int, bool]:
-    """The first attempt behind the fence that is stored; else the last sequence on its subject, and whether others have
-    written there behind the fence. Not beyond where the subject ends now: who writes quickly would keep us for ever.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Behind:
+    """What is stored behind a fence: an attempt at the head; else the last sequence on the subject, and whether others
+    have written there. `rewritten`: the subject is stored as another one, and that one was looked at.
     """
+
+    attempt: Attempt | None = None
+    sequence: int = 0
+    others: bool = False
+    rewritten: bool = False
+
+
+async def _behind(jetstream: JetStream, known: Remembered, head: Head, outbox_id: str) -> _Behind:
+    """Look behind the fence, not beyond where the subject ends now: who writes quickly would keep us for ever."""
     if head.fence is None:
-        return None, 0, False
-    subject, place, others = head.fence.subject, head.fence.sequence, False
-    end = await jetstream.last_on(known.stream, subject)
-    while place < end and (following := await jetstream.next_on(known.stream, subject, place + 1)) is not None:
+        return _Behind()
+    stream, subject, before = known.stream, head.fence.subject, head.fence.sequence
+    end, rewritten = await jetstream.last_on(stream, subject), False
+    # What the server has told of the subject is on another one: that is what it stores and compares.
+    for place in {told for told in (before, head.told) if told and told > end}:
+        message = (await jetstream.read(stream, [place]))[place]
+        if message is not None and message.subject is not None and message.subject != subject:
+            subject, rewritten = message.subject, True
+            end = await jetstream.last_on(stream, subject)
+            break
+    place = before
+    while place < end and (following := await jetstream.next_on(stream, subject, place + 1)) is not None:
         place, message = following
         if (attempt := attempt_at(place, message, known.plan[0], outbox_id)) is not None:
-            return attempt, place, others
-        others = True
-    if head.open and head.told is not None and head.told != end:
-        # The server knows of another message on the subject: it may be stored as another one.
-        told = (await jetstream.read(known.stream, [head.told]))[head.told] if head.told else None
-        if told is not None and (attempt := attempt_at(head.told, told, known.plan[0], outbox_id)) is not None:
-            return attempt, end, others
-    return None, max(place, end) if others else end, others or end > head.fence.sequence
+            return _Behind(attempt=attempt, sequence=place, rewritten=rewritten)
+    return _Behind(sequence=max(place, end) if end > before else end, others=end > before, rewritten=rewritten)
 
 
 async def _is_rewritten(jetstream: JetStream, stream: str, place: int, subject: str) -> bool:
