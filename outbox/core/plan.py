@@ -32,7 +32,8 @@ class Seen:
     """The headers of a stored message that tell whose it is; None where it has no such header. `position` is its own,
     also where it is a replay of another one.
 
-    `digest` is SHA-256 of its subject, a line feed, and its payload; None where it was not read.
+    `batch_id`, `fence` and `follows` are of the attempt that stored it: its atomic batch, the last sequence that it
+    expected on its own subject, and the one that it expected of the stream. A `marker` is nats-server's own message.
     """
 
     outbox_id: str | None
@@ -41,7 +42,10 @@ class Seen:
     number: int | None
     count: int | None = None
     replayed: bool = False
-    digest: bytes | None = None
+    batch_id: str | None = None
+    fence: int | None = None
+    follows: int | None = None
+    marker: bool = False
 
 
 class Look(Enum):

@@ -184,8 +184,8 @@ async def _adopt(
         jetstream,
         lambda positions: known_rows(connection, name, positions),
         comparison,
-        low,
-        info.last_sequence,
+        info,
+        (low, info.last_sequence),
         progress,
     )
     adoptable = comparison.adoptable(known_rows(connection, name, comparison.unmarked))
@@ -196,7 +196,7 @@ async def _adopt(
     }
     connection.execute(compose(queries.ADOPT, name), places)
     found.adopted += len(adoptable)
-    found.unknown += sum(anomaly.kind == "phantom" for anomaly in comparison.anomalies)
+    found.unknown += comparison.phantoms
     found.highest = max(found.highest, highest)
     return info
 

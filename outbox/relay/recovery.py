@@ -7,18 +7,19 @@ where going on could lose or double events. Called at every change of leader and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from outbox.core.plan import Finding, Look, Planned, judge, wanted
+from outbox.core.plan import Finding, Look, Planned, Seen, judge, wanted
 from outbox.errors import Halt, Weather
 from outbox.jetstream.client import JetStream
-from outbox.jetstream.stream import StreamInfo
+from outbox.jetstream.reader import pages
+from outbox.jetstream.stream import StreamInfo, seen
 
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
 LOOKS = 100
 LOOK_SECONDS = 0.05
-SEARCHED = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +106,8 @@ async def _search(jetstream: JetStream, known: Remembered, outbox_id: str, findi
 
     Raises `Halt` if there is a message of this outbox, or one is gone that could have been.
     """
-    end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
-    for low in range(end + 1, info.last_sequence + 1, SEARCHED):
-        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
-        for place, message in (await jetstream.read(known.stream, places)).items():
+    async with contextlib.aclosing(_beyond(jetstream, known, finding, info)) as found:
+        async for place, message in found:
             if message is None and known.shared:
                 continue  # others write here: what is gone was most likely theirs
             ours = message is not None and (
@@ -126,15 +125,29 @@ async def _first_left(
     jetstream: JetStream, known: Remembered, outbox_id: str, finding: Finding, info: StreamInfo
 ) -> Finding:
     """Judge by the first message that is left of what lies beyond the plan, if any is."""
-    end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
-    for low in range(max(end + 1, info.first_sequence), info.last_sequence + 1, SEARCHED):
-        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
-        for place, message in (await jetstream.read(known.stream, places)).items():
+    async with contextlib.aclosing(_beyond(jetstream, known, finding, info)) as found:
+        async for place, message in found:
             if message is not None and message.outbox_id == outbox_id:
                 return replace(finding, look=Look.IMPOSTOR, at=place)
             if message is not None:
                 return replace(finding, look=Look.FOREIGN)
     return finding
+
+
+async def _beyond(
+    jetstream: JetStream, known: Remembered, finding: Finding, info: StreamInfo
+) -> AsyncGenerator[tuple[int, Seen | None], None]:
+    """What the stream holds behind what is stored of the plan, place by place; None where a message is gone."""
+    at = known.base + sum(entry.count for entry in known.plan[: finding.stored]) + 1
+    if at < info.first_sequence:
+        yield info.first_sequence - 1, None
+    at = max(at, info.first_sequence)
+    async with contextlib.aclosing(pages(jetstream, info, at, info.last_sequence)) as read:
+        async for messages, end in read:
+            whose = {each.sequence: seen(each) for each in messages}
+            for place in range(at, end + 1):
+                yield place, whose.get(place)
+            at = end + 1
 
 
 def _halt(known: Remembered, finding: Finding, info: StreamInfo) -> Halt:
