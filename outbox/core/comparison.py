@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -83,8 +83,8 @@ class Comparison:
     A message is of this outbox by its `Outbox-Id`; `adopting`, also by its message id and payload, since a backup may
     be older than an id that the outbox had. By its subject nothing is judged: the server may have rewritten that. What
     was sent and is there once more, without a trace of the batch or the fence that a relay sends with, is somebody's
-    copy, and foreign. Others may write to a `shared` stream; in any other a foreign message is an anomaly, but for those that
-    nats-server itself writes. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a
+    copy, and foreign. Others may write to a `shared` stream; in any other a foreign message is an anomaly, unless
+    nats-server itself wrote it. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a
     work queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had,
     and were not in the database that was restored.
     """
@@ -343,8 +343,7 @@ def _extend(ranges: list[Range], place: int) -> None:
 def _held(ranges: Sequence[Range], low: int, high: int) -> int:
     """How many of the places from `low` to `high` the ranges hold."""
     held = 0
-    for index in range(max(0, bisect_right(ranges, (low, sys.maxsize)) - 1), len(ranges)):
-        begin, end = ranges[index]
+    for begin, end in islice(ranges, max(0, bisect_right(ranges, (low, sys.maxsize)) - 1), None):
         if begin > high:
             break
         held += max(0, min(end, high) - max(begin, low) + 1)

@@ -17,7 +17,7 @@ from outbox.jetstream.wire import LINE_BYTES
 
 END = b"\r\n"
 MOST_BYTES = 1 << 27  # of a message: nats-server's own limit is half of it
-MOST_DIGITS = 10
+MOST_DIGITS = 12  # of both sizes
 HEADED, BARE = 2, 1  # sizes that a frame's line ends with: of headers and all, or of all
 
 
@@ -80,10 +80,10 @@ class Splitter:
 def _line(line: bytes, sizes: int) -> tuple[bytes, bytes, int, int]:
     """Subject, reply, and bytes of headers and of all: `[H]MSG subject sid [reply] [headers] all`."""
     words = line.split()
-    numbers = words[-sizes:]
-    if not sizes + 3 <= len(words) <= sizes + 4 or not all(n.isdigit() and len(n) <= MOST_DIGITS for n in numbers):
+    digits = b"".join(words[-sizes:])
+    if not (sizes + 3 <= len(words) <= sizes + 4 and digits.isdigit() and len(digits) <= MOST_DIGITS):
         raise Doubtful("a message begins with something else than its sizes")
-    head, total = int(numbers[0]) if sizes == HEADED else 0, int(numbers[-1])
+    head, total = int(words[-2]) if sizes == HEADED else 0, int(words[-1])
     if not head <= total <= MOST_BYTES:
         raise Doubtful("the sizes of a message cannot be")
     return words[1], words[3] if len(words) == sizes + 4 else b"", head, total

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import nats.errors
@@ -36,6 +36,7 @@ IDLE_NANOSECONDS = 60_000_000_000  # until the server forgets a consumer
 GAPS_AT_ONCE = 32
 ACK_WORDS = 9  # later servers may put domain and account before the stream's name
 STATUS = re.compile(rb"NATS/1\.0 (\d{3})")
+USED_UP = b" Message Size Exceeds MaxBytes\r\n", b" Batch Completed\r\n"
 NO_HEADERS = b"NATS/1.0\r\n\r\n"
 TOLD = re.compile(
     rb"\r\nNats-Stream: (\S+)\r\nNats-Subject: (\S+)\r\nNats-Sequence: (\d+)\r\nNats-Time-Stamp: (\S+)\r\n"
@@ -117,7 +118,7 @@ async def _with_missing(
     if len(kept) == last + 1 - first:
         return kept
     places = [first - 1, *(each.sequence for each in kept), last + 1]
-    gaps = [(low + 1, high - 1) for low, high in pairwise(places) if high - low > 1]
+    gaps = [(low + 1, high - 1) for low, high in itertools.pairwise(places) if high - low > 1]
     missing: list[Message] = []
     for part in range(0, len(gaps), GAPS_AT_ONCE):
         for each in await asyncio.gather(*(_left(jetstream, stream, *gap) for gap in gaps[part : part + GAPS_AT_ONCE])):
@@ -183,7 +184,7 @@ def _goes_on(frame: Frame) -> bool:
     status = STATUS.match(frame.headers)
     if status is not None and status[1] in (b"404", b"408"):
         return False
-    if status is not None and status[1] == b"409" and b"MaxBytes" in frame.headers:
+    if status is not None and status[1] == b"409" and any(word in frame.headers for word in USED_UP):
         return True
     raise Doubtful(frame.headers.decode(errors="replace"))
 
@@ -261,13 +262,15 @@ class _Line:
         self._came = asyncio.Event()
         self._frames: list[Frame] = []
         self._parser = Frames(client, self._take)
-        self._inbox = client.new_inbox()
+        self._inbox, self._asked = client.new_inbox(), b""
+        self._tokens = itertools.count(1)
         self.wrong: str | None = None
         # One message must fit in.
         self.request_bytes = max(PAGE_BYTES, client.max_payload + BESIDE_BYTES)
 
     def _take(self, frames: list[Frame]) -> None:
-        self._frames += frames
+        # Of a question that is answered already a last status may come late; a consumer's message has a reply.
+        self._frames += [each for each in frames if each.reply or each.subject == self._asked]
         self._came.set()
 
     def end(self, why: str) -> None:
@@ -277,7 +280,7 @@ class _Line:
 
     async def listen(self) -> None:
         """Hear answers."""
-        await self._client.subscribe(self._inbox)
+        await self._client.subscribe(f"{self._inbox}.*")
 
     async def call(self, call: str, body: object) -> None:
         """Ask JetStream's API, on the other connection; raises `Unfit` if it does not do that."""
@@ -293,7 +296,9 @@ class _Line:
 
     async def ask(self, call: str, body: object) -> None:
         """Ask for many, when the last question is answered."""
-        await self._client.publish(f"{self._jetstream.api}.{call}", json.dumps(body).encode(), reply=self._inbox)
+        reply = f"{self._inbox}.{next(self._tokens)}"
+        self._asked = reply.encode()
+        await self._client.publish(f"{self._jetstream.api}.{call}", json.dumps(body).encode(), reply=reply)
 
     async def frames(self) -> list[Frame]:
         """The frames that have come; waits for one, and raises `Doubtful` at silence, or if the line is cut."""

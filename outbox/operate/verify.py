@@ -171,8 +171,7 @@ class _Page:
     def take(self, comparison: Comparison) -> int:
         """Compare; the highest position of the outbox among the messages."""
         comparison.take(self._seen, self._rows.result() if self._rows else {}, self._payloads)
-        ours = (each.position for each in self._seen.values() if comparison.knows(each.outbox_id))
-        return max((position for position in ours if position is not None), default=0)
+        return max((each.position or 0 for each in self._seen.values() if comparison.knows(each.outbox_id)), default=0)
 
 
 class _Outbox:
