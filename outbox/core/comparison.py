@@ -26,8 +26,7 @@ NOTHING: Mapping[int, bytes] = MappingProxyType({})
 STRANDED = "committed and pending, and behind all that a relay looks at; remedy: outbox rebase"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """A transaction as the database has it; `stream` to `last` are its receipt. Digests are SHA-256 of the payloads."""
 
     position: int
@@ -86,7 +85,7 @@ class Comparison:
     copy, and foreign. Others may write to a `shared` stream; in any other a foreign message is an anomaly, unless
     nats-server itself wrote it. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a
     work queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had,
-    and were not in the database that was restored.
+    and were not in the database that was restored; `highest` is the highest position that this outbox has there.
     """
 
     outbox_id: str
@@ -102,6 +101,7 @@ class Comparison:
     replayed: int = 0
     removed: int = 0
     unknown: int = 0
+    highest: int = 0
     _good: list[Range] = field(default_factory=list)
     _other: list[Range] = field(default_factory=list)
     _unmarked: dict[int, list[_Found]] = field(default_factory=lambda: defaultdict(list))
@@ -112,17 +112,26 @@ class Comparison:
         self, seen: Mapping[int, Seen | None], rows: Mapping[int, Row], payloads: Mapping[int, bytes] = NOTHING
     ) -> None:
         """Compare the next messages, by sequence, with the transactions that they name, as far as there are any."""
+        good = self._good
         for sequence, message in seen.items():
             if message is None:
                 continue
             self.messages += 1
-            row = rows.get(message.position or 0)
             ours = message.outbox_id == self.outbox_id or self.knows(message.outbox_id)
-            self.replayed += message.replayed and ours
+            position, number = message.position or 0, message.number or 0
+            if ours:
+                self.replayed += message.replayed
+                self.highest = max(self.highest, position)
+            row = rows.get(position)
             same = row is not None and _is_of(message, row, payloads.get(sequence))
-            if row is not None and same and (ours or self.adopting) and self._is_place(sequence, message, row):
-                _extend(self._good, sequence)
-            elif self._judge(sequence, message, row, ours=ours, same=same):
+            if row is None or not same or not (ours or self.adopting) or row.stream != self.stream:
+                told = self._judge(sequence, message, row, ours=ours, same=same)
+            elif sequence == row.first + number - 1:
+                _extend(good, sequence)
+                continue
+            else:
+                told = self._judge(sequence, message, row, ours=ours, same=same)
+            if told:
                 _extend(self._other, sequence)
 
     def knows(self, outbox_id: str | None) -> bool:
@@ -239,7 +248,8 @@ class Comparison:
                 continue
             self.transactions += 1
             low, high = max(row.first, first), min(row.last, last)
-            good, taken = _held(self._good, low, high), _held(self._other, low, high)
+            good = _held(self._good, low, high)
+            taken = _held(self._other, low, high) if self._other else 0
             lost = max(0, row.last - max(end, row.first - 1))
             self.removed += row.last - row.first + 1 - good - taken - lost
             if taken or lost:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import takewhile
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,7 @@ class Planned:
     size: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Seen(NamedTuple):
     """The headers of a stored message that tell whose it is; None where it has no such header. `position` is its own,
     also where it is a replay of another one.
 
@@ -40,7 +40,7 @@ class Seen:
     message_id: str | None
     position: int | None
     number: int | None
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]  # nobody counts in the tuple
     replayed: bool = False
     batch_id: str | None = None
     fence: int | None = None

@@ -6,7 +6,9 @@ parser, which goes on with everything that is no message; nats-py's own work on 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from nats.aio.client import Client
@@ -16,9 +18,9 @@ from nats.protocol.parser import Parser
 from outbox.jetstream.wire import LINE_BYTES
 
 END = b"\r\n"
-MOST_BYTES = 1 << 27  # of a message: nats-server's own limit is half of it
-MOST_DIGITS = 12  # of both sizes
-HEADED, BARE = 2, 1  # sizes that a frame's line ends with: of headers and all, or of all
+# Protocol: docs.nats.io. Subject, sid, a reply or none, bytes of headers, bytes of all.
+HEADED = re.compile(rb"HMSG (\S+) \d+ (?:(\S+) )?(\d{1,9}) (\d{1,9})\r\n")
+BARE = re.compile(rb"MSG (\S+) \d+ (?:(\S+) )?(\d{1,9})\r\n")
 
 
 class Frame(NamedTuple):
@@ -28,6 +30,9 @@ class Frame(NamedTuple):
     reply: bytes
     headers: bytes
     payload: bytes
+
+
+_frame = partial(tuple.__new__, Frame)  # of a tuple, without a call in Python
 
 
 class Doubtful(ValueError):
@@ -52,41 +57,39 @@ class Splitter:
         frames: list[Frame] = []
         lines: list[bytes] = []
         at, needed, size = 0, 1, len(data)
-        while (end := data.find(END, at)) >= 0:
-            if data.startswith(b"HMSG ", at):
-                sizes = HEADED
-            elif data.startswith(b"MSG ", at):
-                sizes = BARE
-            else:
-                lines.append(data[at:end])
+        while at < size:
+            if (found := HEADED.match(data, at)) is not None:
+                subject, reply, head, total = found.groups(b"")
+            elif (found := BARE.match(data, at)) is not None:
+                subject, reply, total = found.groups(b"")
+                head = b"0"
+            elif (end := data.find(END, at)) >= 0:
+                lines.append(_line(data[at:end]))
                 at = end + 2
                 continue
-            subject, reply, head, total = _line(data[at:end], sizes)
-            begin, stop = end + 2, end + 2 + total
+            elif size - at > LINE_BYTES:
+                raise Doubtful("a line does not end")
+            else:
+                break
+            begin = found.end()
+            middle, stop = begin + int(head), begin + int(total)
+            if middle > stop:
+                raise Doubtful("the sizes of a message cannot be")
             if size < stop + 2:
                 needed = stop + 2 - at
                 break
-            if data[stop : stop + 2] != END:
+            if not data.startswith(END, stop):
                 raise Doubtful("a message does not end where it should")
-            frames.append(Frame(subject, reply, data[begin : begin + head], data[begin + head : stop]))
+            frames.append(_frame((subject, reply, data[begin:middle], data[middle:stop])))
             at = stop + 2
-        else:
-            if size - at > LINE_BYTES:
-                raise Doubtful("a line does not end")
         self._pieces, self._size, self._needed = [data[at:]], size - at, needed
         return frames, lines
 
 
-def _line(line: bytes, sizes: int) -> tuple[bytes, bytes, int, int]:
-    """Subject, reply, and bytes of headers and of all: `[H]MSG subject sid [reply] [headers] all`."""
-    words = line.split()
-    digits = b"".join(words[-sizes:])
-    if not (sizes + 3 <= len(words) <= sizes + 4 and digits.isdigit() and len(digits) <= MOST_DIGITS):
+def _line(line: bytes) -> bytes:
+    if line.startswith((b"MSG", b"HMSG")):
         raise Doubtful("a message begins with something else than its sizes")
-    head, total = int(words[-2]) if sizes == HEADED else 0, int(words[-1])
-    if not head <= total <= MOST_BYTES:
-        raise Doubtful("the sizes of a message cannot be")
-    return words[1], words[3] if len(words) == sizes + 4 else b"", head, total
+    return line
 
 
 class Frames(Parser):

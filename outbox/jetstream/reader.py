@@ -15,6 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import nats.errors
@@ -43,6 +44,7 @@ TOLD = re.compile(
 )
 
 
+_message = partial(tuple.__new__, Message)  # of a tuple, without a call in Python
 Parts = AsyncGenerator[list[Message], None]
 
 
@@ -191,13 +193,13 @@ def _goes_on(frame: Frame) -> bool:
 
 def _delivered(frame: Frame) -> tuple[Message, int]:
     """A consumer's message, and its number by the consumer's count."""
-    words = frame.reply.split(b".")
-    place = 5 if len(words) == ACK_WORDS else 7
+    subject, reply, headers, payload = frame
+    words = reply.split(b".")
     try:
-        sequence, number, stamp = int(words[place]), int(words[place + 1]), words[place + 2]
-    except (IndexError, ValueError) as error:
+        place, number, stamp = words[5:8] if len(words) == ACK_WORDS else words[7:10]
+        return _message((int(place), subject, headers, payload, stamp)), int(number)
+    except ValueError as error:
         raise Doubtful("a message does not tell its place") from error
-    return Message(sequence, frame.subject, frame.headers, frame.payload, stamp), number
 
 
 async def _by_direct_gets(line: _Line, stream: str, first: int, last: int) -> Parts:
@@ -239,7 +241,7 @@ def _told(frame: Frame, stream: str) -> Message | None:
     if told[1] != stream.encode():
         raise Unfit("a mirror has answered")
     headers = frame.headers[:begin] + b"\r\n\r\n"
-    return Message(int(told[3]), told[2], b"" if headers == NO_HEADERS else headers, frame.payload, told[4])
+    return _message((int(told[3]), told[2], b"" if headers == NO_HEADERS else headers, frame.payload, told[4]))
 
 
 def _has_more(frame: Frame) -> bool:

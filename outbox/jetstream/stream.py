@@ -6,6 +6,7 @@ import base64
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 from outbox.core.plan import Seen
@@ -84,6 +85,9 @@ def _room(config: dict[str, Any]) -> Room:
     return Room(messages=limit("max_msgs"), bytes=limit("max_bytes"), of_subject=of_subject, overhead=overhead)
 
 
+_seen = partial(tuple.__new__, Seen)  # of a tuple, without a call in Python
+
+
 class Message(NamedTuple):
     """A stored message as it was read. `headers` are as they are on the wire, empty if it has none; `stamp` is when it
     was stored, as whoever answered told it.
@@ -117,16 +121,19 @@ def seen(message: Message) -> Seen:
     if found is None or headers.find(b"Nats-", found.end()) >= 0 or headers.find(b"Outbox-", found.end()) >= 0:
         return _looked_up(headers)
     follows, fence, batch_id, message_id, outbox_id, position, replayed, count, number = found.groups()
-    return Seen(
-        outbox_id=outbox_id.decode(errors="replace"),
-        message_id=message_id.decode(errors="replace"),
-        position=int(position or replayed),
-        number=int(number),
-        count=int(count),
-        replayed=position is None,
-        batch_id=batch_id.decode(errors="replace") if batch_id else None,
-        fence=int(fence) if fence else None,
-        follows=int(follows) if follows else None,
+    return _seen(
+        (
+            outbox_id.decode(errors="replace"),
+            message_id.decode(errors="replace"),
+            int(position or replayed),
+            int(number),
+            int(count),
+            position is None,
+            batch_id.decode(errors="replace") if batch_id else None,
+            int(fence) if fence else None,
+            int(follows) if follows else None,
+            False,
+        )
     )
 
 

@@ -118,29 +118,27 @@ async def read(
     info: StreamInfo,
     places: tuple[int, int],
     progress: Progress = no_progress,
-) -> int:
-    """Take the messages at these places into the comparison; the highest position that this outbox has there.
+) -> None:
+    """Take the messages at these places into the comparison.
 
     While the database looks a page's transactions up, in a thread, the one before is compared and the next one read.
     """
     low, high = places
     looking = _Page(end=low - 1)
-    highest = 0
     try:
         async with contextlib.aclosing(pages(jetstream, info, low, high)) as found:
             async for messages, end in found:
                 page = _Page(end=end, messages=messages)
                 await looking.known()
                 page.look_up(rows)
-                highest = max(highest, looking.take(comparison))
+                looking.take(comparison)
                 progress(info.name, looking.end + 1 - low, high + 1 - low)
                 looking = page
         await looking.known()
     finally:
         await looking.ended()
-    highest = max(highest, looking.take(comparison))
+    looking.take(comparison)
     progress(info.name, high + 1 - low, high + 1 - low)
-    return highest
 
 
 class _Page:
@@ -168,10 +166,9 @@ class _Page:
         if self._rows is not None:
             await asyncio.wait({self._rows}, timeout=END_SECONDS)
 
-    def take(self, comparison: Comparison) -> int:
-        """Compare; the highest position of the outbox among the messages."""
+    def take(self, comparison: Comparison) -> None:
+        """Compare."""
         comparison.take(self._seen, self._rows.result() if self._rows else {}, self._payloads)
-        return max((each.position or 0 for each in self._seen.values() if comparison.knows(each.outbox_id)), default=0)
 
 
 class _Outbox:

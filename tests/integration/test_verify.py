@@ -141,8 +141,8 @@ def test_what_the_server_rewrites_is_not_judged(database: str, broker: Broker, s
 
 def test_markers_of_the_server_are_no_writer(database: str, broker: Broker, settings: Settings) -> None:
     """Where messages end by their time to live, nats-server writes what became of their subject."""
-    lives = {"allow_msg_ttl": True, "allow_rollup_hdrs": True, "subject_delete_marker_ttl": 60_000_000_000}
-    broker.create_stream("LIVES", "lives.>", **lives)
+    marked = {"allow_rollup_hdrs": True, "subject_delete_marker_ttl": 60_000_000_000}
+    broker.create_stream("LIVES", "lives.>", allow_msg_ttl=True, max_msgs_per_subject=1, **marked)
     try:
         rows(database, "SELECT outbox.add('lives.x', 'x', headers => '{\"Nats-TTL\": \"1s\"}')")
         rows(database, "SELECT outbox.add('lives.y', 'y')")

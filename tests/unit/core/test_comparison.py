@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -114,7 +113,7 @@ def test_message_at_the_place_of_the_receipt_that_is_not_it_is_no_copy() -> None
 
 def test_payload_tells_and_the_subject_does_not() -> None:
     comparison = Comparison(outbox_id="me", stream="S", shared=True)
-    sent = replace(SENT[1], digests=[sha256(each).digest() for each in (b"a", b"b", b"c")])
+    sent = SENT[1]._replace(digests=[sha256(each).digest() for each in (b"a", b"b", b"c")])
     comparison.take(WHOLE, {1: sent}, {1: b"a", 2: b"x", 3: b"c"})
     assert anomalies(comparison) == [("phantom", 1, 1, 2, 2)]
 
