@@ -322,7 +322,7 @@ async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known:
     foreign = [
         place
         for place, each in seen.items()
-        if place > accepted and each is not None and each.outbox_id not in known.outbox_ids
+        if place > accepted and each is not None and not (each.marker or each.outbox_id in known.outbox_ids)
     ]
     if foreign:
         return CHECKS.yellow(
