@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
     position: int
     message_ids: Sequence[str]
-    digests: Sequence[bytes | None] = ()
+    digests: Sequence[bytes] = ()
     dead: bool = False
     stream: str | None = None
     first: int = 0

@@ -118,23 +118,28 @@ def seen(message: Message) -> Seen:
     """What tells whose a stored message is. A hostile header is only a header that does not fit."""
     headers = message.headers
     found = OURS.match(headers)
-    if found is None or headers.find(b"Nats-", found.end()) >= 0 or headers.find(b"Outbox-", found.end()) >= 0:
+    if found is None or _has_more(headers, found.end()):
         return _looked_up(headers)
     follows, fence, batch_id, message_id, outbox_id, position, replayed, count, number = found.groups()
     return _seen(
         (
-            outbox_id.decode(errors="replace"),
-            message_id.decode(errors="replace"),
+            outbox_id.decode("utf-8", "replace"),
+            message_id.decode("utf-8", "replace"),
             int(position or replayed),
             int(number),
             int(count),
             position is None,
-            batch_id.decode(errors="replace") if batch_id else None,
+            batch_id.decode("utf-8", "replace") if batch_id else None,
             int(fence) if fence else None,
             int(follows) if follows else None,
             False,
         )
     )
+
+
+def _has_more(headers: bytes, end: int) -> bool:
+    """True if there are headers of nats-server or of an outbox behind those that a relay writes."""
+    return end + 2 != len(headers) and (headers.find(b"Nats-", end) >= 0 or headers.find(b"Outbox-", end) >= 0)
 
 
 def _looked_up(raw: bytes) -> Seen:
