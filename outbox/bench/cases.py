@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from outbox.bench import beside, drain, flat, load, rest
+from outbox.bench import beside, drain, flat, load, rest, verify
 from outbox.bench.figures import Figures, Kind, Say
 from outbox.bench.site import Site
 
@@ -76,6 +76,12 @@ def _writer(there: Site, wanted: Sizes) -> Iterator[Measured]:
         yield given, partial(load.writer, there, seconds=min(wanted.seconds, 10), **given)
 
 
+def _verify(there: Site, wanted: Sizes) -> Iterator[Measured]:
+    for read_by in verify.RETENTION:
+        given: dict[str, Any] = {"read_by": read_by, "events": 3, "payload": wanted.payload}
+        yield given, partial(verify.verify, there, transactions=wanted.total // 3, **given)
+
+
 def _flat(there: Site, wanted: Sizes) -> Iterator[Measured]:
     batch, say = wanted.total // 3, wanted.say
     yield {"pending": 1_000_000}, partial(flat.pending, there, transactions=batch, backlog=1_000_000, say=say)
@@ -99,6 +105,7 @@ CASES = {
     Kind.SUSTAINED: _sustained,
     Kind.LATENCY: _latency,
     Kind.WRITER: _writer,
+    Kind.VERIFY: _verify,
     Kind.FLAT: _flat,
     Kind.MEMORY: _memory,
     Kind.IDLE: _idle,

@@ -21,6 +21,7 @@ class Kind(StrEnum):
     SUSTAINED = "sustained"
     LATENCY = "latency"
     WRITER = "writer"
+    VERIFY = "verify"
     FLAT = "flat"
     MEMORY = "memory"
     IDLE = "idle"

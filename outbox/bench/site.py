@@ -72,20 +72,27 @@ class Site:
         """The only value of a statement's answer."""
         return self.sql(statement, **parameters)[0][0]
 
-    def prepare(self, outboxes: int = 1) -> None:
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a command which works here."""
+        ours = {"DATABASE_URL": self.database_url, "NATS_URL": self.nats_url, "SCHEMA": SCHEMA}
+        return {**os.environ, **{f"OUTBOX_{name}": value for name, value in ours.items()}}
+
+    def prepare(self, outboxes: int = 1, *, retention: str = "limits") -> None:
         """New schemas, as many as outboxes, and new streams."""
         self.clear()
         for schema in schemas(outboxes):
             migrate.migrate(self.database_url, schema)
         for name in (STREAM, BARE):
-            self.create_stream(name)
+            self.create_stream(name, retention=retention)
 
-    def create_stream(self, name: str) -> None:
+    def create_stream(self, name: str, *, retention: str = "limits") -> None:
         """A stream of this storage that suits the relay, and takes the subjects of its name."""
         config = {
             "name": name,
             "subjects": [f"{name.lower()}.>"],
             "storage": "memory" if self.storage is Storage.MEMORY else "file",
+            "retention": retention,
             "num_replicas": 3 if self.storage is Storage.R3 else 1,
             "allow_atomic": True,
             "allow_direct": True,
@@ -209,17 +216,11 @@ class RelayProcess:
     ) -> None:
         self._log = site.folder / f"relay-{schema}.log"
         self._drains = "--drain" in flags
-        environment = {
-            **os.environ,
-            "OUTBOX_DATABASE_URL": site.database_url,
-            "OUTBOX_NATS_URL": site.nats_url,
-            "OUTBOX_SCHEMA": schema,
-            **(environment or {}),
-        }
+        environment = {**site.environment, "OUTBOX_SCHEMA": schema, **(environment or {})}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "outbox", "relay", "--log", "json", *flags],
-                env=environment,
+                env=site.environment,
                 cwd=site.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

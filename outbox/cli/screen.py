@@ -222,8 +222,15 @@ def show_comparisons(comparisons: Sequence[Comparison]) -> None:
     if anomalies:
         wrong = _table("stream", "kind", "position", "sequence", "what", title="anomalies")
         for stream, found in anomalies[:SHOWN_ANOMALIES]:
-            places = ("" if place is None else str(place) for place in (found.position, found.sequence))
-            wrong.add_row(_text(stream), found.kind, *places, _text(found.what))
+            positions = _places(found.position, found.last_position)
+            sequences = _places(found.sequence, found.last_sequence)
+            wrong.add_row(_text(stream), found.kind, positions, sequences, _text(found.what))
         out.print(wrong)
         if len(anomalies) > SHOWN_ANOMALIES:
             say(f"… and {len(anomalies) - SHOWN_ANOMALIES} more; --json shows all")
+
+
+def _places(first: int | None, last: int | None) -> str:
+    if first is None:
+        return ""
+    return str(first) if last in (None, first) else f"{first} to {last}"

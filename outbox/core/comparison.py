@@ -10,24 +10,28 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
+from itertools import chain, islice
+from types import MappingProxyType
+from typing import NamedTuple
 
 from outbox.core.plan import Seen
 from outbox.core.positions import Range, merged
 
+ALONE = "a message of somebody else, in a stream of the relay alone"
 UNKNOWN = "the database has no such transaction"
+NOTHING: Mapping[int, bytes] = MappingProxyType({})
 STRANDED = "committed and pending, and behind all that a relay looks at; remedy: outbox rebase"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are of subject and payload."""
+class Row(NamedTuple):
+    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are SHA-256 of the payloads."""
 
     position: int
     message_ids: Sequence[str]
-    digests: Sequence[bytes | None] = ()
+    digests: Sequence[bytes] = ()
     dead: bool = False
     stream: str | None = None
     first: int = 0
@@ -36,12 +40,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anomaly:
-    """Something that is promised not to be."""
+    """Something that is promised not to be, at one place or at many of one kind: the first and the last ones.
+
+    Of the sequences each is meant; of the positions, those that the outbox has.
+    """
 
     kind: str
     position: int | None
     sequence: int | None
     what: str
+    last_position: int | None
+    last_sequence: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,15 +67,25 @@ class Summary:
     anomalies: list[Anomaly]
 
 
+class _Found(NamedTuple):
+    """A message of a transaction that is not marked: which of its events, where, and whether a relay fenced it."""
+
+    number: int
+    sequence: int
+    fenced: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class Comparison:
     """One stream against the outbox. Call `take` for its messages in order, then `recheck`, then `confirm`.
 
-    A message is of this outbox by its `Outbox-Id`; `adopting`, also by its message id, subject and payload, since a
-    backup may be older than an id that the outbox had. Others may write to a `shared` stream; in any other a foreign
-    message is an anomaly. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a work
-    queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had, and
-    were not in the database that was restored.
+    A message is of this outbox by its `Outbox-Id`; `adopting`, also by its message id and payload, since a backup may
+    be older than an id that the outbox had. By its subject nothing is judged: the server may have rewritten that. What
+    was sent and is there once more, without a trace of the batch or the fence that a relay sends with, is somebody's
+    copy, and foreign. Others may write to a `shared` stream; in any other a foreign message is an anomaly, unless
+    nats-server itself wrote it. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a
+    work queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had,
+    and were not in the database that was restored; `highest` is the highest position that this outbox has there.
     """
 
     outbox_id: str
@@ -82,56 +101,84 @@ class Comparison:
     replayed: int = 0
     removed: int = 0
     unknown: int = 0
+    highest: int = 0
     _good: list[Range] = field(default_factory=list)
     _other: list[Range] = field(default_factory=list)
-    _unmarked: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    _unmarked: dict[int, list[_Found]] = field(default_factory=lambda: defaultdict(list))
+    _phantoms: list[tuple[int, int]] = field(default_factory=list)
+    _last: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def take(self, seen: Mapping[int, Seen | None], rows: Mapping[int, Row]) -> None:
+    def take(
+        self, seen: Mapping[int, Seen | None], rows: Mapping[int, Row], payloads: Mapping[int, bytes] = NOTHING
+    ) -> None:
         """Compare the next messages, by sequence, with the transactions that they name, as far as there are any."""
+        good = self._good
         for sequence, message in seen.items():
             if message is None:
                 continue
             self.messages += 1
-            self.replayed += message.replayed and self.knows(message.outbox_id)
-            row = rows.get(message.position or 0)
-            if self._is_good(sequence, message, row):
-                _extend(self._good, sequence)
-            elif self._judge(sequence, message, row):
+            ours = message.outbox_id == self.outbox_id or self.knows(message.outbox_id)
+            position, number = message.position or 0, message.number or 0
+            if ours:
+                self.replayed += message.replayed
+                self.highest = max(self.highest, position)
+            row = rows.get(position)
+            same = row is not None and _is_of(message, row, payloads.get(sequence))
+            if row is None or not same or not (ours or self.adopting) or row.stream != self.stream:
+                told = self._judge(sequence, message, row, ours=ours, same=same)
+            elif sequence == row.first + number - 1:
+                _extend(good, sequence)
+                continue
+            else:
+                told = self._judge(sequence, message, row, ours=ours, same=same)
+            if told:
                 _extend(self._other, sequence)
 
     def knows(self, outbox_id: str | None) -> bool:
         """True if this is or was the id of the outbox."""
         return outbox_id == self.outbox_id or outbox_id in self.former
 
-    def _is_good(self, sequence: int, message: Seen, row: Row | None) -> bool:
-        if row is None or row.stream != self.stream or not self._is_ours(message, row) or not _is_of(message, row):
-            return False
-        return sequence == row.first + (message.number or 0) - 1
+    def _is_place(self, sequence: int, message: Seen, row: Row) -> bool:
+        return row.stream == self.stream and sequence == row.first + (message.number or 0) - 1
 
-    def _is_ours(self, message: Seen, row: Row | None) -> bool:
-        return self.knows(message.outbox_id) or (self.adopting and row is not None and _is_of(message, row))
-
-    def _judge(self, sequence: int, message: Seen, row: Row | None) -> bool:
+    def _judge(self, sequence: int, message: Seen, row: Row | None, *, ours: bool, same: bool) -> bool:
         """Say what is wrong with a message; False if that cannot be said yet, because its transaction is not marked."""
         position = message.position
-        if position is None or not (self.knows(message.outbox_id) or self._is_ours(message, row)):
-            self.foreign += 1
-            if not self.shared:
-                self._add("foreign", None, sequence, "a message of somebody else, in a stream of the relay alone")
-        elif message.outbox_id != self.outbox_id and (row is None or not _is_of(message, row)):
+        if position is None or not (ours or (self.adopting and same)):
+            self._foreign(sequence, marker=message.marker)
+        elif message.outbox_id != self.outbox_id and not same:
             self.unknown += 1
         elif row is None:
-            self._add("phantom", position, sequence, UNKNOWN)
-        elif not _is_of(message, row):
-            self._add("phantom", position, sequence, f"event {message.number} of {message.count} was not committed so")
-        elif row.stream is None:
-            self._unmarked[position].append((message.number or 0, sequence))
-            return False
-        elif row.stream in self.gone:
+            self._phantoms.append((position, sequence))
+        elif row.stream in self.gone and same:
             pass  # a copy of a stream that is gone, such as its mirror, has what was sent there
+        elif row.stream is not None and not (self._covers(row, sequence) or _is_fenced(sequence, message)):
+            self._foreign(sequence)
+        elif not same:
+            what = f"event {message.number} of {message.count} was not committed so"
+            self._add("phantom", position, sequence, what, many="events that were not committed so")
+        elif row.stream is None:
+            self._unmarked[position].append(_Found(message.number or 0, sequence, _is_fenced(sequence, message)))
+            return False
         else:
-            self._add("duplicated", position, sequence, f"its receipt says {row.first} to {row.last} of {row.stream}")
+            what = f"its receipt says {row.first} to {row.last} of {row.stream}"
+            many = f"their receipts are of other places in {row.stream}"
+            self._add("duplicated", position, sequence, what, many=many)
         return True
+
+    def _foreign(self, sequence: int, *, marker: bool = False) -> None:
+        self.foreign += 1
+        if not (self.shared or marker):
+            self._add("foreign", None, sequence, ALONE)
+
+    def _covers(self, row: Row, sequence: int) -> bool:
+        return row.stream == self.stream and row.first <= sequence <= row.last
+
+    @property
+    def phantoms(self) -> int:
+        """Messages of this outbox that the database does not have, or has otherwise."""
+        told = (each for each in self.anomalies if each.kind == "phantom")
+        return len(self._phantoms) + sum((each.last_sequence or 0) - (each.sequence or 0) + 1 for each in told)
 
     @property
     def unmarked(self) -> list[int]:
@@ -145,30 +192,39 @@ class Comparison:
         `last`: a transaction whose beginning is there may go on behind it.
         """
         for position, found in sorted(self._unmarked.items()):
-            places = [(place, place) for _, place in found]
-            problem = self._problem(rows.get(position), found, last)
-            if problem is None:
+            row = rows.get(position)
+            ours = next((each for each in _readings(found) if self._problem(row, each, last) is None), found)
+            for each in found:
+                if each not in ours:
+                    self._foreign(each.sequence)
+                    self._other.append((each.sequence, each.sequence))
+            places = [(each.sequence, each.sequence) for each in ours]
+            if (problem := self._problem(row, ours, last)) is None:
                 self._good += places
             else:
-                self._other = merged([*self._other, *places])
-                self._add(problem[0], position, found[0][1], problem[1])
-        self._good = merged(self._good)
-        known = [each for each in self.anomalies if each.what != UNKNOWN or (each.position or 0) > purged]
-        self.unknown, self.anomalies = self.unknown + len(self.anomalies) - len(known), known
+                self._other += places
+                self._add(problem[0], position, found[0].sequence, problem[1], last=found[-1].sequence)
+        self._good, self._other = merged(self._good), merged(self._other)
+        for position, sequence in self._phantoms:
+            if position > purged:
+                self._add("phantom", position, sequence, UNKNOWN)
+            else:
+                self.unknown += 1
+        self._phantoms = []
 
-    def _problem(self, row: Row | None, found: list[tuple[int, int]], last: int) -> tuple[str, str] | None:
-        """What is wrong with a transaction of which these numbers and sequences were found, unmarked; or None."""
+    def _problem(self, row: Row | None, found: list[_Found], last: int) -> tuple[str, str] | None:
+        """What is wrong with a transaction of which these messages were found, unmarked; or None."""
         if row is None:
             return None  # it was purged meanwhile
         if row.dead:
             return "phantom", "it is a dead letter, and yet stored"
-        first = row.first if row.stream == self.stream else found[0][1]
-        ends = len(found) == len(row.message_ids) or found[-1][1] == last
-        if found == _whole(row, first)[: len(found)] and ends and row.stream in (None, self.stream):
+        first = row.first if row.stream == self.stream else found[0].sequence
+        ends = len(found) == len(row.message_ids) or found[-1].sequence == last
+        if _places(found) == _whole(row, first)[: len(found)] and ends and row.stream in (None, self.stream):
             return None
         if row.stream is not None:
             return "duplicated", f"its receipt begins at {row.first} of {row.stream}"
-        numbers = [number for number, _ in found]
+        numbers = [each.number for each in found]
         if len(set(numbers)) < len(numbers):
             return "duplicated", f"pending, and its events {numbers} are stored"
         return "split", f"pending, and its events {numbers} alone are stored"
@@ -176,8 +232,14 @@ class Comparison:
     def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int]]:
         """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""
         pending = {position: row for position, row in rows.items() if row.stream is None and not row.dead}
-        found = ((position, self._unmarked[position]) for position in self.unmarked if position in pending)
-        return [(p, places[0][1]) for p, places in found if places == _whole(pending[p], places[0][1])]
+        found = {position: self._unmarked[position] for position in self.unmarked if position in pending}
+        firsts = {
+            position: each[0].sequence
+            for position, places in found.items()
+            for each in _readings(places)
+            if _places(each) == _whole(pending[position], each[0].sequence)
+        }
+        return list(firsts.items())
 
     def confirm(self, rows: Iterable[Row], *, first: int, last: int, end: int) -> None:
         """Compare receipts with what was found; the stream was read from `first` to `last`, and ends at `end` now."""
@@ -185,15 +247,16 @@ class Comparison:
             if row.stream != self.stream or last < row.last <= end:
                 continue
             self.transactions += 1
-            expected = range(max(row.first, first), min(row.last, last) + 1)
-            good = sum(1 for place in expected if _holds(self._good, place))
-            taken = sum(1 for place in expected if _holds(self._other, place))
+            low, high = max(row.first, first), min(row.last, last)
+            good = _held(self._good, low, high)
+            taken = _held(self._other, low, high) if self._other else 0
             lost = max(0, row.last - max(end, row.first - 1))
             self.removed += row.last - row.first + 1 - good - taken - lost
             if taken or lost:
                 kind = "split" if good else "missing"
                 what = f"its receipt says {row.first} to {row.last}, and {good} of its messages are there"
-                self._add(kind, row.position, row.first, what)
+                many = "their receipts say so, and none of their messages are there" if not good else ""
+                self._add(kind, row.position, row.first, what, last=row.last, many=many)
 
     def count_gone(self, pages: Iterable[Iterable[Row]], *, meant: bool) -> None:
         """The stream does not exist, and all that receipts say of it is removed; unless that is `meant`, say so."""
@@ -216,17 +279,62 @@ class Comparison:
         """Counts and anomalies, for machines."""
         return Summary(**{each.name: getattr(self, each.name) for each in fields(Summary)})
 
-    def _add(self, kind: str, position: int | None, sequence: int | None, what: str) -> None:
-        self.anomalies.append(Anomaly(kind=kind, position=position, sequence=sequence, what=what))
+    def _add(
+        self,
+        kind: str,
+        position: int | None,
+        sequence: int | None,
+        what: str,
+        *,
+        last: int | None = None,
+        many: str = "",
+    ) -> None:
+        """An anomaly more; or the last one of its kind goes on, if it ends right before: then it says `many`."""
+        last = last or sequence
+        key = kind, many or what
+        number = self._last.get(key)
+        if number is not None and _goes_on(before := self.anomalies[number], position, sequence):
+            same = position == before.position == before.last_position and what == before.what
+            what = what if same else many or what
+            self.anomalies[number] = replace(before, what=what, last_position=position, last_sequence=last)
+            return
+        self._last[key] = len(self.anomalies)
+        self.anomalies.append(
+            Anomaly(
+                kind=kind, position=position, sequence=sequence, what=what, last_position=position, last_sequence=last
+            )
+        )
 
 
-def _is_of(message: Seen, row: Row) -> bool:
+def _goes_on(before: Anomaly, position: int | None, sequence: int | None) -> bool:
+    """True if this is right behind: of places the next sequence, at no earlier position; else the next position."""
+    if sequence is not None and before.last_sequence is not None:
+        return sequence == before.last_sequence + 1 and (position or 0) >= (before.last_position or 0)
+    return position is not None and position == (before.last_position or 0) + 1
+
+
+def _is_of(message: Seen, row: Row, payload: bytes | None) -> bool:
     """True if the message is the very event that the transaction has at that place."""
-    number = message.number or 0
-    if not 1 <= number <= len(row.message_ids) == message.count:
+    number, ids = message.number or 0, row.message_ids
+    if not 1 <= number <= len(ids) == message.count or message.message_id != ids[number - 1]:
         return False
-    same = message.message_id == row.message_ids[number - 1]
-    return same and (not row.digests or message.digest is None or message.digest == row.digests[number - 1])
+    return not row.digests or payload is None or sha256(payload).digest() == row.digests[number - 1]
+
+
+def _is_fenced(sequence: int, message: Seen) -> bool:
+    """True if a relay, and nobody who copies, has stored it there: such an expectation fits at one place only."""
+    return message.batch_id is not None or message.fence is not None or message.follows == sequence - 1
+
+
+def _readings(found: list[_Found]) -> Iterator[list[_Found]]:
+    """What may be the transaction itself: all that was found; or what a relay sent, and the rest is somebody's copy."""
+    yield found
+    if fenced := [each for each in found if each.fenced]:
+        yield fenced
+
+
+def _places(found: Iterable[_Found]) -> list[tuple[int, int]]:
+    return [(each.number, each.sequence) for each in found]
 
 
 def _whole(row: Row, first: int) -> list[tuple[int, int]]:
@@ -242,6 +350,11 @@ def _extend(ranges: list[Range], place: int) -> None:
         ranges.append((place, place))
 
 
-def _holds(ranges: Sequence[Range], place: int) -> bool:
-    index = bisect_right(ranges, (place, sys.maxsize))
-    return index > 0 and ranges[index - 1][0] <= place <= ranges[index - 1][1]
+def _held(ranges: Sequence[Range], low: int, high: int) -> int:
+    """How many of the places from `low` to `high` the ranges hold."""
+    held = 0
+    for begin, end in islice(ranges, max(0, bisect_right(ranges, (low, sys.maxsize)) - 1), None):
+        if begin > high:
+            break
+        held += max(0, min(end, high) - max(begin, low) + 1)
+    return held

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import takewhile
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,26 +28,23 @@ class Planned:
     size: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Seen(NamedTuple):
     """The headers of a stored message that tell whose it is; None where it has no such header. `position` is its own,
     also where it is a replay of another one.
 
-    `digest` is SHA-256 of its subject, a line feed, and its payload; None where it was not read.
-    `fence` is the expected sequence that it was sent with, of its stream or subject. `marker` says that
-    nats-server itself wrote it.
+    `batch_id`, `fence` and `follows` are of the attempt that stored it: its atomic batch, the last sequence that it
+    expected on its own subject, and the one that it expected of the stream. A `marker` is nats-server's own message.
     """
 
     outbox_id: str | None
     message_id: str | None
     position: int | None
     number: int | None
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]  # nobody counts in the tuple
     replayed: bool = False
-    digest: bytes | None = None
-    subject: str | None = None
     batch_id: str | None = None
     fence: int | None = None
+    follows: int | None = None
     marker: bool = False
     sourced: bool = False  # it comes from another stream
 
@@ -56,7 +54,7 @@ class Seen:
         Who copies it copies neither its batch nor its fence: nats-server would obey them again.
         """
         batched = self.batch_id is not None and self.batch_id.startswith(f"{outbox_id[:8]}-")
-        return self.outbox_id == outbox_id and not self.sourced and (batched or self.fence is not None)
+        return self.outbox_id == outbox_id and (batched or self.fence is not None or self.follows is not None)
 
 
 class Look(Enum):

@@ -29,6 +29,7 @@ from outbox.core.requirements import of_sharing, of_stream, of_subject
 from outbox.doctor.check import Check, Checks
 from outbox.errors import Weather
 from outbox.jetstream.client import JetStream, Refused
+from outbox.jetstream.stream import seen
 from outbox.postgres.rows import StreamRow
 
 CHECKS = Checks("stream")
@@ -312,25 +313,21 @@ async def _writers(jetstream: JetStream, name: str, info: dict[str, Any], known:
     last = int(info["state"]["last_seq"])
     first = max(int(info["state"]["first_seq"]), last - TAIL + 1, 1)
     try:
-        seen = await jetstream.read(name, range(first, last + 1))
+        found = [each async for _, each in jetstream.messages(name, range(first, last + 1)) if each is not None]
     except Weather as weather:
         words = f"its messages cannot be read: {weather.message}"
         return CHECKS.yellow(name, words, f"allow this user to publish to $JS.API.STREAM.MSG.GET.{name}")
     # What lies before the last settled sequence of a stream that is chained was accepted by an operator.
     remembered = known.streams.get(name)
     accepted = remembered.last_sequence if remembered is not None and remembered.mode != SHARED else 0
-    foreign = [
-        each
-        for place, each in seen.items()
-        if place > accepted and each is not None and not each.marker and not _ours(each, known)
-    ]
+    foreign = [each.subject.decode() for each in found if each.sequence > accepted and _is_foreign(seen(each), known)]
     if not foreign:
-        return CHECKS.green(name, f"no other writer in its last {len(seen)} messages")
-    return _shared(name, info["config"], [each.subject or "" for each in foreign], remembered)
+        return CHECKS.green(name, f"no other writer in its last {len(found)} messages")
+    return _shared(name, info["config"], foreign, remembered)
 
 
-def _ours(message: Seen, known: Facts) -> bool:
-    return any(message.is_of(outbox_id) for outbox_id in known.outbox_ids)
+def _is_foreign(message: Seen, known: Facts) -> bool:
+    return not message.marker and not any(message.is_of(outbox_id) for outbox_id in known.outbox_ids)
 
 
 def _shared(name: str, config: dict[str, Any], subjects: Sequence[str], remembered: StreamRow | None) -> Check:

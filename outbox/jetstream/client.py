@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Self
 
 import nats.errors
@@ -38,7 +38,7 @@ from outbox.errors import Denied, Misconfigured, Weather
 from outbox.jetstream.connect import Servers, close, dial
 from outbox.jetstream.credentials import options
 from outbox.jetstream.denials import blames_what_was_sent
-from outbox.jetstream.stream import StreamInfo, seen, stream_info
+from outbox.jetstream.stream import Message, StreamInfo, message_of, seen, stream_info
 from outbox.jetstream.wire import UNSENT_BYTES, Wary
 
 API_SECONDS, MESSAGE_SECONDS = 3.0, 10.0
@@ -211,6 +211,18 @@ class JetStream:
             self._nc.take_in({"max_payload": other.max_payload})
         await other.close()
 
+    @property
+    def api(self) -> str:
+        """What the subjects of JetStream's API begin with."""
+        return self._api
+
+    async def another(self, ended: Callable[..., Awaitable[None]]) -> Wary:
+        """One more connection, as this one was made, for a reader; raises as `connect` does.
+
+        `ended` is called with every error that the server tells, and at the end.
+        """
+        return await dial(self._servers, news=lambda: None, error_cb=ended, closed_cb=ended, **options(self._settings))
+
     async def ask(self, call: str, body: object = None) -> dict[str, Any]:
         """JetStream's own answer to a call of its API; raises `Weather`, or `Refused` with the code of its refusal."""
         return await self._request(call, body)
@@ -281,39 +293,48 @@ class JetStream:
         return self._forbidden.popitem() if self._forbidden else None
 
     async def read(self, stream: str, sequences: Sequence[int]) -> dict[int, Seen | None]:
-        """The headers of these messages, read from the stream's leader; None for one that is gone."""
-        found: dict[int, Seen | None] = {}
+        """Whose these messages are, read from the stream's leader; None for one that is gone."""
+        return {place: message and seen(message) async for place, message in self.messages(stream, sequences)}
+
+    async def messages(self, stream: str, sequences: Sequence[int]) -> AsyncIterator[tuple[int, Message | None]]:
+        """These messages in order, read from the stream's leader a few at a time; None for one that is gone."""
+        done = 0
         clock = asyncio.get_running_loop().time
-        while len(found) < len(sequences):
-            part, began = sequences[len(found) : len(found) + self._at_once], clock()
-            found |= zip(part, await asyncio.gather(*(self._message(stream, place) for place in part)), strict=True)
+        while done < len(sequences):
+            part, began = sequences[done : done + self._at_once], clock()
+            found = await asyncio.gather(*(self._message(stream, seq=place) for place in part))
             slow = clock() - began > SLOW_SECONDS
             self._at_once = max(1, self._at_once // 2) if slow else min(READ_AT_ONCE, 2 * self._at_once)
-        return found
+            done += len(part)
+            for each in zip(part, found, strict=True):
+                yield each
 
     async def last_on(self, stream: str, subject: str) -> int:
         """The sequence of the last message on a subject, as the stream's leader knows it; 0 if there is none."""
-        found = await self._got(stream, {"last_by_subj": subject})
-        return int(found["seq"]) if found is not None else 0
+        found = await self._message(stream, last_by_subj=subject)
+        return found.sequence if found is not None else 0
 
     async def next_on(self, stream: str, subject: str, sequence: int) -> tuple[int, Seen] | None:
         """The first message on a subject from this sequence on, and where it is, from the leader; None if none."""
-        found = await self._got(stream, {"next_by_subj": subject, "seq": sequence})
-        return (int(found["seq"]), seen(found)) if found is not None else None
+        found = await self._message(stream, seq=sequence, next_by_subj=subject)
+        return (found.sequence, seen(found)) if found is not None else None
 
-    async def _message(self, stream: str, sequence: int) -> Seen | None:
-        found = await self._got(stream, {"seq": sequence})
-        return seen(found) if found is not None else None
+    async def subject_at(self, stream: str, sequence: int) -> str | None:
+        """The subject of a stored message, as the stream's leader has it; None if it is gone."""
+        found = await self._message(stream, seq=sequence)
+        return found.subject.decode() if found is not None else None
 
-    async def _got(self, stream: str, which: dict[str, Any]) -> dict[str, Any] | None:
+    async def next_message(self, stream: str, sequence: int) -> Message | None:
+        """The first message at this sequence or behind it, by the word of the stream's leader; None if none is."""
+        return await self._message(stream, seq=sequence, next_by_subj=">")
+
+    async def _message(self, stream: str, **which: str | int) -> Message | None:
         try:
-            reply = await self._request(f"STREAM.MSG.GET.{stream}", which, MESSAGE_SECONDS)
+            return message_of(await self._request(f"STREAM.MSG.GET.{stream}", which, MESSAGE_SECONDS))
         except Refused as refused:
             if refused.code == MESSAGE_NOT_FOUND:
                 return None
             raise
-        message: dict[str, Any] = reply["message"]
-        return message
 
     async def _request(self, call: str, body: object = None, seconds: float = API_SECONDS) -> dict[str, Any]:
         payload = json.dumps(body).encode() if body is not None else b""

@@ -135,8 +135,8 @@ UPDATE {schema}.transactions SET discarded_at = clock_timestamp()
 KNOWN = """
 SELECT t.position, e.ids, e.digests, t.dead_at IS NOT NULL, t.stream, t.first_sequence, t.last_sequence
   FROM {schema}.transactions AS t CROSS JOIN LATERAL (
-    SELECT array_agg(message_id::text ORDER BY id) AS ids,
-           array_agg(sha256(convert_to(subject, 'UTF8') || '\x0a'::bytea || payload) ORDER BY id) AS digests
+    SELECT string_agg(message_id::text, ' ' ORDER BY id) AS ids,
+           string_agg(sha256(payload), '' ORDER BY id) AS digests
       FROM {schema}.events WHERE txid = t.txid
   ) AS e
  WHERE t.position = ANY (%(positions)s)

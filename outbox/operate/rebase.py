@@ -221,12 +221,12 @@ async def _adopt(
     same = info.created == known.created and info.last_sequence >= known.last_sequence
     comparison = Comparison(outbox_id=str(outbox_id), stream=known.name, shared=True, adopting=True)
     low = max(known.last_sequence + 1 if same else 1, info.first_sequence)
-    highest = await read(
+    await read(
         jetstream,
         lambda positions: known_rows(connection, name, positions),
         comparison,
-        low,
-        info.last_sequence,
+        info,
+        (low, info.last_sequence),
         progress,
     )
     adoptable = comparison.adoptable(known_rows(connection, name, comparison.unmarked))
@@ -237,8 +237,8 @@ async def _adopt(
     }
     connection.execute(compose(queries.ADOPT, name), places)
     found.adopted += len(adoptable)
-    found.unknown += sum(anomaly.kind == "phantom" for anomaly in comparison.anomalies)
-    found.highest = max(found.highest, highest)
+    found.unknown += comparison.phantoms
+    found.highest = max(found.highest, comparison.highest)
     return info
 
 

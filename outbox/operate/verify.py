@@ -1,12 +1,16 @@
 """`outbox verify`, and what `outbox rebase` adopts: a stream read message by message beside the outbox's database.
 
-Reads only, on both sides: messages one by one from the stream's leader, no consumer (on a work queue a consumer would
-remove what it reads). What is wrong is decided in `outbox.core.comparison`.
+Reads only, on both sides; how a stream is read is known to `outbox.jetstream.reader`. What is wrong is decided in
+`outbox.core.comparison`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -14,16 +18,20 @@ from psycopg.rows import TupleRow
 from outbox.config import Settings
 from outbox.core.chain import SHARED
 from outbox.core.comparison import Comparison, Row
+from outbox.core.outcome import STREAM_NOT_FOUND
 from outbox.core.positions import HIGHEST
 from outbox.core.requirements import Counters, of_counters
 from outbox.errors import Misconfigured
-from outbox.jetstream.client import JetStream, connected
-from outbox.jetstream.stream import StreamInfo
+from outbox.jetstream.client import JetStream, Refused, connected
+from outbox.jetstream.reader import pages
+from outbox.jetstream.stream import Message, StreamInfo, seen
 from outbox.operate import queries
 from outbox.postgres.queries import COUNTERS, STREAMS, compose
 from outbox.postgres.session import step, stepping_session
 
-READ_AT_ONCE = 512
+END_SECONDS = 1.0
+DIGEST_BYTES = 32
+_row = partial(tuple.__new__, Row)  # of a tuple, without a call in Python
 Progress = Callable[[str, int, int], None]  # stream, messages read, messages in all
 
 
@@ -53,21 +61,14 @@ async def verify(
             positions = first, min(last, highest)
             streams = outbox.streams(stream)
             infos = {name: await jetstream.stream(name) for name in outbox.streams(None)}
-            gone = frozenset(name for name, info in infos.items() if info is None)
-            compared = []
-            for name, shared in streams.items():
-                comparison = Comparison(
-                    outbox_id=str(outbox_id),
-                    former=frozenset(map(str, former)),
-                    gone=gone,
-                    stream=name,
-                    shared=shared,
-                )
-                if (info := infos[name]) is not None:
-                    await _compare(jetstream, outbox, comparison, info, positions, progress, bounded=bounded)
-                else:
-                    comparison.count_gone(outbox.receipts(*positions), meant=name in outbox.retired)
-                compared.append(comparison)
+            blank = partial(
+                Comparison,
+                outbox_id=str(outbox_id),
+                former=frozenset(map(str, former)),
+                gone=frozenset(name for name, info in infos.items() if info is None),
+            )
+            look = partial(_compared, jetstream, outbox, positions, progress, bounded=bounded)
+            compared = [await look(partial(blank, stream=n, shared=shared)) for n, shared in streams.items()]
             nowhere = Comparison(outbox_id=str(outbox_id), stream="")
             if stream is None:
                 counters = Counters(*outbox.one(COUNTERS))._replace(stranded=None)
@@ -76,48 +77,104 @@ async def verify(
             return [*compared, nowhere] if nowhere.anomalies else compared
 
 
-async def _compare(
+async def _compared(
     jetstream: JetStream,
     outbox: _Outbox,
-    comparison: Comparison,
-    info: StreamInfo,
     positions: tuple[int, int],
     progress: Progress,
+    blank: Callable[[], Comparison],
     *,
     bounded: bool,
-) -> None:
-    """Compare one stream, message by message and receipt by receipt."""
-    low, high = info.first_sequence, info.last_sequence
-    if bounded:
-        bounds = dict(zip(("from", "to"), positions, strict=True))
-        least, most = outbox.one(queries.SENT_RANGE, stream=comparison.stream, **bounds)
-        low, high = max(low, least or high + 1), min(high, most or 0)
-    await read(jetstream, outbox.rows, comparison, low, high, progress)
-    comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
-    for receipts in outbox.receipts(*positions):
-        end = await jetstream.stream(comparison.stream)
-        comparison.confirm(receipts, first=low, last=high, end=end.last_sequence if end else high)
+) -> Comparison:
+    """One stream beside its receipts; once more if it is deleted or made again meanwhile."""
+    while True:
+        comparison = blank()
+        info = await jetstream.stream(comparison.stream)
+        if info is None:
+            comparison.count_gone(outbox.receipts(*positions), meant=comparison.stream in outbox.retired)
+            return comparison
+        low, high = info.first_sequence, info.last_sequence
+        if bounded:
+            bounds = dict(zip(("from", "to"), positions, strict=True))
+            least, most = outbox.one(queries.SENT_RANGE, stream=comparison.stream, **bounds)
+            low, high = max(low, least or high + 1), min(high, most or 0)
+        try:
+            await read(jetstream, outbox.rows, comparison, info, (low, high), progress)
+        except Refused as refused:
+            if refused.code != STREAM_NOT_FOUND:
+                raise
+        comparison.recheck(outbox.rows(comparison.unmarked), outbox.one(queries.EXTENT)[2], high)
+        for receipts in chain(outbox.receipts(*positions), [[]]):
+            end = await jetstream.stream(comparison.stream)
+            if end is None or end.created != info.created:
+                break
+            comparison.confirm(receipts, first=low, last=high, end=end.last_sequence)
+        else:
+            return comparison
 
 
 async def read(
     jetstream: JetStream,
     rows: Callable[[Sequence[int]], dict[int, Row]],
     comparison: Comparison,
-    low: int,
-    high: int,
+    info: StreamInfo,
+    places: tuple[int, int],
     progress: Progress = no_progress,
-) -> int:
-    """Take the messages from `low` to `high` into the comparison; the highest position that this outbox has there."""
-    highest = 0
-    for start in range(low, high + 1, READ_AT_ONCE):
-        end = min(start + READ_AT_ONCE, high + 1)
-        seen = await jetstream.read(comparison.stream, range(start, end))
-        positions = {each.position for each in seen.values() if each is not None and each.position is not None}
-        comparison.take(seen, rows(sorted(positions)))
-        ours = [each.position for each in seen.values() if each is not None and comparison.knows(each.outbox_id)]
-        highest = max([highest, *(position for position in ours if position is not None)])
-        progress(comparison.stream, end - low, high + 1 - low)
-    return highest
+) -> None:
+    """Take the messages at these places into the comparison.
+
+    While the database looks a page's transactions up, in a thread, the one before is compared and the next one read.
+    """
+    low, high = places
+
+    def take(page: _Page) -> None:
+        page.take(comparison)
+        if page.end >= low:
+            progress(info.name, page.end + 1 - low, high + 1 - low)
+
+    looking = _Page(end=low - 1)
+    try:
+        async with contextlib.aclosing(pages(jetstream, info, low, high)) as found:
+            async for messages, end in found:
+                page = _Page(end=end, messages=messages)
+                await looking.known()
+                page.look_up(rows)
+                take(looking)
+                looking = page
+        await looking.known()
+    finally:
+        await looking.ended()
+    take(looking)
+
+
+class _Page:
+    """Some messages, and whose they are; then what the database knows of their transactions."""
+
+    def __init__(self, *, end: int, messages: Sequence[Message] = ()) -> None:
+        self.end = end
+        self._seen = {each.sequence: seen(each) for each in messages}
+        self._payloads = {each.sequence: each.payload for each in messages}
+        self._rows: asyncio.Future[dict[int, Row]] | None = None
+
+    def look_up(self, rows: Callable[[Sequence[int]], dict[int, Row]]) -> None:
+        """Ask the database, in a thread; one page at a time."""
+        positions = sorted({each.position for each in self._seen.values() if each.position is not None})
+        if positions:
+            self._rows = asyncio.ensure_future(asyncio.to_thread(rows, positions))
+
+    async def known(self) -> None:
+        """Wait until the database has answered."""
+        if self._rows is not None:
+            await asyncio.shield(self._rows)
+
+    async def ended(self) -> None:
+        """Leave the connection to nobody who still uses it, unless that takes long."""
+        if self._rows is not None:
+            await asyncio.wait({self._rows}, timeout=END_SECONDS)
+
+    def take(self, comparison: Comparison) -> None:
+        """Compare."""
+        comparison.take(self._seen, self._rows.result() if self._rows else {}, self._payloads)
 
 
 class _Outbox:
@@ -146,7 +203,7 @@ class _Outbox:
     def receipts(self, first: int, to: int) -> Iterator[list[Row]]:
         """The receipts of these positions, a page at a time."""
         for rows in self._pages(queries.RECEIPTS, first, to):
-            yield [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+            yield [_row((position, (), (), False, *receipt)) for position, *receipt in rows]
 
     def stranded(self, first: int, to: int) -> Iterator[int]:
         """Those of these positions that are pending, and that no relay looks at."""
@@ -165,16 +222,13 @@ class _Outbox:
 
 def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: Sequence[int]) -> dict[int, Row]:
     """These transactions as the database has them now, as far as it has them."""
-    found = connection.execute(compose(queries.KNOWN, name), {"positions": list(positions)})
+    # In binary, and one value for all events: arrays and hexadecimal digits take several times as long.
+    found = connection.cursor(binary=True).execute(compose(queries.KNOWN, name), {"positions": list(positions)})
     return {
-        position: Row(
-            position=position,
-            message_ids=ids or (),
-            digests=digests or (),
-            dead=dead,
-            stream=stream,
-            first=first or 0,
-            last=last or 0,
-        )
-        for position, ids, digests, dead, stream, first, last in found
+        position: _row((position, (ids or "").split(), _parted(digests or b""), dead, stream, first or 0, last or 0))
+        for position, ids, digests, dead, stream, first, last in found.fetchall()
     }
+
+
+def _parted(digests: bytes) -> list[bytes]:
+    return [digests[begin : begin + DIGEST_BYTES] for begin in range(0, len(digests), DIGEST_BYTES)]

@@ -7,20 +7,21 @@ where going on could lose or double events. Called at every change of leader and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from outbox.core.fence import Attempt, Fence, Verge, attempt_at, covered, judge_attempt, removed
-from outbox.core.plan import Finding, Look, Planned, judge, wanted
+from outbox.core.plan import Finding, Look, Planned, Seen, judge, wanted
 from outbox.errors import Halt, Unusable, Weather
 from outbox.jetstream.client import JetStream
-from outbox.jetstream.stream import StreamInfo
+from outbox.jetstream.reader import pages
+from outbox.jetstream.stream import StreamInfo, seen
 
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
 LOOKS = 100
 LOOK_SECONDS = 0.05
-SEARCHED = 500
-TAIL = 100
+TAIL = 100  # messages at the end of a stream that a new leader looks at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +169,9 @@ async def _behind(jetstream: JetStream, known: Remembered, head: Head, outbox_id
     end, rewritten = await jetstream.last_on(stream, subject), False
     # What the server has told of the subject is on another one: that is what it stores and compares.
     for place in {told for told in (before, head.told) if told and told > end}:
-        message = (await jetstream.read(stream, [place]))[place]
-        if message is not None and message.subject is not None and message.subject != subject:
-            subject, rewritten = message.subject, True
+        other = await jetstream.subject_at(stream, place)
+        if other is not None and other != subject:
+            subject, rewritten = other, True
             end = await jetstream.last_on(stream, subject)
             break
     place = before
@@ -183,8 +184,7 @@ async def _behind(jetstream: JetStream, known: Remembered, head: Head, outbox_id
 
 async def _is_rewritten(jetstream: JetStream, stream: str, place: int, subject: str) -> bool:
     """True if what was sent on this subject is stored on another one."""
-    message = (await jetstream.read(stream, [place]))[place]
-    return message is not None and message.subject != subject
+    return await jetstream.subject_at(stream, place) not in (None, subject)
 
 
 async def _nothing_gone(jetstream: JetStream, known: Remembered, head: Head, info: StreamInfo, sequence: int) -> None:
@@ -207,9 +207,8 @@ async def _nothing_unknown(jetstream: JetStream, known: Remembered, outbox_id: s
         return
     planned = {entry.position for entry in known.plan}
     begin = known.base + 1 if known.moved else max(known.base + 1, info.last_sequence - TAIL + 1)
-    for low in range(begin, info.last_sequence + 1, SEARCHED):
-        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
-        for place, message in (await jetstream.read(known.stream, places)).items():
+    async with contextlib.aclosing(_beyond(jetstream, info, begin)) as found:
+        async for place, message in found:
             if message is None or not message.is_of(outbox_id) or message.position in planned:
                 continue
             raise Halt(
@@ -261,10 +260,8 @@ async def _search(jetstream: JetStream, known: Remembered, outbox_id: str, findi
 
     Raises `Halt` if there is a message of this outbox, or one is gone that could have been.
     """
-    end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
-    for low in range(end + 1, info.last_sequence + 1, SEARCHED):
-        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
-        for place, message in (await jetstream.read(known.stream, places)).items():
+    async with contextlib.aclosing(_beyond(jetstream, info, _end(known, finding) + 1)) as found:
+        async for place, message in found:
             if message is None and known.shared:
                 continue  # others write here: what is gone was most likely theirs
             ours = message is not None and (
@@ -282,15 +279,31 @@ async def _first_left(
     jetstream: JetStream, known: Remembered, outbox_id: str, finding: Finding, info: StreamInfo
 ) -> Finding:
     """Judge by the first message that is left of what lies beyond the plan, if any is."""
-    end = known.base + sum(entry.count for entry in known.plan[: finding.stored])
-    for low in range(max(end + 1, info.first_sequence), info.last_sequence + 1, SEARCHED):
-        places = range(low, min(low + SEARCHED, info.last_sequence + 1))
-        for place, message in (await jetstream.read(known.stream, places)).items():
+    async with contextlib.aclosing(_beyond(jetstream, info, _end(known, finding) + 1)) as found:
+        async for place, message in found:
             if message is not None and message.is_of(outbox_id):
                 return replace(finding, look=Look.IMPOSTOR, at=place)
             if message is not None:
                 return replace(finding, look=Look.FOREIGN)
     return finding
+
+
+def _end(known: Remembered, finding: Finding) -> int:
+    """Where what is stored of the plan ends."""
+    return known.base + sum(entry.count for entry in known.plan[: finding.stored])
+
+
+async def _beyond(jetstream: JetStream, info: StreamInfo, at: int) -> AsyncGenerator[tuple[int, Seen | None], None]:
+    """What the stream holds from the sequence `at` on, place by place; None where a message is gone."""
+    if at < info.first_sequence:
+        yield info.first_sequence - 1, None
+    at = max(at, info.first_sequence)
+    async with contextlib.aclosing(pages(jetstream, info, at, info.last_sequence)) as read:
+        async for messages, end in read:
+            whose = {each.sequence: seen(each) for each in messages}
+            for place in range(at, end + 1):
+                yield place, whose.get(place)
+            at = end + 1
 
 
 def _halt(known: Remembered, finding: Finding, info: StreamInfo) -> Halt:

@@ -24,11 +24,11 @@ def test_bench_on_given_servers_measures_and_clears_up(database: str, nats: Nats
     report = tmp_path / "bench.json"
     servers = ["--database-url", database, "--nats-url", nats.url]
     sizes = ["--events", "3", "--total", "3000", "--rounds", "1", "--seconds", "1", "--json", str(report)]
-    done = bench("drain", "idle", *servers, *sizes, cwd=tmp_path)
+    done = bench("drain", "idle", "verify", *servers, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "drain of publish only" in " ".join(done.stdout.split())
     found = json.loads(report.read_text())
-    assert [case["case"] for case in found["cases"]] == ["drain", "idle"]
+    assert [case["case"] for case in found["cases"]] == ["drain", "idle", "verify", "verify"]
     drain = found["cases"][0]["figures"]
     ratio = drain["drain_events_per_second"]["median"] / drain["publish_only_events_per_second"]["median"]
     assert drain["drain_of_publish_only"]["median"] == pytest.approx(ratio)

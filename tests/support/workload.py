@@ -12,7 +12,6 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -149,7 +148,8 @@ def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schem
     rows = known_rows(connection, schema, sorted({message.position for message in stored}))
     names = Counter(row.stream for row in (*rows.values(), *receipts) if row.stream)
     comparison = Comparison(outbox_id=outbox_id, stream=max(names, key=lambda n: names[n], default=""), shared=True)
-    comparison.take({message.sequence: seen(message) for message in stored}, rows)
+    payloads = {message.sequence: message.payload for message in stored}
+    comparison.take({message.sequence: seen(message) for message in stored}, rows, payloads)
     comparison.recheck(rows, purged, stored[-1].sequence if stored else 0)
     if stored:
         low, high = stored[0].sequence, stored[-1].sequence
@@ -159,6 +159,10 @@ def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schem
 
 def seen(message: Stored) -> Seen:
     """A message of a consumer as the relay sees one that it reads back."""
+
+    def number(name: str) -> int | None:
+        return int(message.headers[name]) if name in message.headers else None
+
     return Seen(
         outbox_id=message.headers.get("Outbox-Id"),
         message_id=message.message_id,
@@ -166,7 +170,9 @@ def seen(message: Stored) -> Seen:
         number=message.number,
         count=message.count,
         replayed=message.replay_of is not None,
-        digest=sha256(message.subject.encode() + b"\n" + message.payload).digest(),
+        batch_id=message.headers.get("Nats-Batch-Id"),
+        fence=number("Nats-Expected-Last-Subject-Sequence"),
+        follows=number("Nats-Expected-Last-Sequence"),
     )
 
 
