@@ -72,6 +72,7 @@ class Lane:
         self._shared_so: str | None = None
         self._rewritten = False  # subjects are stored as others than they are sent
         self._asking: Errand[tuple[dict[str, int], int]] = Errand(news)
+        self._asked = 0.0  # the loop's time
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
         self.proven = proven
         self.moved, self.fresh = moved, fresh
@@ -269,15 +270,18 @@ class Lane:
         """Ask for the last sequences that a fence needs; True when some have come."""
         fences = self.chain.fences
         came = self._asking.taken(now)
+        if isinstance(came, Weather):
+            self.chain.block(came.line)
         if isinstance(came, tuple) and fences is not None:
             self._asking.reset()
+            self.chain.unblock()
             sequences, last = came
             fences.learn(sequences)
             if not self.chain.plan:
                 fences.since = max(fences.since, last)  # nothing was tried yet
             return True
         if fences is not None and fences.wanted and jetstream is not None and not self._asking.running:
-            stream, subjects = self.chain.stream, list(fences.wanted)
+            stream, subjects, self._asked = self.chain.stream, list(fences.wanted), now
             self._asking.start(lambda: _last_sequences(jetstream, stream, subjects), now)
         return False
 
@@ -385,6 +389,8 @@ class Lane:
         """Say what has been on its way for long: a slow link, or a server that takes its time."""
         if self.sharing != self._shared_so:
             self._shared_so, self.chain.dirty = self.sharing, True
+        if self._asking.running and self.chain.blocked is None and now - self._asked >= SLOW_SECONDS:
+            self.chain.block(f"no answer for {SLOW_SECONDS:.0f} s and more, where the last message on a subject is")
         if self._outcomes and self.chain.blocked is None and now - self._outcomes[0].begun >= SLOW_SECONDS:
             sent = counted(self.chain.in_flight[0].count, "message")
             self.chain.block(f"{sent} on the way for {SLOW_SECONDS:.0f} s and more, without an ack")
@@ -404,6 +410,8 @@ class Lane:
                 yield self._outcomes[0].begun + SLOW_SECONDS
         if self.chain.in_doubt and not self._settling.running:
             yield self._looks
+        if self._asking.running and self.chain.blocked is None:
+            yield self._asked + SLOW_SECONDS
         if self.chain.fences is not None and self.chain.fences.wanted and not self._asking.running:
             yield self._asking.due
 

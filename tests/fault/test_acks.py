@@ -13,7 +13,7 @@ import pytest
 
 from outbox.config import Settings
 from outbox.core.batch import Batch
-from outbox.core.telemetry import BatchSent, InDoubt, Marked, Settled, Unreachable
+from outbox.core.telemetry import BatchSent, Blocked, Happening, InDoubt, Marked, Settled, Unreachable
 from outbox.core.transaction import Transaction
 from outbox.embedded import Nats
 from outbox.event import Event
@@ -138,7 +138,7 @@ def test_stalled_connection(
         for _ in range(2):
             after = len(relay.happenings)
             proxy.change(flow, stalled=True)
-            relay.wait_for(InDoubt, after=after)
+            relay.wait_for(Happening, lambda each: isinstance(each, InDoubt | Blocked), after=after)
             threading.Event().wait(2)
             proxy.heal()
             more_sent(database)

@@ -58,10 +58,13 @@ def before_ack(act: Act) -> None:
 
     async def armed(self: JetStream, token: str, batch: Any, outbox_id: str) -> None:
         await send(self, token, batch, outbox_id)
-        on_reply, JetStream._tell = JetStream._tell, lambda *_: None  # type: ignore[method-assign]
+        tell, held = JetStream._tell, list[tuple[Any, ...]]()
+        JetStream._tell = lambda *told: held.append(told)  # type: ignore[method-assign]
         await self._nc.flush()
         act()
-        JetStream._tell = on_reply  # type: ignore[method-assign]
+        JetStream._tell = tell  # type: ignore[method-assign]
+        for told in held:
+            tell(*told)
 
     JetStream._send = armed  # type: ignore[method-assign]
 
@@ -108,14 +111,21 @@ def after_mark(act: Act) -> None:
 
 def in_recovery(act: Act) -> None:
     """The stream was read back, and what that told is not written down."""
-    settle = recovery.settle
+    settle, settle_head = recovery.settle, recovery.settle_head
 
     async def armed(jetstream: JetStream, known: recovery.Remembered, outbox_id: str) -> recovery.Settlement:
         found = await settle(jetstream, known, outbox_id)
         act()
         return found
 
-    recovery.settle = armed
+    async def armed_head(
+        jetstream: JetStream, known: recovery.Remembered, head: recovery.Head, outbox_id: str
+    ) -> recovery.HeadSettlement:
+        found = await settle_head(jetstream, known, head, outbox_id)
+        act()
+        return found
+
+    recovery.settle, recovery.settle_head = armed, armed_head
 
 
 def at_takeover(act: Act) -> None:
