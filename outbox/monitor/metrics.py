@@ -70,6 +70,10 @@ class Metrics:
         self._connected = gauge("connected", "1 while this relay is connected.", "server")
         self._blocked = gauge("blocked", "1 while something holds the head of the outbox back.")
         self._stream_blocked = gauge("stream_blocked", "1 while something holds this stream back.", "stream")
+        self._shared = gauge("stream_shared", "1 while others write to this stream too.", "stream")
+        self._contended = gauge(
+            "stream_contended", "1 while what others write to this stream makes most batches come too late.", "stream"
+        )
         self._sequence = gauge(
             "stream_last_sequence", "Sequence of this stream up to which everything is known and marked.", "stream"
         )
@@ -170,12 +174,14 @@ class Metrics:
         self._paused.set(seen.paused)
         names = {each.name for each in seen.streams}
         for gone in self._streams - names:  # retired: it holds nothing back any more
-            self._stream_blocked.remove(own, gone)
-            self._sequence.remove(own, gone)
+            for metric in (self._stream_blocked, self._sequence, self._shared, self._contended):
+                metric.remove(own, gone)
         self._streams = names
         for each in seen.streams:
             self._stream_blocked.labels(own, each.name).set(each.blocked)
             self._sequence.labels(own, each.name).set(each.last_sequence)
+            self._shared.labels(own, each.name).set(each.shared)
+            self._contended.labels(own, each.name).set(each.contended)
             self._transactions.labels(own, each.name)
             self._events.labels(own, each.name)
         for seconds in seen.lags:

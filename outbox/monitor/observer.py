@@ -42,7 +42,8 @@ SELECT (SELECT count(*) > 0 FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.p
 """
 
 OBSERVE_STREAMS = """
-SELECT name, last_sequence, blocked IS NOT NULL AS blocked FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
+SELECT name, last_sequence, blocked IS NOT NULL AS blocked, mode = 'shared' AS shared, sharing IS NOT NULL AS contended
+  FROM {schema}.streams WHERE retired_at IS NULL ORDER BY name
 """
 
 # How long it took those that were settled since the last look: all of them, or about 200 spread over them.
@@ -60,6 +61,8 @@ class StreamObservation:
     name: str
     last_sequence: int
     blocked: bool
+    shared: bool
+    contended: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -195,6 +195,8 @@ def test_all_series_are_there_from_the_start() -> None:
         "outbox_published_transactions",
         "outbox_published_events",
         "outbox_stream_blocked",
+        "outbox_stream_contended",
+        "outbox_stream_shared",
         "outbox_stream_last_sequence",
     }
     families = {family.name: family for family in registry.collect()}
