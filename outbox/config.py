@@ -47,6 +47,13 @@ class OnUnrouted(StrEnum):
     DEAD = "dead"
 
 
+class AcrossStreams(StrEnum):
+    """What becomes of a transaction whose subjects belong to several streams."""
+
+    SPLIT = "split"
+    DEAD = "dead"
+
+
 class Durability(StrEnum):
     """What must hold a transaction before it is published."""
 
@@ -116,6 +123,9 @@ class Settings(BaseModel):
     )
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
+    across_streams: AcrossStreams = Field(
+        AcrossStreams.SPLIT, description="Subjects in several streams: each gets its part, or all is set aside as dead."
+    )
     retention: float = Field(
         24.0, ge=0, description="Hours that sent transactions are kept; 0 deletes at once, inf never."
     )

@@ -78,5 +78,6 @@ def discard(url: str, name: str, positions: Sequence[int]) -> list[int]:
 
 def _change(url: str, name: str, query: str, positions: Sequence[int]) -> list[int]:
     with command_session(url) as connection:
+        connection.execute(compose(queries.MY_TURN, name))
         rows = connection.execute(compose(query, name), {"positions": list(positions)}).fetchall()
     return sorted(position for (position,) in rows)

@@ -105,12 +105,20 @@ WITH before AS (SELECT paused_at IS NOT NULL AS changed FROM {schema}.relay FOR 
 UPDATE {schema}.relay SET paused_at = NULL, paused_why = NULL FROM before RETURNING paused_at, paused_why, changed
 """
 
-# A dead letter is pending again. The leader takes its position from relay.retried into its open positions: in the
-# column open_positions it would be written over by the leader's next commit.
+# An order about dead letters comes before or behind a commit of the leader, not in between.
+MY_TURN = "SELECT FROM {schema}.relay FOR UPDATE"
+
+# A dead letter is pending again, or its dead parts are. The leader takes its position from relay.retried into its open
+# positions: in the column open_positions it would be written over by the leader's next commit.
 RETRY = """
-WITH again AS (
+WITH parted AS (
+  UPDATE {schema}.parts AS p SET dead_at = NULL, dead_reason = NULL FROM {schema}.transactions AS t
+   WHERE p.position = ANY (%(positions)s) AND p.dead_at IS NOT NULL AND t.position = p.position
+     AND t.discarded_at IS NULL RETURNING p.position
+), again AS (
   UPDATE {schema}.transactions SET dead_at = NULL, dead_reason = NULL, attempts = 0, retried_at = clock_timestamp()
-   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+   WHERE position = ANY (%(positions)s) AND discarded_at IS NULL
+     AND (dead_at IS NOT NULL OR position IN (SELECT position FROM parted)) RETURNING position
 ), asked AS (
   UPDATE {schema}.relay SET retried = retried + (
     SELECT coalesce(range_agg(int8range(position, position, '[]')), int8multirange()) FROM again)

@@ -15,6 +15,7 @@ from outbox.config import BatchMode, Settings
 from outbox.core.batch import POSITION, Batch, Packing, stored_bytes, trace_contexts
 from outbox.core.chain import CHAINED, SHARED, Chain
 from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
+from outbox.core.parts import Parts
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.core.transaction import NO_LIMIT, Limits, Room, Transaction, never_fits
@@ -319,6 +320,7 @@ class Lanes(dict[str, Lane]):
         super().__init__()
         self._settings, self._lead, self._proven, self._tell, self._news = settings, lead, proven, tell, news
         self._max_payload = 0
+        self.parts = Parts()
 
     def add(self, row: StreamRow, *, fresh: bool = False) -> Lane:
         """A lane for this stream; `fresh` as in `Lane`."""
@@ -339,7 +341,8 @@ class Lanes(dict[str, Lane]):
         """A stream as the last leader left it: its plan is settled as it is before anything new joins."""
         lane = self.add(row, fresh=True)
         if row.plan:
-            lane.chain.restore(await store.entries(row.plan))
+            entries, parts = await store.entries(row.plan), await store.parts(row.plan)
+            lane.chain.restore(self.parts.restore(entries, row.name, parts))
 
     def extend(self, *, held_back: bool) -> None:
         """Let what waits join the plans, unless nothing more is to be sent."""
@@ -432,8 +435,8 @@ class Lanes(dict[str, Lane]):
         """Load what a former leader planned and what is known not to be stored; `busy` as in `Caution.load`."""
         chains = [chain for chain in self.chains if chain.unloaded]
         if caution.active:
-            await caution.load(chains, busy=busy)
+            await caution.load(chains, self.parts, busy=busy)
             return
         for chain in chains:
             page = await store.planned([each.position for each in chain.unloaded])
-            chain.load(page.transactions, page.verdicts)
+            chain.load(self.parts.loaded(page.transactions, chain.stream), page.verdicts)

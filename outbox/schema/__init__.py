@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION = 2
 UNRELEASED = {2}  # may still change in place: a database tells by a fingerprint which form of it it has
 DEFAULT_SCHEMA = "outbox"
-TABLES = ("events", "transactions", "streams", "relay", "limits", "housekeeping")
+TABLES = ("events", "transactions", "streams", "relay", "limits", "housekeeping", "parts")
 
 # First keys of the two-integer advisory locks: one constant per purpose; the second key tells the schemas apart.
 LEADER_LOCK = 0x0B0C_0001
@@ -163,6 +163,7 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("SELECT, INSERT, UPDATE", "{schema}.streams"),
         ("SELECT, UPDATE", "{schema}.relay"),
         ("SELECT, UPDATE", "{schema}.housekeeping"),
+        ("SELECT, INSERT, UPDATE, DELETE", "{schema}.parts"),
         ("SELECT", "{schema}.limits, {schema}.pending, {schema}.dead"),
         ("SELECT", "SEQUENCE {schema}.events_id_seq, {schema}.transactions_position_seq"),
     ),
@@ -174,7 +175,7 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts)", "{schema}.transactions"),
         ("UPDATE (replay_of)", "{schema}.transactions"),
         ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
-        ("UPDATE", "{schema}.relay, {schema}.streams, {schema}.limits"),
+        ("UPDATE", "{schema}.relay, {schema}.streams, {schema}.limits, {schema}.parts"),
     ),
 }
 

@@ -22,6 +22,56 @@ COMMENT ON TABLE {schema}.housekeeping IS 'One row: what the purge and the searc
 
 INSERT INTO {schema}.housekeeping (purged) SELECT purged FROM {schema}.relay UNION ALL SELECT 0 LIMIT 1;
 
+-- A transaction that was sent in parts has the stream * and the sequences 1 to its count: the receipts are here.
+CREATE TABLE {schema}.parts (
+  position       bigint    NOT NULL,
+  part           integer   NOT NULL,
+  stream         text      NOT NULL,
+  numbers        integer[] NOT NULL,
+  sent_at        timestamptz,
+  first_sequence bigint,
+  last_sequence  bigint,
+  dead_at        timestamptz,
+  dead_reason    text,
+  CONSTRAINT parts_pkey PRIMARY KEY (position, part),
+  CONSTRAINT parts_one_a_stream UNIQUE (position, stream),
+  CONSTRAINT parts_have_events CHECK (cardinality(numbers) > 0),
+  CONSTRAINT parts_receipt_is_whole CHECK (num_nulls(first_sequence, last_sequence) = CASE WHEN sent_at IS NULL THEN 2 ELSE 0 END),
+  CONSTRAINT parts_receipt_fits_count CHECK (last_sequence - first_sequence + 1 = cardinality(numbers)),
+  CONSTRAINT parts_dead_with_reason CHECK ((dead_at IS NULL) = (dead_reason IS NULL)),
+  CONSTRAINT parts_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+COMMENT ON TABLE {schema}.parts IS 'The parts of each transaction over several streams: their events by number, and what became of them.';
+
+CREATE INDEX parts_dead ON {schema}.parts (position) WHERE dead_at IS NOT NULL;
+
+-- By the cursor, the plans and the open positions; one of several parts may be in some of them, and is shown once.
+CREATE OR REPLACE VIEW {schema}.pending AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts
+    FROM {schema}.relay AS r CROSS JOIN LATERAL (
+      SELECT * FROM {schema}.transactions AS beyond WHERE beyond.position > r.cursor
+      UNION ALL
+      SELECT passed.* FROM unnest(r.open_positions + r.retried + (
+          SELECT coalesce(range_agg(places), int8multirange()) FROM {schema}.streams AS s, unnest(s.plan) AS places)) AS gap
+        JOIN {schema}.transactions AS passed
+          ON passed.position >= lower(gap) AND passed.position < least(upper(gap), r.cursor + 1)
+    ) AS t
+   WHERE t.sent_at IS NULL AND t.dead_at IS NULL;
+
+CREATE OR REPLACE VIEW {schema}.dead AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts, t.dead_at, t.dead_reason, t.discarded_at,
+         t.retried_at
+    FROM {schema}.transactions AS t WHERE t.dead_at IS NOT NULL
+  UNION ALL (
+  SELECT DISTINCT ON (t.position) t.position, t.txid, t.event_count, t.sealed_at, t.attempts, p.dead_at, p.dead_reason,
+         t.discarded_at, t.retried_at
+    FROM {schema}.parts AS p JOIN {schema}.transactions AS t ON t.position = p.position
+   WHERE p.dead_at IS NOT NULL AND t.dead_at IS NULL ORDER BY t.position, p.part
+  );
+
+COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, or of which a part was, with the reason.';
+
 -- Whoever may read or write what the relay keeps may do so with what is new.
 DO $body$
 DECLARE
@@ -35,6 +85,8 @@ BEGIN
   LOOP
     EXECUTE format('GRANT SELECT %s ON %s TO %s', CASE WHEN given.writes THEN ', UPDATE' END,
       {housekeeping}, given.grantee::regrole);
+    EXECUTE format('GRANT SELECT %s ON %s TO %s', CASE WHEN given.writes THEN ', INSERT, UPDATE, DELETE' END,
+      {parts}, given.grantee::regrole);
     EXECUTE format('GRANT SELECT ON SEQUENCE %s, %s TO %s', pg_get_serial_sequence({events}, 'id'),
       pg_get_serial_sequence({transactions}, 'position'), given.grantee::regrole);
   END LOOP;

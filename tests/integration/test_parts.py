@@ -1,0 +1,120 @@
+"""A transaction over several streams: each gets its part, whole and in its order; see decision 13."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from outbox.config import AcrossStreams, Settings
+from outbox.embedded import Nats
+from outbox.operate import dead
+from tests.support.bed import Broker, Stored, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.servers import Stream
+
+PARTS = """
+SELECT part, stream, numbers, CASE WHEN sent_at IS NOT NULL THEN 'sent' WHEN dead_at IS NOT NULL THEN 'dead' ELSE 'open' END
+  FROM outbox.parts WHERE position = %s ORDER BY part
+"""
+
+
+@pytest.fixture
+def queue(broker: Broker, stream: Stream) -> Iterator[Stream]:
+    """A second stream, whose messages may have 2,000 bytes."""
+    made = Stream(f"{stream.name}Q", f"{stream.prefix}q")
+    broker.create_stream(made.name, f"{made.prefix}.>", max_msg_size=2000)
+    yield made
+    broker.api(f"STREAM.DELETE.{made.name}")
+
+
+def add(url: str, *events: tuple[str, str], headers: str = "null") -> None:
+    """One transaction with these events, as subject and payload."""
+    subjects, payloads = zip(*events, strict=True)
+    statement = "SELECT outbox.add(s, p, nullif(%s, 'null')::jsonb) FROM unnest(%s::text[], %s::text[]) AS e (s, p)"
+    rows(url, statement, headers, list(subjects), list(payloads))
+
+
+def told(messages: list[Stored]) -> list[tuple[int, int, int, str | None, str | None, bytes]]:
+    """Position, number, count, part and parts of each message, and its payload."""
+    part, parts = "Outbox-Transaction-Part", "Outbox-Transaction-Parts"
+    return [(m.position, m.number, m.count, m.headers.get(part), m.headers.get(parts), m.payload) for m in messages]
+
+
+def test_each_stream_gets_its_part(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings
+) -> None:
+    one, two = f"{stream.prefix}.x", f"{queue.prefix}.x"
+    add(database, (one, "a"), (one, "b"))
+    add(database, (two, "c"), (one, "d"), (two, "e"))
+    add(database, (two, "f"))
+    with ThreadRelay(settings):
+        wait_until_sent(database)
+        add(database, (one, "g"), (two, "h"))
+        wait_until_sent(database)
+    assert told(broker.read(stream.name)) == [
+        (1, 1, 2, None, None, b"a"),
+        (1, 2, 2, None, None, b"b"),
+        (2, 1, 1, "2", "2", b"d"),
+        (4, 1, 1, "1", "2", b"g"),
+    ]
+    assert told(broker.read(queue.name)) == [
+        (2, 1, 2, "1", "2", b"c"),
+        (2, 2, 2, "1", "2", b"e"),
+        (3, 1, 1, None, None, b"f"),
+        (4, 1, 1, "2", "2", b"h"),
+    ]
+    assert rows(database, PARTS, 2) == [(1, queue.name, [1, 3], "sent"), (2, stream.name, [2], "sent")]
+    assert rows(database, "SELECT stream, first_sequence, last_sequence FROM outbox.transactions WHERE position = 2") == [
+        ("*", 1, 3)
+    ]
+    assert rows(database, "SELECT sent_transactions, sent_events FROM outbox.streams ORDER BY name") == [(3, 4), (3, 4)]
+
+
+def test_dead_where_operators_want_that(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings
+) -> None:
+    add(database, (f"{stream.prefix}.x", "a"), (f"{queue.prefix}.x", "b"))
+    with ThreadRelay(settings.model_copy(update={"across_streams": AcrossStreams.DEAD})):
+        wait_until_sent(database)
+    assert str(value(database, "SELECT dead_reason FROM outbox.dead")).startswith("spans-streams")
+    dead.retry(database, "outbox", [1])
+    with ThreadRelay(settings):
+        wait_until_sent(database)
+    assert [len(broker.read(each.name)) for each in (stream, queue)] == [1, 1]
+
+
+def test_what_can_be_told_before_sets_the_whole_transaction_aside(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings
+) -> None:
+    add(database, (f"{stream.prefix}.x", "a"), (f"{queue.prefix}.x", "b" * 3000))
+    add(database, (f"{stream.prefix}.x", "c"))
+    with ThreadRelay(settings):
+        wait_until_sent(database)
+    reason = str(value(database, "SELECT dead_reason FROM outbox.dead"))
+    assert reason.startswith(f"message-too-large: part 2 of 2, for stream {queue.name}: event 1")
+    assert value(database, "SELECT count(*) FROM outbox.parts") == 0
+    assert [each.payload for each in broker.read(stream.name)] == [b"c"]
+
+
+@pytest.mark.parametrize("same_relay", [True, False])
+def test_dead_part_is_retried_alone(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings, *, same_relay: bool
+) -> None:
+    """The queue refuses its part, when the other one is stored already: only what is missing is sent."""
+    add(database, (f"{stream.prefix}.x", "a"), (f"{queue.prefix}.x", "b"), headers='{"Nats-TTL": "1h"}')
+    ttl = {**broker.info(stream.name)["config"], "allow_msg_ttl": True}
+    broker.api(f"STREAM.UPDATE.{stream.name}", ttl)
+    relay = ThreadRelay(settings)
+    until(lambda: rows(database, "SELECT dead_reason FROM outbox.transactions WHERE dead_at IS NOT NULL"))
+    assert rows(database, PARTS, 1) == [(1, stream.name, [1], "sent"), (2, queue.name, [2], "dead")]
+    assert str(value(database, "SELECT dead_reason FROM outbox.dead")).startswith("ttl-not-permitted: part 2 of 2")
+    if not same_relay:
+        assert relay.stop() is None
+    broker.api(f"STREAM.UPDATE.{queue.name}", {**broker.info(queue.name)["config"], "allow_msg_ttl": True})
+    assert dead.retry(database, "outbox", [1]) == [1]
+    if not same_relay:
+        relay = ThreadRelay(settings)
+    wait_until_sent(database)
+    assert relay.stop() is None
+    assert [part[3] for part in rows(database, PARTS, 1)] == ["sent", "sent"]
+    assert [[each.payload for each in broker.read(each.name)] for each in (stream, queue)] == [[b"a"], [b"b"]]
