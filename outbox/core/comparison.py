@@ -23,7 +23,10 @@ STRANDED = "committed and pending, and behind all that a relay looks at; remedy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are of subject and payload."""
+    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are of subject and payload.
+
+    Where it is sent to several streams its `parts` are rows, too, and have the receipts.
+    """
 
     position: int
     message_ids: Sequence[str]
@@ -32,6 +35,7 @@ class Row:
     stream: str | None = None
     first: int = 0
     last: int = 0
+    parts: Sequence[Row] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,8 @@ class Comparison:
     unknown: int = 0
     _good: list[Range] = field(default_factory=list)
     _other: list[Range] = field(default_factory=list)
-    _unmarked: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    # By position and part.
+    _unmarked: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def take(self, seen: Mapping[int, Seen | None], rows: Mapping[int, Row]) -> None:
         """Compare the next messages, by sequence, with the transactions that they name, as far as there are any."""
@@ -93,7 +98,7 @@ class Comparison:
                 continue
             self.messages += 1
             self.replayed += message.replayed and self.knows(message.outbox_id)
-            row = rows.get(message.position or 0)
+            row = _row(rows, message.position, message.part)
             if self._is_good(sequence, message, row):
                 _extend(self._good, sequence)
             elif self._judge(sequence, message, row):
@@ -125,7 +130,7 @@ class Comparison:
         elif not _is_of(message, row):
             self._add("phantom", position, sequence, f"event {message.number} of {message.count} was not committed so")
         elif row.stream is None:
-            self._unmarked[position].append((message.number or 0, sequence))
+            self._unmarked[position, message.part or 0].append((message.number or 0, sequence))
             return False
         elif row.stream in self.gone:
             pass  # a copy of a stream that is gone, such as its mirror, has what was sent there
@@ -136,7 +141,7 @@ class Comparison:
     @property
     def unmarked(self) -> list[int]:
         """Positions that are in the stream and were not marked when they were looked up."""
-        return sorted(self._unmarked)
+        return sorted({position for position, _ in self._unmarked})
 
     def recheck(self, rows: Mapping[int, Row], purged: int, last: int) -> None:
         """Judge the unmarked ones by what the database says of them now: a relay at work has marked them meanwhile.
@@ -144,9 +149,9 @@ class Comparison:
         Up to the position `purged` transactions may have been deleted, with their receipts. The stream was read up to
         `last`: a transaction whose beginning is there may go on behind it.
         """
-        for position, found in sorted(self._unmarked.items()):
+        for (position, part), found in sorted(self._unmarked.items()):
             places = [(place, place) for _, place in found]
-            problem = self._problem(rows.get(position), found, last)
+            problem = self._problem(_row(rows, position, part), found, last)
             if problem is None:
                 self._good += places
             else:
@@ -173,11 +178,14 @@ class Comparison:
             return "duplicated", f"pending, and its events {numbers} are stored"
         return "split", f"pending, and its events {numbers} alone are stored"
 
-    def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int]]:
-        """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""
-        pending = {position: row for position, row in rows.items() if row.stream is None and not row.dead}
-        found = ((position, self._unmarked[position]) for position in self.unmarked if position in pending)
-        return [(p, places[0][1]) for p, places in found if places == _whole(pending[p], places[0][1])]
+    def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int, int]]:
+        """Position, part and first sequence of what is pending, and stored whole and once: the mark was lost."""
+        found = ((*which, _row(rows, *which), places) for which, places in sorted(self._unmarked.items()))
+        return [
+            (position, part, places[0][1])
+            for position, part, row, places in found
+            if row is not None and row.stream is None and not row.dead and places == _whole(row, places[0][1])
+        ]
 
     def confirm(self, rows: Iterable[Row], *, first: int, last: int, end: int) -> None:
         """Compare receipts with what was found; the stream was read from `first` to `last`, and ends at `end` now."""
@@ -218,6 +226,12 @@ class Comparison:
 
     def _add(self, kind: str, position: int | None, sequence: int | None, what: str) -> None:
         self.anomalies.append(Anomaly(kind=kind, position=position, sequence=sequence, what=what))
+
+
+def _row(rows: Mapping[int, Row], position: int | None, part: int | None) -> Row | None:
+    """The transaction, or the part of it, that a message names."""
+    row = rows.get(position or 0)
+    return row.parts[part - 1] if row is not None and part and part <= len(row.parts) else row
 
 
 def _is_of(message: Seen, row: Row) -> bool:

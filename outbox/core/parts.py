@@ -167,7 +167,9 @@ class Parts:
                 planned.append(entry)
             else:
                 self._hold([row])
-                planned.append(replace(entry, count=len(row.numbers), last_message_id=row.last_message_id))
+                planned.append(
+                    replace(entry, count=len(row.numbers), last_message_id=row.last_message_id, part=row.part)
+                )
         return planned
 
     def loaded(self, transactions: Sequence[Transaction], stream: str) -> Sequence[Transaction]:

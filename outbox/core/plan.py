@@ -25,6 +25,7 @@ class Planned:
     last_message_id: str
     attempts: int = 0
     size: int = 0
+    part: int = 0  # which of its transaction's parts it is; 0 where that is in one stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ class Seen:
     count: int | None = None
     replayed: bool = False
     digest: bytes | None = None
+    part: int | None = None
 
 
 class Look(Enum):
@@ -134,13 +136,14 @@ def _beyond(
     unknown: Look,
 ) -> Finding:
     """What lies between the end of the last stored transaction and the end of the stream; `unknown` if not ours."""
-    next_planned = plan[stored].position if stored < len(plan) else None
+    next_planned = (plan[stored].position, plan[stored].part) if stored < len(plan) else None
     for place in (end + 1, last):
         message = seen.get(place)
         if message is None or message.outbox_id != outbox_id:
             continue
-        planned = {entry.position for entry in plan[stored:]}
-        fits = message.position == next_planned if place == end + 1 else message.position in planned
+        planned = {(entry.position, entry.part) for entry in plan[stored:]}
+        which = message.position, message.part or 0
+        fits = which == next_planned if place == end + 1 else which in planned
         return Finding(look=Look.APPLYING if fits else Look.IMPOSTOR, stored=stored, at=place)
     return Finding(look=unknown, stored=stored, at=last)
 

@@ -86,5 +86,6 @@ def seen(message: dict[str, Any]) -> Seen:
         number=number("Outbox-Transaction-Sequence"),
         count=number("Outbox-Transaction-Count"),
         replayed="Outbox-Replay" in headers,
+        part=number("Outbox-Transaction-Part"),
         digest=sha256(message["subject"].encode() + b"\n" + payload).digest(),
     )

@@ -143,14 +143,34 @@ SELECT t.position, e.ids, e.digests, t.dead_at IS NOT NULL, t.stream, t.first_se
  WHERE t.position = ANY (%(positions)s)
 """
 
+# The parts of those that have no receipt of their own; as KNOWN, but for the numbers of their events.
+KNOWN_PARTS = """
+SELECT position, numbers, dead_at IS NOT NULL, CASE WHEN sent_at IS NOT NULL THEN stream END, first_sequence,
+       last_sequence
+  FROM {schema}.parts WHERE position = ANY (%(positions)s) ORDER BY position, part
+"""
+
 # Receipts, a page at a time.
 RECEIPTS = """
 SELECT position, stream, first_sequence, last_sequence FROM {schema}.transactions
- WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position LIMIT 5000
+ WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL AND stream <> '*'
+ ORDER BY position LIMIT 5000
+"""
+
+# The same of parts: whole transactions, though more rows then.
+RECEIPTS_OF_PARTS = """
+SELECT position, stream, first_sequence, last_sequence FROM {schema}.parts
+ WHERE sent_at IS NOT NULL AND position IN (
+   SELECT DISTINCT position FROM {schema}.parts
+    WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position LIMIT 5000)
+ ORDER BY position
 """
 
 # Reads all receipts: only for commands that look at everything anyway.
-RECEIPT_STREAMS = "SELECT DISTINCT stream FROM {schema}.transactions WHERE sent_at IS NOT NULL ORDER BY stream"
+RECEIPT_STREAMS = """
+SELECT stream FROM {schema}.transactions WHERE sent_at IS NOT NULL AND stream <> '*'
+ UNION SELECT stream FROM {schema}.parts WHERE sent_at IS NOT NULL ORDER BY stream
+"""
 
 # The subjects of what is pending, each once.
 PENDING_SUBJECTS = """
@@ -179,7 +199,10 @@ SELECT outbox_id, former_ids, greatest(purged, (SELECT h.purged FROM {schema}.ho
 """
 
 SENT_RANGE = """
-SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
+SELECT min(first_sequence), max(last_sequence) FROM (
+  SELECT position, stream, first_sequence, last_sequence FROM {schema}.transactions
+  UNION ALL SELECT position, stream, first_sequence, last_sequence FROM {schema}.parts
+) AS sent
  WHERE position >= %(from)s AND position <= %(to)s AND stream = %(stream)s
 """
 
@@ -211,6 +234,23 @@ UPDATE {schema}.transactions AS t
        last_sequence = a.first + event_count - 1
   FROM unnest(%(positions)s::bigint[], %(firsts)s::bigint[]) AS a (position, first)
  WHERE t.position = a.position AND t.sent_at IS NULL AND t.dead_at IS NULL
+"""
+
+# The same with parts.
+ADOPT_PARTS = """
+UPDATE {schema}.parts AS p
+   SET sent_at = clock_timestamp(), first_sequence = a.first, last_sequence = a.first + cardinality(numbers) - 1
+  FROM unnest(%(positions)s::bigint[], %(parts)s::int[], %(firsts)s::bigint[]) AS a (position, part, first)
+ WHERE p.position = a.position AND p.part = a.part AND p.sent_at IS NULL AND p.dead_at IS NULL
+"""
+
+# What is open for a stream that is given up can be sent nowhere else as it is: it is dead, until somebody retries it.
+RETIRE_PARTS = """
+UPDATE {schema}.parts AS p
+   SET dead_at = clock_timestamp(), dead_reason = %(reason)s || ': part ' || p.part || ', for stream ' || p.stream
+  FROM {schema}.transactions AS t
+ WHERE p.stream = %(name)s AND p.sent_at IS NULL AND p.dead_at IS NULL AND t.position = p.position
+RETURNING p.position
 """
 
 # What a rebase builds on, before writers are locked out: what is stranded by now, the highest id of an event, and the

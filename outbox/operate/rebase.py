@@ -17,13 +17,14 @@ from psycopg.rows import TupleRow
 from outbox import schema
 from outbox.config import Settings
 from outbox.core.comparison import Comparison
+from outbox.core.transaction import DeadReason
 from outbox.errors import Halt, Misconfigured
 from outbox.event import subject_problem
 from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries, txids
 from outbox.operate.verify import Progress, known_rows, no_progress, read
-from outbox.postgres.queries import STREAMS, compose
+from outbox.postgres.queries import STREAMS, WHOLE_SETTLED, compose
 from outbox.postgres.session import command_session
 
 WRITER_TRIES, WRITER_SECONDS, WRITER_PAUSE = 20, 0.3, 0.5
@@ -70,6 +71,7 @@ async def retire_stream(settings: Settings, stream: str) -> Rebased:
     """Forget a stream as a place to send to, which may be gone. Commits.
 
     What was planned for it and is not in it is pending again, to be sent where its subjects are by then; receipts stay.
+    Open parts of transactions over several streams are dead letters.
     Raises `Misconfigured` while a relay leads, or if the outbox does not know the stream.
     """
     return await _settle_stream(settings, stream, retire=True)
@@ -97,6 +99,10 @@ async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Re
                 "retire": retire,
             }
             connection.execute(compose(queries.SETTLE_STREAM, name), settled)
+            if retire:
+                given = {"name": stream, "reason": str(DeadReason.STREAM_RETIRED)}
+                gone = connection.execute(compose(queries.RETIRE_PARTS, name), given).fetchall()
+                connection.execute(compose(WHOLE_SETTLED, name), {"positions": [position for (position,) in gone]})
             return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown)
 
 
@@ -189,12 +195,19 @@ async def _adopt(
         progress,
     )
     adoptable = comparison.adoptable(known_rows(connection, name, comparison.unmarked))
+    whole = [each for each in adoptable if not each[1]]
     places = {
         "stream": known.name,
-        "positions": [position for position, _ in adoptable],
-        "firsts": [first for _, first in adoptable],
+        "positions": [position for position, _, _ in whole],
+        "firsts": [first for _, _, first in whole],
     }
     connection.execute(compose(queries.ADOPT, name), places)
+    if len(whole) < len(adoptable):
+        positions, parts, firsts = map(list, zip(*(each for each in adoptable if each[1]), strict=True))
+        connection.execute(
+            compose(queries.ADOPT_PARTS, name), {"positions": positions, "parts": parts, "firsts": firsts}
+        )
+        connection.execute(compose(WHOLE_SETTLED, name), {"positions": positions})
     found.adopted += len(adoptable)
     found.unknown += sum(anomaly.kind == "phantom" for anomaly in comparison.anomalies)
     found.highest = max(found.highest, highest)

@@ -7,6 +7,8 @@ remove what it reads). What is wrong is decided in `outbox.core.comparison`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -23,6 +25,7 @@ from outbox.operate import queries
 from outbox.postgres.queries import COUNTERS, STREAMS, compose
 from outbox.postgres.session import step, stepping_session
 
+T = TypeVar("T")
 READ_AT_ONCE = 512
 Progress = Callable[[str, int, int], None]  # stream, messages read, messages in all
 
@@ -145,8 +148,9 @@ class _Outbox:
 
     def receipts(self, first: int, to: int) -> Iterator[list[Row]]:
         """The receipts of these positions, a page at a time."""
-        for rows in self._pages(queries.RECEIPTS, first, to):
-            yield [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
+        for query in (queries.RECEIPTS, queries.RECEIPTS_OF_PARTS):
+            for rows in self._pages(query, first, to):
+                yield [Row(position=p, message_ids=(), stream=s, first=low, last=high) for p, s, low, high in rows]
 
     def stranded(self, first: int, to: int) -> Iterator[int]:
         """Those of these positions that are pending, and that no relay looks at."""
@@ -165,8 +169,8 @@ class _Outbox:
 
 def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: Sequence[int]) -> dict[int, Row]:
     """These transactions as the database has them now, as far as it has them."""
-    found = connection.execute(compose(queries.KNOWN, name), {"positions": list(positions)})
-    return {
+    found = connection.execute(compose(queries.KNOWN, name), {"positions": list(positions)}).fetchall()
+    rows = {
         position: Row(
             position=position,
             message_ids=ids or (),
@@ -178,3 +182,23 @@ def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: S
         )
         for position, ids, digests, dead, stream, first, last in found
     }
+    if parted := [position for position, row in rows.items() if row.stream in (None, "*")]:
+        parts = connection.execute(compose(queries.KNOWN_PARTS, name), {"positions": parted}).fetchall()
+        for position, numbers, dead, stream, first, last in parts:
+            whole = rows[position]
+            part = Row(
+                position=position,
+                message_ids=_picked(whole.message_ids, numbers),
+                digests=_picked(whole.digests, numbers),
+                dead=dead,
+                stream=stream,
+                first=first or 0,
+                last=last or 0,
+            )
+            rows[position] = replace(whole, parts=(*whole.parts, part))
+    return rows
+
+
+def _picked(each: Sequence[T], numbers: Sequence[int]) -> Sequence[T]:
+    """Those with these numbers, from 1 on, as far as there are any."""
+    return [each[number - 1] for number in numbers if number <= len(each)]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from outbox.config import AcrossStreams, Settings
-from outbox.embedded import Nats
 from outbox.operate import dead
 from tests.support.bed import Broker, Stored, ThreadRelay, rows, until, value, wait_until_sent
 from tests.support.servers import Stream
 
 PARTS = """
-SELECT part, stream, numbers, CASE WHEN sent_at IS NOT NULL THEN 'sent' WHEN dead_at IS NOT NULL THEN 'dead' ELSE 'open' END
+SELECT part, stream, numbers,
+       CASE WHEN sent_at IS NOT NULL THEN 'sent' WHEN dead_at IS NOT NULL THEN 'dead' ELSE 'open' END
   FROM outbox.parts WHERE position = %s ORDER BY part
 """
 
@@ -64,9 +64,8 @@ def test_each_stream_gets_its_part(
         (4, 1, 1, "2", "2", b"h"),
     ]
     assert rows(database, PARTS, 2) == [(1, queue.name, [1, 3], "sent"), (2, stream.name, [2], "sent")]
-    assert rows(database, "SELECT stream, first_sequence, last_sequence FROM outbox.transactions WHERE position = 2") == [
-        ("*", 1, 3)
-    ]
+    receipt = "SELECT stream, first_sequence, last_sequence FROM outbox.transactions WHERE position = 2"
+    assert rows(database, receipt) == [("*", 1, 3)]
     assert rows(database, "SELECT sent_transactions, sent_events FROM outbox.streams ORDER BY name") == [(3, 4), (3, 4)]
 
 

@@ -54,4 +54,4 @@ def test_only_whole_pending_transactions_are_adopted() -> None:
     comparison = Comparison(outbox_id="new", stream="S", adopting=True, shared=True)
     rows = {1: row(1), 2: row(2), 3: row(3, dead=True)}
     comparison.take({**WHOLE, 4: seen(2, 1), 5: seen(2, 2), 6: seen(3, 1), 7: seen(3, 2), 8: seen(3, 3)}, rows)
-    assert comparison.adoptable(rows) == [(1, 1)]
+    assert comparison.adoptable(rows) == [(1, 0, 1)]
