@@ -47,7 +47,9 @@ SELECT position, event_count, dead_at, dead_reason AS reason FROM {schema}.dead
 DEAD_LETTERS = """
 SELECT d.position, d.event_count,
        ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = d.txid ORDER BY subject) AS subjects,
-       d.sealed_at, d.dead_at, d.dead_reason AS reason, d.discarded_at, d.retried_at
+       d.sealed_at, d.dead_at, d.dead_reason AS reason, d.discarded_at, d.retried_at,
+       ARRAY(SELECT stream FROM {schema}.parts AS p WHERE p.position = d.position AND p.sent_at IS NOT NULL
+              ORDER BY part) AS sent_to
   FROM {schema}.dead AS d ORDER BY d.position
 """
 
@@ -56,12 +58,21 @@ SHOW = """
 SELECT r.former_ids || r.outbox_id AS outbox_ids, t.position, t.txid::text,
        CASE WHEN t.sent_at IS NOT NULL THEN 'sent' WHEN t.discarded_at IS NOT NULL THEN 'discarded'
             WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END AS state,
-       t.event_count, t.sealed_at, t.attempts, t.stream, t.first_sequence, t.last_sequence, t.sent_at, t.dead_at,
+       t.event_count, t.sealed_at, t.attempts, nullif(t.stream, '*') AS stream,
+       CASE WHEN t.stream <> '*' THEN t.first_sequence END AS first_sequence,
+       CASE WHEN t.stream <> '*' THEN t.last_sequence END AS last_sequence, t.sent_at, t.dead_at,
        t.dead_reason, t.discarded_at, t.retried_at, t.replay_of,
        (SELECT retired_at FROM {schema}.streams AS s WHERE s.name = t.stream) AS stream_retired_at,
        ARRAY(SELECT position FROM {schema}.transactions AS again
               WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position) AS replays
   FROM {schema}.transactions AS t CROSS JOIN {schema}.relay AS r WHERE t.position = %(position)s
+"""
+
+# Its parts, by parts_pkey, if it has any.
+SHOW_PARTS = """
+SELECT part, stream, CASE WHEN sent_at IS NOT NULL THEN 'sent' WHEN dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END
+         AS state, numbers, first_sequence, last_sequence, sent_at, dead_at, dead_reason
+  FROM {schema}.parts WHERE position = %(position)s ORDER BY part
 """
 
 SHOW_EVENTS = """
@@ -74,17 +85,21 @@ SELECT e.message_id, e.subject, e.headers, e.payload, e.created_at
 REPLAYABLE = """
 SELECT t.position, t.txid::text, t.event_count, t.sent_at IS NOT NULL, t.dead_at IS NOT NULL,
        ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = t.txid),
-       EXISTS (SELECT FROM {schema}.events AS e WHERE e.txid = t.txid AND e.headers ? 'Nats-Rollup')
+       EXISTS (SELECT FROM {schema}.events AS e WHERE e.txid = t.txid AND e.headers ? 'Nats-Rollup'), t.stream,
+       (SELECT json_object_agg(p.stream, p.numbers) FROM {schema}.parts AS p WHERE p.position = t.position)
   FROM {schema}.transactions AS t
  WHERE t.position > %(after)s AND t.position <= %(to)s AND t.replay_of IS NULL ORDER BY t.position LIMIT %(page)s
 """
 
 HIGHEST = "SELECT coalesce(max(position), 0) FROM {schema}.transactions"
 
-# Copies with message ids of their own, in the same order.
+# Copies with message ids of their own, in the same order: of all events, or of those with these numbers.
 REPLAY_EVENTS = """
 INSERT INTO {schema}.events (message_id, subject, headers, payload)
-SELECT gen_random_uuid(), subject, headers, payload FROM {schema}.events WHERE txid = %(txid)s::xid8 ORDER BY id
+SELECT gen_random_uuid(), subject, headers, payload FROM (
+  SELECT *, row_number() OVER (ORDER BY id) AS number FROM {schema}.events WHERE txid = %(txid)s::xid8
+) AS e
+ WHERE %(numbers)s::int[] IS NULL OR number = ANY (%(numbers)s::int[]) ORDER BY id
 """
 
 # The trigger writes the row of the transaction now and not at commit, so that it can be marked as a replay.

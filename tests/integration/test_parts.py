@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 
 from outbox.config import AcrossStreams, Settings
-from outbox.operate import dead
+from outbox.errors import Misconfigured
+from outbox.operate import dead, migrate, purge, show
+from outbox.operate.verify import verify
 from tests.support.bed import Broker, Stored, ThreadRelay, rows, until, value, wait_until_sent
+from tests.support.commands import outbox
 from tests.support.servers import Stream
 
 PARTS = """
@@ -117,3 +121,73 @@ def test_dead_part_is_retried_alone(
     assert relay.stop() is None
     assert [part[3] for part in rows(database, PARTS, 1)] == ["sent", "sent"]
     assert [[each.payload for each in broker.read(each.name)] for each in (stream, queue)] == [[b"a"], [b"b"]]
+
+
+def test_commands_know_parts(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings, environment: dict[str, str]
+) -> None:
+    """What is shown, replayed to one stream alone, counted once, and purged."""
+    one, two = f"{stream.prefix}.x", f"{queue.prefix}.x"
+    add(database, (two, "a"), (one, "b"), (two, "c"))
+    add(database, (one, "d"))
+    with ThreadRelay(settings):
+        wait_until_sent(database)
+        found = asyncio.run(show.show(settings, 1))
+        assert [(part.part, part.stream, part.state, part.numbers) for part in found.parts] == [
+            (1, queue.name, "sent", [1, 3]),
+            (2, stream.name, "sent", [2]),
+        ]
+        assert (found.state, found.stream, found.first_sequence) == ("sent", None, None)
+        assert [(each.stream, each.sequence, each.in_stream) for each in found.events] == [
+            (queue.name, 1, "there"),
+            (stream.name, 1, "there"),
+            (queue.name, 2, "there"),
+        ]
+        assert f"part 1: stream {queue.name}, 2 events: sequences 1 to 2" in outbox(environment, "show", "1").stdout
+        refused = outbox(environment, "replay", "--from", "1", "--to", "2", "--yes")
+        assert refused.returncode == 2
+        assert "--all-streams" in refused.stderr
+        done = outbox(environment, "replay", "--from", "1", "--to", "2", "--stream", stream.name, "--yes")
+        assert f"2 transactions, 2 events: pending again, as new transactions\nit was sent before to {stream.name}" in (
+            done.stdout
+        )
+        wait_until_sent(database)
+        assert outbox(environment, "replay", "--from", "1", "--to", "1", "--all-streams", "--yes").returncode == 0
+        wait_until_sent(database)
+    assert [each.payload for each in broker.read(stream.name)] == [b"b", b"d", b"b", b"d", b"b"]
+    assert [(each.payload, each.part, each.replay_of) for each in broker.read(queue.name)] == [
+        (b"a", 1, None),
+        (b"c", 1, None),
+        (b"a", 1, 1),
+        (b"c", 1, 1),
+    ]
+    assert [each.anomalies for each in asyncio.run(verify(settings))] == [[], []]
+    assert purge.purge(database, "outbox", 0) == 5
+    assert value(database, "SELECT (SELECT count(*) FROM outbox.parts) + (SELECT count(*) FROM outbox.events)") == 0
+    assert [each.anomalies for each in asyncio.run(verify(settings))] == [[], []]
+
+
+def test_dead_letters_know_parts(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings, environment: dict[str, str]
+) -> None:
+    """A dead part is a dead letter at once, while the other one still waits; it can be discarded when that is over."""
+    full = {**broker.info(stream.name)["config"], "allow_msg_ttl": True, "max_msgs": 1, "discard": "new"}
+    broker.api(f"STREAM.UPDATE.{stream.name}", full)
+    add(database, (f"{stream.prefix}.x", "a"))
+    add(database, (f"{stream.prefix}.x", "b"), (f"{queue.prefix}.x", "c"), headers='{"Nats-TTL": "1h"}')
+    with ThreadRelay(settings):
+        until(lambda: value(database, "SELECT count(*) FROM outbox.dead") == 1)
+        (letter,) = dead.dead_letters(database, "outbox", dead.Selection())
+        assert (letter.position, letter.sent_to) == (2, [])
+        assert "part 2: stream" in outbox(environment, "dead", "show", "2").stdout
+        assert "not yet" in outbox(environment, "dead", "discard", "2", "--yes").stdout
+        broker.api(f"STREAM.UPDATE.{stream.name}", {**full, "max_msgs": -1})
+        wait_until_sent(database)
+        (letter,) = dead.dead_letters(database, "outbox", dead.Selection(reason="ttl-not-permitted"))
+        assert (letter.position, letter.sent_to) == (2, [stream.name])
+        with pytest.raises(Misconfigured, match="transaction 2 has parts"):
+            migrate.migrate(database, to=1)
+        assert "discarded: 1 dead letter" in outbox(environment, "dead", "discard", "2", "--yes").stdout
+    assert migrate.migrate(database, to=1) == (2, 1)
+    assert rows(database, "SELECT position FROM outbox.transactions") == [(1,)]
+    assert migrate.migrate(database) == (1, 2)
