@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
+from typing import NamedTuple
 
 from outbox.core.plan import Seen
 from outbox.core.positions import Range, merged
@@ -48,6 +49,19 @@ class Anomaly:
     what: str
 
 
+class Loose(NamedTuple):
+    """A message of a part that the database does not know: event `number` of the transaction at this position.
+
+    The part has so many `messages`.
+    """
+
+    position: int
+    part: int
+    number: int
+    messages: int
+    sequence: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What a comparison came to: counts of transactions and of messages, as `Comparison` has them, and anomalies."""
@@ -70,7 +84,7 @@ class Comparison:
     backup may be older than an id that the outbox had. Others may write to a `shared` stream; in any other a foreign
     message is an anomaly. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a work
     queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had, and
-    were not in the database that was restored.
+    were not in the database that was restored. `loose` are messages of parts that a backup is too old to know.
     """
 
     outbox_id: str
@@ -86,6 +100,7 @@ class Comparison:
     replayed: int = 0
     removed: int = 0
     unknown: int = 0
+    loose: list[Loose] = field(default_factory=list)
     _good: list[Range] = field(default_factory=list)
     _other: list[Range] = field(default_factory=list)
     # By position and part.
@@ -127,6 +142,9 @@ class Comparison:
             self.unknown += 1
         elif row is None:
             self._add("phantom", position, sequence, UNKNOWN)
+        elif self.adopting and _is_loose(message, row):
+            number = row.message_ids.index(message.message_id or "") + 1
+            self.loose.append(Loose(position, message.part or 0, number, message.count or 0, sequence))
         elif not _is_of(message, row):
             self._add("phantom", position, sequence, f"event {message.number} of {message.count} was not committed so")
         elif row.stream is None:
@@ -241,6 +259,13 @@ def _is_of(message: Seen, row: Row) -> bool:
         return False
     same = message.message_id == row.message_ids[number - 1]
     return same and (not row.digests or message.digest is None or message.digest == row.digests[number - 1])
+
+
+def _is_loose(message: Seen, row: Row) -> bool:
+    """True if the message is of a part of a transaction that is pending, and that the database does not know to have
+    any: a backup may be older than the split.
+    """
+    return row.stream is None and not row.parts and bool(message.part) and message.message_id in row.message_ids
 
 
 def _whole(row: Row, first: int) -> list[tuple[int, int]]:

@@ -254,9 +254,29 @@ UPDATE {schema}.transactions AS t
 # The same with parts.
 ADOPT_PARTS = """
 UPDATE {schema}.parts AS p
-   SET sent_at = clock_timestamp(), first_sequence = a.first, last_sequence = a.first + cardinality(numbers) - 1
+   SET sent_at = clock_timestamp(), stream = %(stream)s, first_sequence = a.first,
+       last_sequence = a.first + cardinality(numbers) - 1
   FROM unnest(%(positions)s::bigint[], %(parts)s::int[], %(firsts)s::bigint[]) AS a (position, part, first)
  WHERE p.position = a.position AND p.part = a.part AND p.sent_at IS NULL AND p.dead_at IS NULL
+"""
+
+# Parts that a backup is too old to know: as they were found in a stream; and then what was found in none, as one part
+# more, for wherever its subjects are.
+FOUND_PARTS = """
+INSERT INTO {schema}.parts (position, part, stream, numbers, sent_at, first_sequence, last_sequence)
+SELECT position, part, stream, numbers::int[], clock_timestamp(), first, first + cardinality(numbers::int[]) - 1
+  FROM unnest(%(positions)s::bigint[], %(parts)s::int[], %(streams)s::text[], %(numbers)s::text[],
+              %(firsts)s::bigint[]) AS f (position, part, stream, numbers, first)
+ON CONFLICT DO NOTHING
+"""
+LEFT_PARTS = """
+INSERT INTO {schema}.parts (position, part, stream, numbers)
+SELECT t.position, (SELECT min(n) FROM generate_series(1, t.event_count) AS n
+                     WHERE n NOT IN (SELECT part FROM {schema}.parts AS p WHERE p.position = t.position)), '', l.numbers
+  FROM {schema}.transactions AS t CROSS JOIN LATERAL (
+    SELECT array_agg(n) AS numbers FROM generate_series(1, t.event_count) AS n
+     WHERE n NOT IN (SELECT unnest(numbers) FROM {schema}.parts AS p WHERE p.position = t.position)) AS l
+ WHERE t.position = ANY (%(positions)s) AND l.numbers IS NOT NULL
 """
 
 # What is open for a stream that is given up can be sent nowhere else as it is: it is dead, until somebody retries it.

@@ -286,7 +286,8 @@ UPDATE {schema}.relay AS r SET epoch = epoch + 1, leader = %(leader)s, leader_si
 RETURNING outbox_id, epoch, cursor,
           (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
           (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
-          r.timeline <> %(timeline)s, deaths, last.suspect, paused_why, EXISTS (SELECT FROM {schema}.parts)
+          r.timeline <> %(timeline)s, deaths, last.suspect, paused_why,
+          coalesce((SELECT position FROM {schema}.parts ORDER BY position DESC LIMIT 1), 0)
 """
 
 # A leader that was taken for dead has only lost its session: it takes back what was counted against it.

@@ -56,7 +56,7 @@ class Store:
         self._listening = False
         self._places: dict[str, str | None] = {}  # of the row of `relay`, as "", and of those of `streams`
         self._slow = self._unhurried = False
-        self._parted = False  # nothing asks for parts as long as no transaction has any
+        self._parted = 0  # the highest position that has parts: beyond it, and so mostly, nobody asks for any
         self.polls_only = False
         self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
@@ -218,9 +218,8 @@ class Store:
 
     async def parts(self, positions: Sequence[int]) -> dict[int, list[PartRow]]:
         """The parts that these transactions have, by position, as they are now; of those that have any."""
-        if not self._parted or not positions:
-            return {}
-        return read_parts(await self._all(queries.PARTS_OF, positions=list(positions)))
+        asked = [position for position in positions if position <= self._parted] if self._parted else []
+        return read_parts(await self._all(queries.PARTS_OF, positions=asked)) if asked else {}
 
     def _not_pending(self, position: int) -> Halt:
         return Halt(
@@ -334,7 +333,7 @@ class Store:
                     remedy=f"look at those positions in {self._schema}.parts: somebody changed them by hand",
                 )
             await self._all(queries.WHOLE_SETTLED, positions=sorted(set(positions)))
-        self._parted = True
+        self._parted = max([self._parted, *(row.position for row in parts.rows)])
         return written, wanted
 
     @contextlib.asynccontextmanager

@@ -263,7 +263,7 @@ class Leader:
 
         They are asked for now, and not with the page, which may be older than what was settled since.
         """
-        parts = await self._store.parts([position for position in page.positions if position <= self._written])
+        parts = await self._store.parts(page.positions)
         if not parts:
             return page
         transactions: list[Transaction] = []

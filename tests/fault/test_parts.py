@@ -12,12 +12,13 @@ import pytest
 
 from outbox.config import Settings
 from outbox.core.telemetry import Marked
+from outbox.embedded import Postgres
 from outbox.operate import dead, rebase, status
 from outbox.operate.verify import verify
 from tests.fault.test_stop_points import came_to
 from tests.support.armed import POINTS
 from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
-from tests.support.servers import numbers
+from tests.support.servers import clone, numbers
 from tests.support.workload import Report, Writers, check_streams
 
 
@@ -258,3 +259,29 @@ def test_a_stream_is_given_up(settings: Settings, streams: Streams, *, lost: boo
     with ThreadRelay(settings):
         wait_until_sent(streams.database)
     assert payloads(streams) == [[b"orders"], [b"payments"] if lost else [b"payments", b"payments"]]
+
+
+@pytest.mark.parametrize("stored", ["here", "both"])
+def test_older_copy_learns_of_parts_that_are_stored(
+    settings: Settings, streams: Streams, postgres: Postgres, stored: str
+) -> None:
+    """Fault: a restored database does not know that a transaction was split, and what of it was stored. Promise: after
+    a rebase nothing is sent twice, and what is missing comes."""
+    if stored == "here":
+        streams.change(streams.there, max_msgs=2, discard="new")
+        add(streams, "payments", "payments")
+    add(streams, "orders", "payments", "stock", "payments")
+    older = clone(postgres)
+    name, copy = (url.rpartition("/")[2] for url in (streams.database, older))
+    rows(postgres.url(), f"DROP DATABASE {copy}")
+    rows(postgres.url(), f"CREATE DATABASE {copy} TEMPLATE {name}")
+    position = value(older, "SELECT max(position) FROM outbox.transactions")
+    with ThreadRelay(settings):
+        until(lambda: states(streams, position) == ["sent", "open" if stored == "here" else "sent"])
+    streams.change(streams.there, max_msgs=-1)
+    restored = settings.model_copy(update={"database_url": older})
+    asyncio.run(rebase.rebase(restored))
+    with ThreadRelay(restored):
+        wait_until_sent(older)
+    assert payloads(streams) == [[b"orders", b"stock"], [b"payments"] * (4 if stored == "here" else 2)]
+    assert [each.anomalies for each in asyncio.run(verify(restored))] == [[], []]
