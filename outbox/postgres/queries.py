@@ -19,6 +19,7 @@ def compose(text: str, schema: str) -> bytes:
         "schema": sql.Identifier(checked_name(schema)),
         "channel": sql.Identifier(channel(schema)),
         "weight": sql.Literal(HEADER_WEIGHT),
+        "leads": sql.Literal(f"outbox.{schema}_leads"),
     }
     return sql.SQL(text).format(**names).as_bytes()
 
@@ -267,11 +268,13 @@ ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = 'chained', l
  WHERE s.retired_at IS NOT NULL
 """
 
-# Take the lead: a new epoch. Run it only under the lock. A last leader that is still named did not end in an orderly
-# way: if it is another process, it died, and a transaction that it suspected has one more relay on its conscience.
+# Take the lead: a new epoch. Run it only under the lock. The setting tells a trigger that we know of parts. A last leader
+# that is still named did not end in an orderly way: if it is another process, it died, and a transaction that it
+# suspected has one more relay on its conscience.
 LEAD = """
 WITH last AS (
-  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, leader, suspect FROM {schema}.relay
+  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, leader, suspect, set_config({leads}, '2', true) AS told
+    FROM {schema}.relay
 ), blamed AS (
   UPDATE {schema}.transactions AS t SET attempts = attempts + 1
     FROM last WHERE last.died AND t.position = last.suspect AND t.sent_at IS NULL AND t.dead_at IS NULL

@@ -66,7 +66,7 @@ def statements(version: int, direction: str, schema: str = DEFAULT_SCHEMA) -> It
         "channel": sql.Literal(channel(schema)),
         "key": sql.Literal(lock_key(schema)),
         "awake": sql.Literal(AWAKE_LOCK),
-        **{name: sql.Literal(f"outbox.{schema}_{name}") for name in ("added", "sealed")},
+        **{name: sql.Literal(f"outbox.{schema}_{name}") for name in ("added", "sealed", "leads")},
     }
     for part in re.split(r";\n(?:\n|\Z)", _ddl(version, direction)):
         if statement := re.sub(r"\A(--.*\n|\s)*", "", part):

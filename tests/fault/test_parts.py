@@ -62,7 +62,7 @@ CORE = [("before-ack", 1), ("in-the-mark", 3)]
 KILLS = [
     pytest.param(point, nth, marks=[] if (point, nth) in CORE else [pytest.mark.long])
     for point in POINTS
-    for nth in (1, 3, 8)
+    for nth in (1, 3)
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 
 from outbox.config import AcrossStreams, Settings
@@ -183,6 +184,8 @@ def test_dead_letters_know_parts(
         assert "not yet" in outbox(environment, "dead", "discard", "2", "--yes").stdout
         broker.api(f"STREAM.UPDATE.{stream.name}", {**full, "max_msgs": -1})
         wait_until_sent(database)
+        with pytest.raises(psycopg.errors.RaiseException, match="transaction 2 has parts in several streams"):
+            rows(database, "UPDATE outbox.relay SET epoch = epoch + 1, leader = 'a relay of version 1'")
         (letter,) = dead.dead_letters(database, "outbox", dead.Selection(reason="ttl-not-permitted"))
         assert (letter.position, letter.sent_to) == (2, [stream.name])
         with pytest.raises(Misconfigured, match="transaction 2 has parts"):

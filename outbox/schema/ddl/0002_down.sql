@@ -47,6 +47,10 @@ CREATE OR REPLACE VIEW {schema}.dead AS
 
 COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, with the reason.';
 
+DROP TRIGGER check_leader ON {schema}.relay;
+
+DROP FUNCTION {schema}.check_leader();
+
 DROP TABLE {schema}.parts;
 
 DROP TABLE {schema}.housekeeping;

@@ -72,6 +72,30 @@ CREATE OR REPLACE VIEW {schema}.dead AS
 
 COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, or of which a part was, with the reason.';
 
+-- A relay of version 1 that stood by when this version came would send a transaction again as a whole.
+CREATE FUNCTION {schema}.check_leader() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  unsettled bigint;
+BEGIN
+  IF current_setting({leads}, true) IS DISTINCT FROM '2' THEN
+    SELECT min(p.position) INTO unsettled FROM {schema}.parts AS p
+      JOIN {schema}.transactions AS t ON t.position = p.position WHERE t.sent_at IS NULL AND t.discarded_at IS NULL;
+    IF unsettled IS NOT NULL THEN
+      RAISE EXCEPTION USING MESSAGE = 'outbox: transaction ' || unsettled
+        || ' has parts in several streams, of which a relay before 0.2 knows nothing', HINT = 'Upgrade outbox-relay.';
+    END IF;
+  END IF;
+  RETURN NEW;
+END
+$body$;
+
+REVOKE ALL ON FUNCTION {schema}.check_leader() FROM PUBLIC;
+
+CREATE TRIGGER check_leader BEFORE UPDATE ON {schema}.relay
+  FOR EACH ROW WHEN (NEW.leader IS NOT NULL AND NEW.leader IS DISTINCT FROM OLD.leader)
+  EXECUTE FUNCTION {schema}.check_leader();
+
 -- Whoever may read or write what the relay keeps may do so with what is new.
 DO $body$
 DECLARE
