@@ -268,8 +268,8 @@ ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = 'chained', l
  WHERE s.retired_at IS NOT NULL
 """
 
-# Take the lead: a new epoch. Run it only under the lock. The setting tells a trigger that we know of parts. A last leader
-# that is still named did not end in an orderly way: if it is another process, it died, and a transaction that it
+# Take the lead: a new epoch. Run it only under the lock. The setting tells a trigger that we know of parts. A last
+# leader that is still named did not end in an orderly way: if it is another process, it died, and a transaction that it
 # suspected has one more relay on its conscience.
 LEAD = """
 WITH last AS (
