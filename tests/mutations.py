@@ -298,7 +298,7 @@ MUTATIONS = [
     ),
     Mutation(
         "core/parts.py",
-        "if stream not in part.row.others:",
+        "if stream not in part.row.others | moved:",
         "if stream:",
         "test_parts.py::test_a_stream_holds_one_part_at_most",
     ),

@@ -141,8 +141,6 @@ def discard(
     confirm(f"Discard {counted(len(chosen), 'dead letter')} for good?", yes=yes)
     done = dead.discard(given.database_url, given.schema, chosen)
     screen.say(f"discarded: {counted(len(done), 'dead letter')}")
-    if left := sorted(set(chosen) - set(done)):
-        screen.say(f"not yet, as another part of it is pending: {', '.join(map(str, left))}")
 
 
 def _chosen(given: Settings, selection: Selection, *, every: bool) -> list[int]:

@@ -91,14 +91,6 @@ def split(whole: Transaction, streams: Mapping[str, str | None]) -> list[Part]:
     ]
 
 
-def misplaced(part: Part, stream: str) -> Verdict | None:
-    """Why a part cannot go to the stream where its subjects are by now; or None."""
-    if stream not in part.row.others:
-        return None
-    detail = f"its subjects are in stream {stream} by now, which has another part of the transaction"
-    return Verdict(position=part.position, reason=DeadReason.SPANS_STREAMS, detail=detail)
-
-
 def on_part(verdict: Verdict, row: PartRow, *, whole: bool = False) -> Verdict:
     """The verdict on this part; or on the `whole` transaction, for the sake of this part."""
     detail = f"part {row.part} of {row.parts}, for stream {row.stream}: {verdict.detail}"
@@ -139,6 +131,15 @@ class Parts:
         free = [row for row in rows if row.open and row.part not in self._held.get(row.position, {})]
         self._hold(free)
         return free
+
+    def misplaced(self, part: Part, stream: str) -> Verdict | None:
+        """Why a part cannot go to the stream where its subjects are by now; or None."""
+        held = self._held.get(part.position, {}).values()
+        moved = {row.stream for row in held if row.part != part.row.part}
+        if stream not in part.row.others | moved:
+            return None
+        detail = f"its subjects are in stream {stream} by now, which has another part of the transaction"
+        return Verdict(position=part.position, reason=DeadReason.SPANS_STREAMS, detail=detail)
 
     def move(self, part: Part, stream: str) -> None:
         """A part that is in no plan goes to the stream where its subjects are, which is written with a plan."""

@@ -78,7 +78,7 @@ def retry(url: str, name: str, positions: Sequence[int]) -> list[int]:
 def discard(url: str, name: str, positions: Sequence[int]) -> list[int]:
     """Declare that dead letters are never to be sent; returns the positions of those it took. Commits.
 
-    It takes none that has a part pending for another stream.
+    What is pending of them for other streams is sent all the same.
     """
     return _change(url, name, queries.DISCARD, positions)
 

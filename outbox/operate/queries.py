@@ -71,7 +71,7 @@ SELECT r.former_ids || r.outbox_id AS outbox_ids, t.position, t.txid::text,
 # Its parts, by parts_pkey, if it has any.
 SHOW_PARTS = """
 SELECT part, stream, CASE WHEN sent_at IS NOT NULL THEN 'sent' WHEN dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END
-         AS state, numbers, first_sequence, last_sequence, sent_at, dead_at, dead_reason
+         AS state, numbers, first_sequence, last_sequence, sent_at, dead_at, dead_reason, discarded_at
   FROM {schema}.parts WHERE position = %(position)s ORDER BY part
 """
 
@@ -128,8 +128,8 @@ MY_TURN = "SELECT FROM {schema}.relay FOR UPDATE"
 RETRY = """
 WITH parted AS (
   UPDATE {schema}.parts AS p SET dead_at = NULL, dead_reason = NULL FROM {schema}.transactions AS t
-   WHERE p.position = ANY (%(positions)s) AND p.dead_at IS NOT NULL AND t.position = p.position
-     AND t.discarded_at IS NULL RETURNING p.position
+   WHERE p.position = ANY (%(positions)s) AND p.dead_at IS NOT NULL AND p.discarded_at IS NULL
+     AND t.position = p.position AND t.discarded_at IS NULL RETURNING p.position
 ), again AS (
   UPDATE {schema}.transactions SET dead_at = NULL, dead_reason = NULL, attempts = 0, retried_at = clock_timestamp()
    WHERE position = ANY (%(positions)s) AND discarded_at IS NULL
@@ -142,9 +142,16 @@ WITH parted AS (
 SELECT position FROM again
 """
 
+# What is pending of it for other streams is sent all the same; with the last of it the transaction is discarded.
 DISCARD = """
-UPDATE {schema}.transactions SET discarded_at = clock_timestamp()
- WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+WITH parted AS (
+  UPDATE {schema}.parts SET discarded_at = clock_timestamp()
+   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+), whole AS (
+  UPDATE {schema}.transactions SET discarded_at = clock_timestamp()
+   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+)
+SELECT position FROM parted UNION SELECT position FROM whole
 """
 
 # What `outbox verify` and `outbox rebase` compare messages with: transactions, and the ids of their events in order.

@@ -22,6 +22,8 @@ from outbox.operate import queries
 from outbox.postgres.queries import compose
 from outbox.postgres.session import command_session
 
+RECEIPT = ("first_sequence", "last_sequence", "sent_at", "dead_at", "dead_reason", "discarded_at")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownEvent:
@@ -57,6 +59,7 @@ class ShownPart:
     sent_at: datetime | None
     dead_at: datetime | None
     dead_reason: str | None
+    discarded_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,7 @@ async def show(settings: Settings, position: int) -> Shown:
 
 def _only_part(row: dict[str, Any]) -> ShownPart:
     """A transaction in one stream, as if it were a part of itself."""
-    receipt = {name: row[name] for name in ("first_sequence", "last_sequence", "sent_at", "dead_at", "dead_reason")}
+    receipt = {name: row[name] for name in RECEIPT}
     numbers = list(range(1, row["event_count"] + 1))
     return ShownPart(part=0, stream=row["stream"] or "", state=row["state"], numbers=numbers, **receipt)
 

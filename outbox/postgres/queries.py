@@ -202,8 +202,10 @@ WHOLE_SETTLED = """
 UPDATE {schema}.transactions AS t
    SET sent_at = CASE WHEN s.dead = 0 THEN clock_timestamp() END, stream = CASE WHEN s.dead = 0 THEN '*' END,
        first_sequence = CASE WHEN s.dead = 0 THEN 1 END, last_sequence = CASE WHEN s.dead = 0 THEN t.event_count END,
-       dead_at = CASE WHEN s.dead > 0 THEN clock_timestamp() END, dead_reason = s.reason
+       dead_at = CASE WHEN s.dead > 0 THEN clock_timestamp() END, dead_reason = s.reason,
+       discarded_at = CASE WHEN s.dead > 0 AND s.discarded = s.dead THEN clock_timestamp() END
   FROM (SELECT position, count(*) FILTER (WHERE sent_at IS NULL AND dead_at IS NULL) AS open, count(dead_at) AS dead,
+               count(discarded_at) AS discarded,
                (array_agg(dead_reason ORDER BY part) FILTER (WHERE dead_at IS NOT NULL))[1] AS reason
           FROM {schema}.parts WHERE position = ANY (%(positions)s::bigint[]) GROUP BY position) AS s
  WHERE t.position = s.position AND t.position = ANY (%(positions)s::bigint[]) AND s.open = 0
@@ -320,7 +322,8 @@ FIRST_DEAD = """
 SELECT least((SELECT position FROM {schema}.transactions
                WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1),
              (SELECT p.position FROM {schema}.parts AS p JOIN {schema}.transactions AS t USING (position)
-               WHERE p.dead_at IS NOT NULL AND t.dead_at IS NULL ORDER BY p.position LIMIT 1))
+               WHERE p.dead_at IS NOT NULL AND p.discarded_at IS NULL AND t.discarded_at IS NULL
+               ORDER BY p.position LIMIT 1))
 """
 
 # Keeps the session from idle_session_timeout; tells whether we still lead, and what operators want: which dead letters

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from outbox.config import AcrossStreams, OnDead, OnUnrouted, Settings
 from outbox.core.batch import POSITION
-from outbox.core.parts import Part, Parts, misplaced, on_part, split
+from outbox.core.parts import Part, Parts, on_part, split
 from outbox.core.plan import Seen
 from outbox.core.requirements import of_subject
 from outbox.core.transaction import NO_ROLLUPS, DeadReason, Transaction, Verdict, fits, invalid, verdict
@@ -204,7 +204,7 @@ class Router:
         found = verdict(piece, {each: streams[each] for each in piece.subjects}, lanes[name].limits)
         if not isinstance(piece, Part):
             return found
-        found = found or misplaced(piece, name)
+        found = found or self._parts.misplaced(piece, name)
         return on_part(found, piece.row, whole=True) if found and piece.position not in self._parts else found
 
     def _join(

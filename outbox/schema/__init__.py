@@ -159,7 +159,7 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("SELECT, DELETE", "{schema}.events"),
         ("SELECT, DELETE", "{schema}.transactions"),
         ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
-        ("UPDATE (dead_at, dead_reason, attempts)", "{schema}.transactions"),
+        ("UPDATE (dead_at, dead_reason, attempts, discarded_at)", "{schema}.transactions"),
         ("SELECT, INSERT, UPDATE", "{schema}.streams"),
         ("SELECT, UPDATE", "{schema}.relay"),
         ("SELECT, UPDATE", "{schema}.housekeeping"),

@@ -177,6 +177,7 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         number("last_sequence", nullable=True),
         sa.Column("dead_at", time),
         sa.Column("dead_reason", text),
+        sa.Column("discarded_at", time),
         sa.UniqueConstraint("position", "stream", name="parts_one_a_stream"),
         sa.Index("parts_dead", "position", postgresql_where=sa.text("dead_at IS NOT NULL")),
         schema=schema,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from outbox.config import AcrossStreams, Settings
-from outbox.errors import Misconfigured
-from outbox.operate import dead, migrate, purge, show
+from outbox.config import AcrossStreams, OnDead, Settings
+from outbox.errors import Halt, Misconfigured
+from outbox.operate import dead, migrate, purge, show, status
 from outbox.operate.verify import verify
 from tests.support.bed import Broker, Stored, ThreadRelay, rows, until, value, wait_until_sent
 from tests.support.commands import outbox
@@ -181,7 +181,6 @@ def test_dead_letters_know_parts(
         (letter,) = dead.dead_letters(database, "outbox", dead.Selection())
         assert (letter.position, letter.sent_to) == (2, [])
         assert "part 2: stream" in outbox(environment, "dead", "show", "2").stdout
-        assert "not yet" in outbox(environment, "dead", "discard", "2", "--yes").stdout
         broker.api(f"STREAM.UPDATE.{stream.name}", {**full, "max_msgs": -1})
         wait_until_sent(database)
         with pytest.raises(psycopg.errors.RaiseException, match="transaction 2 has parts in several streams"):
@@ -191,6 +190,33 @@ def test_dead_letters_know_parts(
         with pytest.raises(Misconfigured, match="transaction 2 has parts"):
             migrate.migrate(database, to=1)
         assert "discarded: 1 dead letter" in outbox(environment, "dead", "discard", "2", "--yes").stdout
+        assert dead.retry(database, "outbox", [2]) == []
+        assert status.status(database).dead_transactions == 0
     assert migrate.migrate(database, to=1) == (2, 1)
     assert rows(database, "SELECT position FROM outbox.transactions") == [(1,)]
     assert migrate.migrate(database) == (1, 2)
+
+
+def test_dead_part_is_discarded_while_the_other_one_waits(
+    database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings, environment: dict[str, str]
+) -> None:
+    """With --on-dead halt nothing goes on before that."""
+    full = {**broker.info(stream.name)["config"], "allow_msg_ttl": True, "max_msgs": 1, "discard": "new"}
+    broker.api(f"STREAM.UPDATE.{stream.name}", full)
+    add(database, (f"{stream.prefix}.x", "a"))
+    add(database, (f"{stream.prefix}.x", "b"), (f"{queue.prefix}.x", "c"), headers='{"Nats-TTL": "1h"}')
+    halting = settings.model_copy(update={"on_dead": OnDead.HALT})
+    for _ in range(2):
+        error = ThreadRelay(halting).ended()
+        assert isinstance(error, Halt)
+        assert "transaction 2" in error.message
+    assert dead.discard(database, "outbox", [2]) == [2]
+    assert status.status(database).dead_transactions == 0
+    broker.api(f"STREAM.UPDATE.{stream.name}", {**full, "max_msgs": -1})
+    assert ThreadRelay(halting, drain=True).ended() is None
+    assert rows(database, "SELECT discarded_at IS NOT NULL FROM outbox.transactions ORDER BY position") == [
+        (False,),
+        (True,),
+    ]
+    assert [each.payload for each in broker.read(stream.name)] == [b"a", b"b"]
+    assert asyncio.run(verify(settings))[0].anomalies == []

@@ -33,13 +33,15 @@ CREATE TABLE {schema}.parts (
   last_sequence  bigint,
   dead_at        timestamptz,
   dead_reason    text,
+  discarded_at   timestamptz,
   CONSTRAINT parts_pkey PRIMARY KEY (position, part),
   CONSTRAINT parts_one_a_stream UNIQUE (position, stream),
   CONSTRAINT parts_have_events CHECK (cardinality(numbers) > 0),
   CONSTRAINT parts_receipt_is_whole CHECK (num_nulls(first_sequence, last_sequence) = CASE WHEN sent_at IS NULL THEN 2 ELSE 0 END),
   CONSTRAINT parts_receipt_fits_count CHECK (last_sequence - first_sequence + 1 = cardinality(numbers)),
   CONSTRAINT parts_dead_with_reason CHECK ((dead_at IS NULL) = (dead_reason IS NULL)),
-  CONSTRAINT parts_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL)
+  CONSTRAINT parts_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
+  CONSTRAINT parts_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 
 COMMENT ON TABLE {schema}.parts IS 'The parts of each transaction over several streams: their events by number, and what became of them.';
@@ -65,9 +67,9 @@ CREATE OR REPLACE VIEW {schema}.dead AS
     FROM {schema}.transactions AS t WHERE t.dead_at IS NOT NULL
   UNION ALL (
   SELECT DISTINCT ON (t.position) t.position, t.txid, t.event_count, t.sealed_at, t.attempts, p.dead_at, p.dead_reason,
-         t.discarded_at, t.retried_at
+         p.discarded_at, t.retried_at
     FROM {schema}.parts AS p JOIN {schema}.transactions AS t ON t.position = p.position
-   WHERE p.dead_at IS NOT NULL AND t.dead_at IS NULL ORDER BY t.position, p.part
+   WHERE p.dead_at IS NOT NULL AND t.dead_at IS NULL ORDER BY t.position, p.discarded_at DESC, p.part
   );
 
 COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, or of which a part was, with the reason.';
@@ -111,6 +113,9 @@ BEGIN
       {housekeeping}, given.grantee::regrole);
     EXECUTE format('GRANT SELECT %s ON %s TO %s', CASE WHEN given.writes THEN ', INSERT, UPDATE, DELETE' END,
       {parts}, given.grantee::regrole);
+    IF given.writes THEN
+      EXECUTE format('GRANT UPDATE (discarded_at) ON %s TO %s', {transactions}, given.grantee::regrole);
+    END IF;
     EXECUTE format('GRANT SELECT ON SEQUENCE %s, %s TO %s', pg_get_serial_sequence({events}, 'id'),
       pg_get_serial_sequence({transactions}, 'position'), given.grantee::regrole);
   END LOOP;

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outbox.core.parts import Part, PartRow, Parts, Progress, Settled, misplaced, split
+from outbox.core.parts import Part, PartRow, Parts, Progress, Settled, split
 from outbox.core.plan import Planned
 from outbox.core.transaction import DeadReason, Receipt, Transaction, Verdict
 from outbox.event import NO_HEADERS, Event
@@ -114,7 +114,7 @@ class Leader:
             self.parts.join(parts)
         for part in parts:
             home = {table.homes[each] for each in part.subjects}
-            if rows and (len(home) > 1 or misplaced(part, min(home)) is not None):
+            if rows and (len(home) > 1 or self.parts.misplaced(part, min(home)) is not None):
                 verdict = Verdict(position=position, reason=DeadReason.SPANS_STREAMS, detail="", part=part.row.part)
                 self.commit([Progress("", (), [verdict], ())])
                 continue
@@ -156,7 +156,27 @@ STEPS = st.tuples(
 )
 
 
+# Both parts are dead and retried, and the subjects of both have moved to one stream.
+GATHERED = [
+    ("read", 0, "A"),
+    ("plan", 0, "A"),
+    ("plan", 0, "B"),
+    ("refuse", 0, "A"),
+    ("refuse", 0, "B"),
+    ("die", 0, "A"),
+]
+GATHERED += [
+    ("move", 2, "A"),
+    ("move", 2, "B"),
+    ("retry", 0, "A"),
+    ("read", 0, "A"),
+    ("plan", 0, "C"),
+    ("plan", 0, "C"),
+]
+
+
 @settings(max_examples=1000, deadline=None)
+@example([["A", "B"]], GATHERED)
 @given(st.lists(subjects, min_size=1, max_size=3), st.lists(STEPS, max_size=40))
 def test_no_part_is_stored_twice_or_forgotten(given: list[list[str]], steps: list[tuple[str, int, str]]) -> None:
     table = Table(whole={n: transaction(n, each) for n, each in enumerate(given, start=1)})
