@@ -214,9 +214,7 @@ def test_dead_part_is_discarded_while_the_other_one_waits(
     assert status.status(database).dead_transactions == 0
     broker.api(f"STREAM.UPDATE.{stream.name}", {**full, "max_msgs": -1})
     assert ThreadRelay(halting, drain=True).ended() is None
-    assert rows(database, "SELECT discarded_at IS NOT NULL FROM outbox.transactions ORDER BY position") == [
-        (False,),
-        (True,),
-    ]
+    discarded = "SELECT discarded_at IS NOT NULL FROM outbox.transactions ORDER BY position"
+    assert rows(database, discarded) == [(False,), (True,)]
     assert [each.payload for each in broker.read(stream.name)] == [b"a", b"b"]
     assert asyncio.run(verify(settings))[0].anomalies == []

@@ -157,22 +157,14 @@ STEPS = st.tuples(
 
 
 # Both parts are dead and retried, and the subjects of both have moved to one stream.
-GATHERED = [
-    ("read", 0, "A"),
-    ("plan", 0, "A"),
-    ("plan", 0, "B"),
-    ("refuse", 0, "A"),
-    ("refuse", 0, "B"),
-    ("die", 0, "A"),
-]
-GATHERED += [
-    ("move", 2, "A"),
-    ("move", 2, "B"),
-    ("retry", 0, "A"),
-    ("read", 0, "A"),
-    ("plan", 0, "C"),
-    ("plan", 0, "C"),
-]
+GATHERED = list(
+    zip(
+        ("read", "plan", "plan", "refuse", "refuse", "die", "move", "move", "retry", "read", "plan"),
+        (0, 0, 0, 0, 0, 0, 2, 2, 0, 0, 0),
+        "AABABAABAAC",
+        strict=True,
+    )
+)
 
 
 @settings(max_examples=1000, deadline=None)
