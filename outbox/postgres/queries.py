@@ -190,7 +190,8 @@ WITH written AS (
          dead_reason = d.reason
     FROM unnest(%(settling)s::bigint[], %(settled)s::int[], %(firsts)s::bigint[], %(lasts)s::bigint[],
                 %(reasons)s::text[]) AS d (position, part, first, last, reason)
-   WHERE p.position = d.position AND p.part = d.part AND p.sent_at IS NULL AND p.dead_at IS NULL
+   WHERE p.position = d.position AND p.position = ANY (%(settling)s::bigint[]) AND p.part = d.part
+     AND p.sent_at IS NULL AND p.dead_at IS NULL
   RETURNING p.position
 )
 SELECT (SELECT count(*) FROM written), (SELECT count(*) FROM settled)
@@ -321,7 +322,9 @@ STILL_PENDING = (
 FIRST_DEAD = """
 SELECT least((SELECT position FROM {schema}.transactions
                WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1),
-             (SELECT p.position FROM {schema}.parts AS p JOIN {schema}.transactions AS t USING (position)
+             (SELECT p.position FROM {schema}.parts AS p CROSS JOIN LATERAL (
+                SELECT discarded_at FROM {schema}.transactions WHERE position = p.position ORDER BY position LIMIT 1
+              ) AS t
                WHERE p.dead_at IS NOT NULL AND p.discarded_at IS NULL AND t.discarded_at IS NULL
                ORDER BY p.position LIMIT 1))
 """
