@@ -320,6 +320,13 @@ MUTATIONS = [
         "for each in had)",
         "test_parts.py::test_verdict_on_one_part_while_the_other_is_in_flight[True]",
     ),
+    # A new leader learns of parts when the commit of the one before is over.
+    Mutation(
+        "postgres/store.py",
+        "self._parted = (await self._all(queries.PARTED))[0][0]",
+        "self._parted = 0",
+        "test_parts.py::test_a_planned_and_open_position_is_sent_once_in_each",
+    ),
     # Only who could take over is a standby.
     Mutation(
         "postgres/queries.py",

@@ -292,9 +292,12 @@ UPDATE {schema}.relay AS r SET epoch = epoch + 1, leader = %(leader)s, leader_si
 RETURNING outbox_id, epoch, cursor,
           (SELECT coalesce(array_agg(lower(g)), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
           (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
-          r.timeline <> %(timeline)s, deaths, last.suspect, paused_why,
-          coalesce((SELECT position FROM {schema}.parts ORDER BY position DESC LIMIT 1), 0)
+          r.timeline <> %(timeline)s, deaths, last.suspect, paused_why
 """
+
+# The highest position that has parts. Not within LEAD: that may have waited for the commit of the leader before, whose
+# rows its snapshot lacks.
+PARTED = "SELECT coalesce((SELECT position FROM {schema}.parts ORDER BY position DESC LIMIT 1), 0)"
 
 # A leader that was taken for dead has only lost its session: it takes back what was counted against it.
 ALIVE = """

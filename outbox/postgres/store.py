@@ -131,7 +131,8 @@ class Store:
                 "move, transaction ids and positions may be handed out again",
                 remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
             )
-        outbox_id, epoch, cursor, lows, highs, moved, deaths, suspect, paused, self._parted = rows[0]
+        outbox_id, epoch, cursor, lows, highs, moved, deaths, suspect, paused = rows[0]
+        self._parted = (await self._all(queries.PARTED))[0][0]
         return Lead(
             epoch=epoch,
             outbox_id=outbox_id,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.config import Settings
+from outbox.config import BatchMode, Settings
 from outbox.core.telemetry import Marked
 from outbox.embedded import Postgres
 from outbox.operate import dead, rebase, status
@@ -82,6 +82,25 @@ def test_killed_at(
         assert second.stop() == 0
     streams.clean(settings)
     assert value(streams.database, "SELECT count(DISTINCT position) FROM outbox.parts") > 0
+
+
+@pytest.mark.parametrize("transactions", [200, pytest.param(2000, marks=pytest.mark.long)])
+def test_rival_leaders(settings: Settings, streams: Streams, transactions: int) -> None:
+    """Fault: the lock does not hold, two relays lead in turns, while one stream is full and emptied, over and over.
+    Promise: in each stream every part, whole, once, in order."""
+    writers = Writers(streams.database, streams.prefix, threads=4, transactions=transactions, seed=91).start()
+    single = settings.model_copy(update={"batch": BatchMode.TRANSACTION})
+    with ThreadRelay(settings, locked=False) as one:
+        with ThreadRelay(single, locked=False):
+            room = 0
+            while any(thread.is_alive() for thread in writers._threads):
+                room += 50
+                streams.change(streams.there, max_msgs=room, discard="new")
+                one.wait_for(Marked, after=len(one.happenings) - 1)
+            writers.join()
+        streams.change(streams.there, max_msgs=-1)
+        wait_until_sent(streams.database, patience=90)
+    streams.clean(settings)
 
 
 def add(streams: Streams, *names: str, headers: str | None = None) -> None:
