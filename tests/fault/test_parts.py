@@ -15,8 +15,7 @@ from outbox.core.telemetry import Marked
 from outbox.embedded import Postgres
 from outbox.operate import dead, rebase, status
 from outbox.operate.verify import verify
-from tests.fault.test_stop_points import came_to
-from tests.support.armed import POINTS
+from tests.support.armed import POINTS, came_to
 from tests.support.bed import Broker, ProcessRelay, ThreadRelay, rows, until, value, wait_until_sent
 from tests.support.servers import clone, numbers
 from tests.support.workload import Report, Writers, check_streams
