@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.config import BatchMode, Settings
+from outbox.config import AcrossStreams, BatchMode, Settings
 from outbox.core.telemetry import Marked
 from outbox.embedded import Postgres
 from outbox.operate import dead, rebase, status
@@ -245,7 +245,7 @@ def test_the_split_is_decided_once(settings: Settings, streams: Streams) -> None
     asyncio.run(rebase.accept_stream(settings, streams.there))
     streams.subjects(streams.there, "nothing")
     streams.broker.create_stream(third, f"{streams.prefix}.payments")
-    with ThreadRelay(settings):
+    with ThreadRelay(settings.model_copy(update={"across_streams": AcrossStreams.DEAD})):  # too late for this one
         wait_until_sent(streams.database)
     assert payloads(streams) == [[b"orders", b"stock"], [b"payments"] * 2]
     moved = streams.broker.read(third)

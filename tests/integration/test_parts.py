@@ -39,6 +39,12 @@ def add(url: str, *events: tuple[str, str], headers: str = "null") -> None:
     rows(url, statement, headers, list(subjects), list(payloads))
 
 
+def made(url: str, role: str) -> str:
+    """The role, which is made."""
+    rows(url, f"CREATE ROLE {role} LOGIN")
+    return role
+
+
 def told(messages: list[Stored]) -> list[tuple[int, int, int, str | None, str | None, bytes]]:
     """Position, number, count, part and parts of each message, and its payload."""
     part, parts = "Outbox-Transaction-Part", "Outbox-Transaction-Parts"
@@ -104,7 +110,13 @@ def test_what_can_be_told_before_sets_the_whole_transaction_aside(
 def test_dead_part_is_retried_alone(
     database: str, broker: Broker, stream: Stream, queue: Stream, settings: Settings, *, same_relay: bool
 ) -> None:
-    """The queue refuses its part, when the other one is stored already: only what is missing is sent."""
+    """The queue refuses its part, when the other one is stored already: only what is missing is sent.
+
+    Relay and operator have the roles that are theirs.
+    """
+    relays, operators = f"relay_{stream.prefix}", f"operator_{stream.prefix}"
+    migrate.grant(database, "outbox", relay=made(database, relays), operator=made(database, operators))
+    settings = settings.model_copy(update={"database_url": database.replace("postgres@", f"{relays}@")})
     add(database, (f"{stream.prefix}.x", "a"), (f"{queue.prefix}.x", "b"), headers='{"Nats-TTL": "1h"}')
     ttl = {**broker.info(stream.name)["config"], "allow_msg_ttl": True}
     broker.api(f"STREAM.UPDATE.{stream.name}", ttl)
@@ -115,7 +127,7 @@ def test_dead_part_is_retried_alone(
     if not same_relay:
         assert relay.stop() is None
     broker.api(f"STREAM.UPDATE.{queue.name}", {**broker.info(queue.name)["config"], "allow_msg_ttl": True})
-    assert dead.retry(database, "outbox", [1]) == [1]
+    assert dead.retry(database.replace("postgres@", f"{operators}@"), "outbox", [1]) == [1]
     if not same_relay:
         relay = ThreadRelay(settings)
     wait_until_sent(database)
