@@ -286,8 +286,8 @@ MUTATIONS = [
     # verdict is on its part alone; and a transaction is settled when nothing of it is open.
     Mutation(
         "relay/leader.py",
-        "transactions += self._parts.take(each, rows) if rows else [each]",
-        "transactions += [each]",
+        "transactions += self._parts.take(each, parts[each.position])",
+        "transactions.append(each)",
         "test_parts.py::test_the_split_is_decided_once",
     ),
     Mutation(

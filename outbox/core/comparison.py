@@ -26,7 +26,7 @@ STRANDED = "committed and pending, and behind all that a relay looks at; remedy:
 class Row:
     """A transaction as the database has it; `stream` to `last` are its receipt. Digests are of subject and payload.
 
-    Where it is sent to several streams its `parts` are rows, too, and have the receipts.
+    Where it is sent to several streams its `parts` are rows, too, with the number of the `part`, and have the receipts.
     """
 
     position: int
@@ -36,6 +36,7 @@ class Row:
     stream: str | None = None
     first: int = 0
     last: int = 0
+    part: int = 0
     parts: Sequence[Row] = ()
 
 
@@ -249,7 +250,7 @@ class Comparison:
 def _row(rows: Mapping[int, Row], position: int | None, part: int | None) -> Row | None:
     """The transaction, or the part of it, that a message names."""
     row = rows.get(position or 0)
-    return row.parts[part - 1] if row is not None and part and part <= len(row.parts) else row
+    return next((each for each in row.parts if each.part == part), row) if row is not None else None
 
 
 def _is_of(message: Seen, row: Row) -> bool:

@@ -167,7 +167,7 @@ SELECT t.position, e.ids, e.digests, t.dead_at IS NOT NULL, t.stream, t.first_se
 
 # The parts of those that have no receipt of their own; as KNOWN, but for the numbers of their events.
 KNOWN_PARTS = """
-SELECT position, numbers, dead_at IS NOT NULL, CASE WHEN sent_at IS NOT NULL THEN stream END, first_sequence,
+SELECT position, part, numbers, dead_at IS NOT NULL, CASE WHEN sent_at IS NOT NULL THEN stream END, first_sequence,
        last_sequence
   FROM {schema}.parts WHERE position = ANY (%(positions)s) ORDER BY position, part
 """

@@ -184,10 +184,11 @@ def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: S
     }
     if parted := [position for position, row in rows.items() if row.stream in (None, "*")]:
         parts = connection.execute(compose(queries.KNOWN_PARTS, name), {"positions": parted}).fetchall()
-        for position, numbers, dead, stream, first, last in parts:
+        for position, number, numbers, dead, stream, first, last in parts:
             whole = rows[position]
             part = Row(
                 position=position,
+                part=number,
                 message_ids=_picked(whole.message_ids, numbers),
                 digests=_picked(whole.digests, numbers),
                 dead=dead,

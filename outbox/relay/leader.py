@@ -264,12 +264,14 @@ class Leader:
         They are asked for now, and not with the page, which may be older than what was settled since.
         """
         parts = await self._store.parts(page.positions)
-        if not parts:
+        if not parts and not self._parts:
             return page
         transactions: list[Transaction] = []
         for each in page.transactions:
-            rows = parts.get(each.position)
-            transactions += self._parts.take(each, rows) if rows else [each]
+            if each.position in parts:
+                transactions += self._parts.take(each, parts[each.position])
+            elif each.position not in self._parts:  # else it was split, and nothing of it is planned
+                transactions.append(each)
         verdicts = [each for each in page.verdicts if each.position not in parts]
         for spoilt in page.verdicts:
             for verdict in self._parts.condemn(spoilt, parts.get(spoilt.position, ())):
