@@ -270,7 +270,8 @@ def rebase(
 ) -> None:
     """Accept a stream (--stream), or a restored, copied or moved database, after the relay has halted on it.
 
-    With --retire a stream is forgotten that was replaced or is gone: what was for it goes where its subjects are now.
+    With --retire a stream is forgotten that was replaced or is gone: what was for it goes where its subjects are now;
+    what was for it of transactions over several streams is set aside, until it is retried.
 
     What the database does not know as sent, and a stream holds whole, is marked; the rest is sent again.
 
