@@ -21,7 +21,8 @@ from outbox.errors import Halt
 class PartRow:
     """Part `part` of `parts` of the transaction at a position: its events by their numbers there, from 1 on.
 
-    `others` are the streams of its other parts. `open` says that it is neither sent nor dead.
+    `others` are the streams of its other parts. `open` says that it is neither sent nor dead; `moves` that it goes
+    where its subjects are by now, as it was retried when nothing of its transaction was open.
     """
 
     position: int
@@ -31,6 +32,7 @@ class PartRow:
     numbers: Sequence[int]
     others: frozenset[str]
     open: bool = True
+    moves: bool = False
     last_message_id: str = ""
 
 
@@ -142,7 +144,7 @@ class Parts:
         return Verdict(position=part.position, reason=DeadReason.SPANS_STREAMS, detail=detail)
 
     def move(self, part: Part, stream: str) -> None:
-        """A part that is in no plan goes to the stream where its subjects are, which is written with a plan."""
+        """A part that moves goes to the stream where its subjects are, which is written with a plan."""
         if stream == part.row.stream:
             return
         part.row = replace(part.row, stream=stream)

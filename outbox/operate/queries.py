@@ -123,11 +123,13 @@ UPDATE {schema}.relay SET paused_at = NULL, paused_why = NULL FROM before RETURN
 # An order about dead letters comes before or behind a commit of the leader, not in between.
 MY_TURN = "SELECT FROM {schema}.relay FOR UPDATE"
 
-# A dead letter is pending again, or its dead parts are. The leader takes its position from relay.retried into its open
-# positions: in the column open_positions it would be written over by the leader's next commit.
+# A dead letter is pending again, or its dead parts are; these may go to another stream if no other part is open. The
+# leader takes its position from relay.retried into its open positions: in the column open_positions it would be written
+# over by the leader's next commit.
 RETRY = """
 WITH parted AS (
-  UPDATE {schema}.parts AS p SET dead_at = NULL, dead_reason = NULL FROM {schema}.transactions AS t
+  UPDATE {schema}.parts AS p SET dead_at = NULL, dead_reason = NULL, moves = t.dead_at IS NOT NULL
+    FROM {schema}.transactions AS t
    WHERE p.position = ANY (%(positions)s) AND p.dead_at IS NOT NULL AND p.discarded_at IS NULL
      AND t.position = p.position AND t.discarded_at IS NULL RETURNING p.position
 ), again AS (
@@ -277,9 +279,10 @@ SELECT position, part, stream, numbers::int[], clock_timestamp(), first, first +
 ON CONFLICT DO NOTHING
 """
 LEFT_PARTS = """
-INSERT INTO {schema}.parts (position, part, stream, numbers)
+INSERT INTO {schema}.parts (position, part, moves, stream, numbers)
 SELECT t.position, (SELECT min(n) FROM generate_series(1, t.event_count) AS n
-                     WHERE n NOT IN (SELECT part FROM {schema}.parts AS p WHERE p.position = t.position)), '', l.numbers
+                     WHERE n NOT IN (SELECT part FROM {schema}.parts AS p WHERE p.position = t.position)), true, '',
+       l.numbers
   FROM {schema}.transactions AS t CROSS JOIN LATERAL (
     SELECT array_agg(n) AS numbers FROM generate_series(1, t.event_count) AS n
      WHERE n NOT IN (SELECT unnest(numbers) FROM {schema}.parts AS p WHERE p.position = t.position)) AS l

@@ -216,7 +216,7 @@ UPDATE {schema}.transactions AS t
 # The parts of transactions, by position, with the message id of each one's last event; most have none. By parts_pkey,
 # transactions_pkey, events_pkey.
 PARTS_OF = """
-SELECT p.position, p.part, p.stream, p.numbers, p.sent_at IS NULL AND p.dead_at IS NULL,
+SELECT p.position, p.part, p.stream, p.numbers, p.sent_at IS NULL AND p.dead_at IS NULL, p.moves,
        (SELECT message_id::text FROM {schema}.events AS e WHERE e.txid = t.txid ORDER BY e.txid, e.id
         OFFSET p.numbers[cardinality(p.numbers)] - 1 LIMIT 1)
   FROM unnest(%(positions)s::bigint[]) AS given (position)

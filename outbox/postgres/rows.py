@@ -144,9 +144,10 @@ def read_parts(rows: Iterable[tuple[Any, ...]]) -> dict[int, list[PartRow]]:
                 numbers=numbers,
                 others=frozenset(other[2] for other in parts) - {stream},
                 open=still_open,
+                moves=moves,
                 last_message_id=last or "",
             )
-            for _, part, stream, numbers, still_open, last in parts
+            for _, part, stream, numbers, still_open, moves, last in parts
         ]
         for position, parts in found.items()
     }

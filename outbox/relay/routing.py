@@ -241,7 +241,9 @@ class Router:
 
     def _quick(self, head: Transaction, lanes: Mapping[str, Lane]) -> Lane | None:
         """The lane of a transaction at a glance: no headers, known subjects of one stream, nothing out of size."""
-        if head.headers or isinstance(head, Part):
+        if isinstance(head, Part):
+            return None if head.row.moves else lanes.get(head.row.stream)  # wherever its subjects are by now
+        if head.headers:
             return None
         lane = lanes.get(self._routes.only_stream(head) or "")
         return lane if lane is not None and fits(head, lane.limits) else None

@@ -178,6 +178,7 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         sa.Column("dead_at", time),
         sa.Column("dead_reason", text),
         sa.Column("discarded_at", time),
+        sa.Column("moves", sa.Boolean, server_default=sa.text("false"), nullable=False),
         sa.UniqueConstraint("position", "stream", name="parts_one_a_stream"),
         sa.Index("parts_dead", "position", postgresql_where=sa.text("dead_at IS NOT NULL")),
         schema=schema,

@@ -159,10 +159,11 @@ def test_a_planned_and_open_position_is_sent_once_in_each(settings: Settings, st
     streams.change(streams.here, max_msgs=1, discard="new")
     add(streams, "orders")
     add(streams, "payments")
+    relay = ThreadRelay(settings)
+    wait_until_sent(streams.database)
     add(streams, "orders", "payments")
     add(streams, "payments", "stock")
-    relay = ThreadRelay(settings)
-    until(lambda: states(streams, 3) == ["open", "open"])
+    until(lambda: states(streams, 3) == states(streams, 4) == ["open", "open"])
     relay.kill()
     # As if the plan there had not been written yet.
     rows(
@@ -232,20 +233,47 @@ def test_a_stream_holds_one_part_at_most(settings: Settings, streams: Streams) -
 
 
 def test_the_split_is_decided_once(settings: Settings, streams: Streams) -> None:
-    """Fault: subjects move while a part waits and the leader dies. Promise: the parts stay what they were, each whole
-    in one stream; the one whose subjects have gone follows them."""
+    """Fault: subjects move while a part waits and the leader dies. Promise: each part stays what it was, and is for the
+    stream that it was for; that one says what it waits for. What is new goes where its subjects are.
+    """
+    third = f"{streams.there}C"
     streams.change(streams.there, max_msgs=2, discard="new")
     add(streams, "payments", "payments")
     add(streams, "orders", "payments", "stock", "payments")
     relay = ThreadRelay(settings)
     until(lambda: states(streams, 2) == ["sent", "open"])
     relay.kill()
-    third = f"{streams.there}C"
-    # No plan holds it any more, as after: outbox rebase --stream
-    asyncio.run(rebase.accept_stream(settings, streams.there))
+    asyncio.run(rebase.accept_stream(settings, streams.there))  # no plan holds it any more
     streams.subjects(streams.there, "nothing")
     streams.broker.create_stream(third, f"{streams.prefix}.payments")
     with ThreadRelay(settings.model_copy(update={"across_streams": AcrossStreams.DEAD})):  # too late for this one
+        add(streams, "payments")
+        until(lambda: value(streams.database, "SELECT stream FROM outbox.transactions WHERE position = 3") == third)
+        until(lambda: any(each.blocked for each in status.status(streams.database).streams))
+        assert states(streams, 2) == ["sent", "open"]
+        assert len(streams.broker.read(third)) == 1
+        streams.broker.api(f"STREAM.DELETE.{third}")
+        streams.subjects(streams.there, "payments")
+        streams.change(streams.there, max_msgs=-1)
+        wait_until_sent(streams.database)
+    assert payloads(streams) == [[b"orders", b"stock"], [b"payments"] * 4]
+    told = [(each.part, each.parts, each.number, each.count) for each in streams.broker.read(streams.there)]
+    assert told[2:] == [(2, 2, 1, 2), (2, 2, 2, 2)]
+
+
+def test_a_retried_part_follows_its_subjects(settings: Settings, streams: Streams) -> None:
+    """Fault: a stream is given up with an open part. Promise: retried, it goes where its subjects are by then."""
+    third = f"{streams.there}C"
+    streams.change(streams.there, max_msgs=2, discard="new")
+    add(streams, "payments", "payments")
+    add(streams, "orders", "payments", "stock", "payments")
+    with ThreadRelay(settings):
+        until(lambda: states(streams, 2) == ["sent", "open"])
+    asyncio.run(rebase.retire_stream(settings, streams.there))
+    streams.subjects(streams.there, "nothing")
+    streams.broker.create_stream(third, f"{streams.prefix}.payments")
+    dead.retry(streams.database, "outbox", [2])
+    with ThreadRelay(settings):
         wait_until_sent(streams.database)
     assert payloads(streams) == [[b"orders", b"stock"], [b"payments"] * 2]
     moved = streams.broker.read(third)

@@ -34,6 +34,7 @@ CREATE TABLE {schema}.parts (
   dead_at        timestamptz,
   dead_reason    text,
   discarded_at   timestamptz,
+  moves          boolean   NOT NULL DEFAULT false,
   CONSTRAINT parts_pkey PRIMARY KEY (position, part),
   CONSTRAINT parts_one_a_stream UNIQUE (position, stream),
   CONSTRAINT parts_have_events CHECK (cardinality(numbers) > 0),

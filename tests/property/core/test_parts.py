@@ -57,6 +57,7 @@ class Table:
     plans: dict[str, list[int]] = field(default_factory=lambda: {each: [] for each in STREAMS})
     stored: Counter[tuple[int, int]] = field(default_factory=Counter)
     opened: set[int] = field(default_factory=set)  # positions that are open
+    moves: set[tuple[int, int]] = field(default_factory=set)  # retried when nothing of their transaction was open
     homes: dict[str, str] = field(default_factory=lambda: {each: each for each in STREAMS})  # of the subjects
 
     def now(self, position: int) -> list[PartRow]:
@@ -66,10 +67,17 @@ class Table:
             replace(
                 row,
                 open=(position, part) not in closed,
+                moves=(position, part) in self.moves,
                 others=frozenset(other.stream for other in self.rows[position].values()) - {row.stream},
             )
             for part, row in sorted(self.rows.get(position, {}).items())
         ]
+
+    def retry(self, position: int) -> None:
+        rows = self.now(position)
+        again = {(position, row.part) for row in rows} & self.dead
+        self.dead -= again
+        self.moves = self.moves - again | (set() if any(row.open for row in rows) else again)
 
     def write(self, settled: Settled) -> None:
         for row in settled.rows:
@@ -114,11 +122,12 @@ class Leader:
             self.parts.join(parts)
         for part in parts:
             home = {table.homes[each] for each in part.subjects}
-            if rows and (len(home) > 1 or self.parts.misplaced(part, min(home)) is not None):
+            moves = bool(rows) and part.row.moves
+            if moves and (len(home) > 1 or self.parts.misplaced(part, min(home)) is not None):
                 verdict = Verdict(position=position, reason=DeadReason.SPANS_STREAMS, detail="", part=part.row.part)
                 self.commit([Progress("", (), [verdict], ())])
                 continue
-            if rows:
+            if moves:
                 self.parts.move(part, min(home))
             self.waiting[part.row.stream].append(part)
 
@@ -188,7 +197,7 @@ def test_no_part_is_stored_twice_or_forgotten(given: list[list[str]], steps: lis
             leader = Leader(table)
             unread = set(table.whole) - set(table.rows)
         elif step == "retry":
-            table.dead -= {each for each in table.dead if each[0] == position}
+            table.retry(position)
         elif step == "move":
             table.homes[stream] = STREAMS[number]
     assert all(times == 1 for times in table.stored.values())
@@ -197,8 +206,8 @@ def test_no_part_is_stored_twice_or_forgotten(given: list[list[str]], steps: lis
     table.homes = {each: each for each in STREAMS}
     for _ in range(3):
         leader = Leader(table)
-        table.dead.clear()
         for position in table.whole:
+            table.retry(position)
             leader.read(position)
         for stream in STREAMS:
             leader.plan(stream)
