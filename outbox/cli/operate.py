@@ -195,7 +195,7 @@ def replay(
         return
     done = "to be sent again" if dry_run else "pending again, as new transactions"
     say(f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}: {done}")
-    if found.streams:
+    if stream or len(found.streams) > 1:
         out.print(f"it was sent before to {', '.join(found.streams)}")
     if found.pending or found.dead:
         out.print(f"passed over: {found.pending} that are pending, {found.dead} dead letters")
