@@ -47,6 +47,13 @@ class OnUnrouted(StrEnum):
     DEAD = "dead"
 
 
+class AcrossStreams(StrEnum):
+    """What becomes of a transaction whose subjects belong to several streams."""
+
+    SPLIT = "split"
+    DEAD = "dead"
+
+
 class Durability(StrEnum):
     """What must hold a transaction before it is published."""
 
@@ -124,6 +131,9 @@ class Settings(BaseModel):
     )
     on_dead: OnDead = Field(OnDead.CONTINUE, description="After a dead letter: continue, or halt behind it.")
     on_unrouted: OnUnrouted = Field(OnUnrouted.WAIT, description="A subject in no stream: wait, or set aside as dead.")
+    across_streams: AcrossStreams = Field(
+        AcrossStreams.SPLIT, description="Subjects in several streams: each gets its part, or all is set aside as dead."
+    )
     stream_mode: StreamMode = Field(
         StreamMode.AUTO,
         description="Fence what is published for streams of one writer (chained), or of several (shared); auto: shared "

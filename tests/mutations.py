@@ -288,6 +288,51 @@ MUTATIONS = [
         "pass",
         "test_way_to_nats.py::test_offender_over_which_connections_end_is_found_among_many[without a word]",
     ),
+    # The split is decided once; a part may be planned here while another one is open there; one a stream, at most; a
+    # verdict is on its part alone; and a transaction is settled when nothing of it is open.
+    Mutation(
+        "relay/leader.py",
+        "transactions += self._parts.take(each, parts[each.position])",
+        "transactions.append(each)",
+        "test_parts.py::test_the_split_is_decided_once",
+    ),
+    Mutation(
+        "core/parts.py",
+        "if row.open and row.part not in self._held.get(row.position, {})",
+        "if row.open",
+        "test_parts.py::test_a_planned_and_open_position_is_sent_once_in_each",
+    ),
+    Mutation(
+        "core/parts.py",
+        "if stream not in part.row.others | moved:",
+        "if stream:",
+        "test_parts.py::test_a_stream_holds_one_part_at_most",
+    ),
+    Mutation(
+        "core/parts.py",
+        "condemned.append(on_part(verdict, row))",
+        "verdicts.append(verdict)",
+        "test_parts.py::test_verdict_on_one_part_while_the_other_is_in_flight[True]",
+    ),
+    Mutation(
+        "postgres/queries.py",
+        "AND s.open = 0",
+        "",
+        "test_parts.py::test_verdict_on_one_part_while_the_other_is_in_flight[True]",
+    ),
+    Mutation(
+        "relay/leader.py",
+        "for each in had if each.position not in self._parts)",
+        "for each in had)",
+        "test_parts.py::test_verdict_on_one_part_while_the_other_is_in_flight[True]",
+    ),
+    # A new leader learns of parts when the commit of the one before is over.
+    Mutation(
+        "postgres/store.py",
+        "self._parted = (await self._all(queries.PARTED))[0][0]",
+        "self._parted = 0",
+        "test_parts.py::test_a_planned_and_open_position_is_sent_once_in_each",
+    ),
     # Only who could take over is a standby.
     Mutation(
         "postgres/queries.py",

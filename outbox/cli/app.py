@@ -17,7 +17,7 @@ from outbox.bench import command as bench
 from outbox.cli import dead, ending, operate
 from outbox.cli.options import DatabaseURL, NatsURL, Schema, err, settings
 from outbox.cli.screen import out
-from outbox.config import BatchMode, Durability, LogFormat, OnDead, OnUnrouted, StreamMode
+from outbox.config import AcrossStreams, BatchMode, Durability, LogFormat, OnDead, OnUnrouted, StreamMode
 
 app = typer.Typer(
     name="outbox",
@@ -100,6 +100,9 @@ def relay(
     window: Annotated[int | None, typer.Option(help="Batches in flight, at most.")] = None,
     on_dead: Annotated[OnDead | None, typer.Option(help="After a dead letter.")] = None,
     on_unrouted: Annotated[OnUnrouted | None, typer.Option(help="A subject that is in no stream.")] = None,
+    across_streams: Annotated[
+        AcrossStreams | None, typer.Option(help="Subjects in several streams: a part for each, or a dead letter.")
+    ] = None,
     stream_mode: Annotated[StreamMode | None, typer.Option(help="Whether others write to the streams too.")] = None,
     retention: Annotated[float | None, typer.Option(help="Hours that sent transactions are kept.")] = None,
     durability: Annotated[Durability | None, typer.Option(help="Wait for asynchronous standbys too.")] = None,
@@ -131,6 +134,7 @@ def relay(
         window=window,
         on_dead=on_dead,
         on_unrouted=on_unrouted,
+        across_streams=across_streams,
         stream_mode=stream_mode,
         retention=retention,
         durability=durability,

@@ -89,7 +89,7 @@ def show(
 
     given = settings(database_url=database_url, schema=schema_name)
     found = asyncio.run(show.show(given, position))
-    if found.dead_at is None:
+    if found.dead_at is None and not any(part.dead_at for part in found.parts):
         raise Misconfigured(f"transaction {position} is not a dead letter", remedy="outbox dead list")
     if as_json:
         print(to_json(found))
@@ -134,7 +134,7 @@ def discard(
 ) -> None:
     """Declare that dead letters are never to be sent. They stay in the table, with the time of this.
 
-    Example: outbox dead discard --reason spans-streams --all
+    Example: outbox dead discard --reason message-too-large --all
     """
     given = settings(database_url=database_url, schema=schema_name)
     chosen = _chosen(given, _selection(positions, reason, subject, since, until), every=every)

@@ -158,6 +158,12 @@ def replay(
     subject: Annotated[
         str | None, typer.Option(help="Only transactions with an event on this subject; * and > as in NATS.")
     ] = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Only what went to this stream; of a transaction over several, its part.")
+    ] = None,
+    all_streams: Annotated[
+        bool, typer.Option("--all-streams", help="All of it; needed where it went to several streams.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -171,10 +177,16 @@ def replay(
     from outbox.operate import replay
 
     given = settings(database_url=database_url, schema=schema_name)
-    wanted = replay.Wanted(first=first, last=last, subject=subject)
+    wanted = replay.Wanted(first=first, last=last, subject=subject, stream=stream)
+    if stream is not None and all_streams:
+        raise typer.BadParameter("--stream and --all-streams exclude each other")
     if last < first:
         raise typer.BadParameter("--to is below --from")
     found = replay.replay(given.database_url, given.schema, wanted, dry_run=True)
+    if not dry_run and len(found.streams) > 1 and not all_streams:
+        raise typer.BadParameter(
+            f"this went to several streams: {', '.join(found.streams)}; name one with --stream, or say --all-streams"
+        )
     if not dry_run and found.transactions:
         what = f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}"
         rolled = f" {found.rollups} of them remove newer messages (Nats-Rollup)." if found.rollups else ""
@@ -185,6 +197,8 @@ def replay(
         return
     done = "to be sent again" if dry_run else "pending again, as new transactions"
     say(f"{counted(found.transactions, 'transaction')}, {counted(found.events, 'event')}: {done}")
+    if stream or len(found.streams) > 1:
+        out.print(f"it was sent before to {', '.join(found.streams)}")
     if found.pending or found.dead:
         out.print(f"passed over: {found.pending} that are pending, {found.dead} dead letters")
     if found.purged >= first:
@@ -258,7 +272,8 @@ def rebase(
 ) -> None:
     """Accept a stream (--stream), or a restored, copied or moved database, after the relay has halted on it.
 
-    With --retire a stream is forgotten that was replaced or is gone: what was for it goes where its subjects are now.
+    With --retire a stream is forgotten that was replaced or is gone: what was for it goes where its subjects are now;
+    what was for it of transactions over several streams is set aside, until it is retried.
 
     What the database does not know as sent, and a stream holds whole, is marked; the rest is sent again.
 

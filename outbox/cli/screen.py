@@ -19,7 +19,7 @@ from outbox.text import counted, printable
 
 if TYPE_CHECKING:  # a screen is the same for every command; each loads its own
     from outbox.operate.dead import DeadLetter
-    from outbox.operate.show import Shown
+    from outbox.operate.show import Shown, ShownPart
     from outbox.operate.status import Rates, Status
 
 SHOWN_BYTES = 2000
@@ -150,7 +150,9 @@ def show_transaction(found: Shown) -> None:
         say(f"a replay of transaction {found.replay_of}")
     if found.replays:
         say(f"replayed as {', '.join(map(str, found.replays))}")
-    if found.sent_at:
+    for part in found.parts:
+        say(f"part {part.part}: stream {part.stream}, {counted(len(part.numbers), 'event')}: {_end(part)}")
+    if found.sent_at and not found.parts:
         places = f"sequences {found.first_sequence} to {found.last_sequence}"
         say(f"receipt: stream {found.stream}, {places}, {found.sent_at:%F %T}")
     if found.dead_at:
@@ -160,7 +162,8 @@ def show_transaction(found: Shown) -> None:
     if found.problem:
         say(f"the stream could not be asked: {found.problem}")
     for number, each in enumerate(found.events, start=1):
-        place = f", sequence {each.sequence}: {each.in_stream or 'unknown'}" if each.sequence else ""
+        stream = f"stream {each.stream}, " if found.parts else ""
+        place = f", {stream}sequence {each.sequence}: {each.in_stream or 'unknown'}" if each.sequence else ""
         table = Table(show_header=False, title=f"event {number}{place}", title_justify="left")
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
@@ -170,6 +173,13 @@ def show_transaction(found: Shown) -> None:
             table.add_row(_text(name), _text(str(value)))
         table.add_row("payload", _text(_shortened(each.payload)))
         out.print(table)
+
+
+def _end(part: ShownPart) -> str:
+    """What became of a part."""
+    if part.sent_at:
+        return f"sequences {part.first_sequence} to {part.last_sequence}, {part.sent_at:%F %T}"
+    return f"dead since {part.dead_at:%F %T}: {part.dead_reason}" if part.dead_at else "pending"
 
 
 def _shortened(payload: bytes) -> str:

@@ -16,6 +16,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from outbox.core.fence import Fence, numbered
+from outbox.core.parts import Part
 from outbox.core.plan import Planned
 from outbox.core.transaction import Receipt, Transaction
 
@@ -181,9 +182,13 @@ def stored_bytes(batch: Batch, outbox_id: str, overhead: int) -> int:
 
 def _place(transaction: Transaction) -> str:
     """Which transaction this is. A replay must not look like one to who follows the positions."""
-    if not transaction.replay_of:
-        return f"Outbox-Transaction: {transaction.position}"
-    return f"Outbox-Replay: {transaction.replay_of}\r\nOutbox-Replay-Position: {transaction.position}"
+    place = f"Outbox-Transaction: {transaction.position}"
+    if transaction.replay_of:
+        place = f"Outbox-Replay: {transaction.replay_of}\r\nOutbox-Replay-Position: {transaction.position}"
+    if not isinstance(transaction, Part):
+        return place
+    row = transaction.row
+    return f"{place}\r\nOutbox-Transaction-Part: {row.part}\r\nOutbox-Transaction-Parts: {row.parts}"
 
 
 def _lines(headers: Mapping[str, str]) -> str:

@@ -35,6 +35,7 @@ from outbox.core.outcome import (
     Unknown,
     meaning,
 )
+from outbox.core.parts import Part
 from outbox.core.plan import Planned
 from outbox.core.positions import Range, merged
 from outbox.core.transaction import DeadReason, Receipt, Transaction, Verdict
@@ -214,7 +215,12 @@ class Chain:
         return [
             each
             if isinstance(each, Planned)
-            else Planned(position=each.position, count=each.count, last_message_id=each.message_ids[-1])
+            else Planned(
+                position=each.position,
+                count=each.count,
+                last_message_id=each.message_ids[-1],
+                part=each.row.part if isinstance(each, Part) else 0,
+            )
             for each in self.plan
         ]
 

@@ -27,7 +27,10 @@ STRANDED = "committed and pending, and behind all that a relay looks at; remedy:
 
 
 class Row(NamedTuple):
-    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are SHA-256 of the payloads."""
+    """A transaction as the database has it; `stream` to `last` are its receipt. Digests are SHA-256 of the payloads.
+
+    Where it is sent to several streams its `parts` are rows, too, with the number of the `part`, and have the receipts.
+    """
 
     position: int
     message_ids: Sequence[str]
@@ -36,6 +39,8 @@ class Row(NamedTuple):
     stream: str | None = None
     first: int = 0
     last: int = 0
+    part: int = 0
+    parts: Sequence[Row] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,19 @@ class Anomaly:
     what: str
     last_position: int | None
     last_sequence: int | None
+
+
+class Loose(NamedTuple):
+    """A message of a part that the database does not know: event `number` of the transaction at this position.
+
+    The part has so many `messages`.
+    """
+
+    position: int
+    part: int
+    number: int
+    messages: int
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +103,8 @@ class Comparison:
     copy, and foreign. Others may write to a `shared` stream; in any other a foreign message is an anomaly, unless
     nats-server itself wrote it. `removed` counts messages that the stream itself has removed (limits, rollup, purge, a
     work queue), `unknown` those whose transaction was purged, or that have one of the `former` ids that the outbox had,
-    and were not in the database that was restored; `highest` is the highest position that this outbox has there.
+    and were not in the database that was restored; `highest` is the highest position that this outbox has there;
+    `loose` are messages of parts that a backup is too old to know.
     """
 
     outbox_id: str
@@ -102,9 +121,11 @@ class Comparison:
     removed: int = 0
     unknown: int = 0
     highest: int = 0
+    loose: list[Loose] = field(default_factory=list)
     _good: list[Range] = field(default_factory=list)
     _other: list[Range] = field(default_factory=list)
-    _unmarked: dict[int, list[_Found]] = field(default_factory=lambda: defaultdict(list))
+    # By position and part.
+    _unmarked: dict[tuple[int, int], list[_Found]] = field(default_factory=lambda: defaultdict(list))
     _phantoms: list[tuple[int, int]] = field(default_factory=list)
     _last: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -122,7 +143,7 @@ class Comparison:
             if ours:
                 self.replayed += message.replayed
                 self.highest = max(self.highest, position)
-            row = rows.get(position)
+            row = _row(rows, position, message.part)
             same = row is not None and _is_of(message, row, payloads.get(sequence))
             if row is None or not same or not (ours or self.adopting) or row.stream != self.stream:
                 told = self._judge(sequence, message, row, ours=ours, same=same)
@@ -150,6 +171,9 @@ class Comparison:
             self.unknown += 1
         elif row is None:
             self._phantoms.append((position, sequence))
+        elif self.adopting and _is_loose(message, row):
+            number = row.message_ids.index(message.message_id or "") + 1
+            self.loose.append(Loose(position, message.part or 0, number, message.count or 0, sequence))
         elif row.stream in self.gone and same:
             pass  # a copy of a stream that is gone, such as its mirror, has what was sent there
         elif row.stream is not None and not (self._covers(row, sequence) or _is_fenced(sequence, message)):
@@ -158,7 +182,9 @@ class Comparison:
             what = f"event {message.number} of {message.count} was not committed so"
             self._add("phantom", position, sequence, what, many="events that were not committed so")
         elif row.stream is None:
-            self._unmarked[position].append(_Found(message.number or 0, sequence, _is_fenced(sequence, message)))
+            self._unmarked[position, message.part or 0].append(
+                _Found(message.number or 0, sequence, _is_fenced(sequence, message))
+            )
             return False
         else:
             what = f"its receipt says {row.first} to {row.last} of {row.stream}"
@@ -183,7 +209,7 @@ class Comparison:
     @property
     def unmarked(self) -> list[int]:
         """Positions that are in the stream and were not marked when they were looked up."""
-        return sorted(self._unmarked)
+        return sorted({position for position, _ in self._unmarked})
 
     def recheck(self, rows: Mapping[int, Row], purged: int, last: int) -> None:
         """Judge the unmarked ones by what the database says of them now: a relay at work has marked them meanwhile.
@@ -191,8 +217,8 @@ class Comparison:
         Up to the position `purged` transactions may have been deleted, with their receipts. The stream was read up to
         `last`: a transaction whose beginning is there may go on behind it.
         """
-        for position, found in sorted(self._unmarked.items()):
-            row = rows.get(position)
+        for (position, part), found in sorted(self._unmarked.items()):
+            row = _row(rows, position, part)
             ours = next((each for each in _readings(found) if self._problem(row, each, last) is None), found)
             for each in found:
                 if each not in ours:
@@ -229,17 +255,17 @@ class Comparison:
             return "duplicated", f"pending, and its events {numbers} are stored"
         return "split", f"pending, and its events {numbers} alone are stored"
 
-    def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int]]:
-        """Position and first sequence of pending transactions that are stored whole and once: the mark was lost."""
-        pending = {position: row for position, row in rows.items() if row.stream is None and not row.dead}
-        found = {position: self._unmarked[position] for position in self.unmarked if position in pending}
-        firsts = {
-            position: each[0].sequence
-            for position, places in found.items()
-            for each in _readings(places)
-            if _places(each) == _whole(pending[position], each[0].sequence)
-        }
-        return list(firsts.items())
+    def adoptable(self, rows: Mapping[int, Row]) -> list[tuple[int, int, int]]:
+        """Position, part and first sequence of what is pending, and stored whole and once: the mark was lost."""
+        firsts: dict[tuple[int, int], int] = {}
+        for (position, part), found in sorted(self._unmarked.items()):
+            row = _row(rows, position, part)
+            if row is None or row.stream is not None or row.dead:
+                continue
+            for each in _readings(found):
+                if _places(each) == _whole(row, each[0].sequence):
+                    firsts[position, part] = each[0].sequence
+        return [(*which, first) for which, first in firsts.items()]
 
     def confirm(self, rows: Iterable[Row], *, first: int, last: int, end: int) -> None:
         """Compare receipts with what was found; the stream was read from `first` to `last`, and ends at `end` now."""
@@ -313,6 +339,12 @@ def _goes_on(before: Anomaly, position: int | None, sequence: int | None) -> boo
     return position is not None and position == (before.last_position or 0) + 1
 
 
+def _row(rows: Mapping[int, Row], position: int, part: int | None) -> Row | None:
+    """The transaction, or the part of it, that a message names."""
+    row = rows.get(position)
+    return next((each for each in row.parts if each.part == part), row) if row is not None and row.parts else row
+
+
 def _is_of(message: Seen, row: Row, payload: bytes | None) -> bool:
     """True if the message is the very event that the transaction has at that place."""
     number, ids = message.number or 0, row.message_ids
@@ -335,6 +367,13 @@ def _readings(found: list[_Found]) -> Iterator[list[_Found]]:
 
 def _places(found: Iterable[_Found]) -> list[tuple[int, int]]:
     return [(each.number, each.sequence) for each in found]
+
+
+def _is_loose(message: Seen, row: Row) -> bool:
+    """True if the message is of a part of a transaction that is pending, and that the database does not know to have
+    any: a backup may be older than the split.
+    """
+    return row.stream is None and not row.parts and bool(message.part) and message.message_id in row.message_ids
 
 
 def _whole(row: Row, first: int) -> list[tuple[int, int]]:

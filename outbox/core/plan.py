@@ -26,6 +26,7 @@ class Planned:
     last_message_id: str
     attempts: int = 0
     size: int = 0
+    part: int = 0  # which of its transaction's parts it is; 0 where that is in one stream
 
 
 class Seen(NamedTuple):
@@ -47,6 +48,7 @@ class Seen(NamedTuple):
     follows: int | None = None
     marker: bool = False
     sourced: bool = False  # it comes from another stream
+    part: int | None = None
 
     def is_of(self, outbox_id: str) -> bool:
         """True if this outbox has sent it to this stream.
@@ -150,13 +152,14 @@ def _beyond(
     beyond = seen.get(end + 1), seen.get(last)
     if all(message is not None and message.marker for message in beyond):
         return Finding(look=Look.SETTLED, stored=stored, at=end)
-    next_planned = plan[stored].position if stored < len(plan) else None
+    next_planned = (plan[stored].position, plan[stored].part) if stored < len(plan) else None
     for place in (end + 1, last):
         message = seen.get(place)
         if message is None or not message.is_of(outbox_id):
             continue
-        planned = {entry.position for entry in plan[stored:]}
-        fits = message.position == next_planned if place == end + 1 else message.position in planned
+        planned = {(entry.position, entry.part) for entry in plan[stored:]}
+        which = message.position, message.part or 0
+        fits = which == next_planned if place == end + 1 else which in planned
         return Finding(look=Look.APPLYING if fits else Look.IMPOSTOR, stored=stored, at=place)
     return Finding(look=unknown, stored=stored, at=last)
 

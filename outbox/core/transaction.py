@@ -32,6 +32,7 @@ class DeadReason(StrEnum):
     WRONG_COUNT = "wrong-count"
     ENDS_CONNECTIONS = "ends-connections"
     KILLS_RELAY = "kills-relay"
+    STREAM_RETIRED = "stream-retired"
 
 
 HEADER_WEIGHT = 4  # bytes in memory, about, for each byte of headers as text: they are objects there
@@ -89,11 +90,15 @@ class Receipt(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A transaction can never be sent: `reason` is from the closed list, `detail` says what was found."""
+    """A transaction can never be sent: `reason` is from the closed list, `detail` says what was found.
+
+    `part` is the one of its parts that is meant, or 0 for all of it.
+    """
 
     position: int
     reason: DeadReason
     detail: str
+    part: int = 0
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"

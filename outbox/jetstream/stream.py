@@ -144,6 +144,7 @@ def seen(message: Message) -> Seen:
             int(follows) if follows else None,
             False,
             False,
+            None,
         )
     )
 
@@ -179,4 +180,5 @@ def _looked_up(raw: bytes) -> Seen:
         follows=number("Nats-Expected-Last-Sequence") if fenced else None,
         marker="Nats-Marker-Reason" in headers,
         sourced="Nats-Stream-Source" in headers,
+        part=number("Outbox-Transaction-Part"),
     )

@@ -21,7 +21,10 @@ from outbox.postgres.session import command_session
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """A transaction that was set aside whole. `subjects` are those of its events, each once."""
+    """A transaction that was set aside whole, or of which a part was. `subjects` are those of its events, each once.
+
+    `sent_to` are the streams that have their parts of it: a retry sends what is missing.
+    """
 
     position: int
     event_count: int
@@ -31,6 +34,7 @@ class DeadLetter:
     reason: str
     discarded_at: datetime | None
     retried_at: datetime | None
+    sent_to: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +76,15 @@ def retry(url: str, name: str, positions: Sequence[int]) -> list[int]:
 
 
 def discard(url: str, name: str, positions: Sequence[int]) -> list[int]:
-    """Declare that dead letters are never to be sent; returns the positions of those it took. Commits."""
+    """Declare that dead letters are never to be sent; returns the positions of those it took. Commits.
+
+    What is pending of them for other streams is sent all the same.
+    """
     return _change(url, name, queries.DISCARD, positions)
 
 
 def _change(url: str, name: str, query: str, positions: Sequence[int]) -> list[int]:
     with command_session(url) as connection:
+        connection.execute(compose(queries.MY_TURN, name))
         rows = connection.execute(compose(query, name), {"positions": list(positions)}).fetchall()
     return sorted(position for (position,) in rows)

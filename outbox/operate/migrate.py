@@ -245,6 +245,9 @@ def _connected(url: str) -> Iterator[sa.Connection]:
                 begun(raw)  # again: SQLAlchemy has rolled back after a look at the server
                 yield connection
         except sa.exc.DBAPIError as error:
+            if isinstance(error.orig, psycopg.errors.RaiseException):  # a step refuses
+                said = error.orig.diag
+                raise Misconfigured(said.message_primary or "", remedy=said.message_hint or "") from error
             raise error.orig or error from error  # psycopg's own, which is told by whose fault it is
 
 

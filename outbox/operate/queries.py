@@ -54,7 +54,9 @@ SELECT position, event_count, dead_at, dead_reason AS reason FROM {schema}.dead
 DEAD_LETTERS = """
 SELECT d.position, d.event_count,
        ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = d.txid ORDER BY subject) AS subjects,
-       d.sealed_at, d.dead_at, d.dead_reason AS reason, d.discarded_at, d.retried_at
+       d.sealed_at, d.dead_at, d.dead_reason AS reason, d.discarded_at, d.retried_at,
+       ARRAY(SELECT stream FROM {schema}.parts AS p WHERE p.position = d.position AND p.sent_at IS NOT NULL
+              ORDER BY part) AS sent_to
   FROM {schema}.dead AS d ORDER BY d.position
 """
 
@@ -63,12 +65,21 @@ SHOW = """
 SELECT r.former_ids || r.outbox_id AS outbox_ids, t.position, t.txid::text,
        CASE WHEN t.sent_at IS NOT NULL THEN 'sent' WHEN t.discarded_at IS NOT NULL THEN 'discarded'
             WHEN t.dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END AS state,
-       t.event_count, t.sealed_at, t.attempts, t.stream, t.first_sequence, t.last_sequence, t.sent_at, t.dead_at,
+       t.event_count, t.sealed_at, t.attempts, nullif(t.stream, '*') AS stream,
+       CASE WHEN t.stream <> '*' THEN t.first_sequence END AS first_sequence,
+       CASE WHEN t.stream <> '*' THEN t.last_sequence END AS last_sequence, t.sent_at, t.dead_at,
        t.dead_reason, t.discarded_at, t.retried_at, t.replay_of,
        (SELECT retired_at FROM {schema}.streams AS s WHERE s.name = t.stream) AS stream_retired_at,
        ARRAY(SELECT position FROM {schema}.transactions AS again
               WHERE again.position > t.position AND again.replay_of = t.position ORDER BY position) AS replays
   FROM {schema}.transactions AS t CROSS JOIN {schema}.relay AS r WHERE t.position = %(position)s
+"""
+
+# Its parts, by parts_pkey, if it has any.
+SHOW_PARTS = """
+SELECT part, stream, CASE WHEN sent_at IS NOT NULL THEN 'sent' WHEN dead_at IS NOT NULL THEN 'dead' ELSE 'pending' END
+         AS state, numbers, first_sequence, last_sequence, sent_at, dead_at, dead_reason, discarded_at
+  FROM {schema}.parts WHERE position = %(position)s ORDER BY part
 """
 
 SHOW_EVENTS = """
@@ -81,17 +92,21 @@ SELECT e.message_id, e.subject, e.headers, e.payload, e.created_at
 REPLAYABLE = """
 SELECT t.position, t.txid::text, t.event_count, t.sent_at IS NOT NULL, t.dead_at IS NOT NULL,
        ARRAY(SELECT DISTINCT subject FROM {schema}.events AS e WHERE e.txid = t.txid),
-       EXISTS (SELECT FROM {schema}.events AS e WHERE e.txid = t.txid AND e.headers ? 'Nats-Rollup')
+       EXISTS (SELECT FROM {schema}.events AS e WHERE e.txid = t.txid AND e.headers ? 'Nats-Rollup'), t.stream,
+       (SELECT json_object_agg(p.stream, p.numbers) FROM {schema}.parts AS p WHERE p.position = t.position)
   FROM {schema}.transactions AS t
  WHERE t.position > %(after)s AND t.position <= %(to)s AND t.replay_of IS NULL ORDER BY t.position LIMIT %(page)s
 """
 
 HIGHEST = "SELECT coalesce(max(position), 0) FROM {schema}.transactions"
 
-# Copies with message ids of their own, in the same order.
+# Copies with message ids of their own, in the same order: of all events, or of those with these numbers.
 REPLAY_EVENTS = """
 INSERT INTO {schema}.events (message_id, subject, headers, payload)
-SELECT gen_random_uuid(), subject, headers, payload FROM {schema}.events WHERE txid = %(txid)s::xid8 ORDER BY id
+SELECT gen_random_uuid(), subject, headers, payload FROM (
+  SELECT *, row_number() OVER (ORDER BY id) AS number FROM {schema}.events WHERE txid = %(txid)s::xid8
+) AS e
+ WHERE %(numbers)s::int[] IS NULL OR number = ANY (%(numbers)s::int[]) ORDER BY id
 """
 
 # The trigger writes the row of the transaction now and not at commit, so that it can be marked as a replay.
@@ -112,12 +127,22 @@ WITH before AS (SELECT paused_at IS NOT NULL AS changed FROM {schema}.relay FOR 
 UPDATE {schema}.relay SET paused_at = NULL, paused_why = NULL FROM before RETURNING paused_at, paused_why, changed
 """
 
-# A dead letter is pending again. The leader takes its position from relay.retried into its open positions: in the
-# column open_positions it would be written over by the leader's next commit.
+# An order about dead letters comes before or behind a commit of the leader, not in between.
+MY_TURN = "SELECT FROM {schema}.relay FOR UPDATE"
+
+# A dead letter is pending again, or its dead parts are; these may go to another stream if no other part is open. The
+# leader takes its position from relay.retried into its open positions: in the column open_positions it would be written
+# over by the leader's next commit.
 RETRY = """
-WITH again AS (
+WITH parted AS (
+  UPDATE {schema}.parts AS p SET dead_at = NULL, dead_reason = NULL, moves = t.dead_at IS NOT NULL
+    FROM {schema}.transactions AS t
+   WHERE p.position = ANY (%(positions)s) AND p.dead_at IS NOT NULL AND p.discarded_at IS NULL
+     AND t.position = p.position AND t.discarded_at IS NULL RETURNING p.position
+), again AS (
   UPDATE {schema}.transactions SET dead_at = NULL, dead_reason = NULL, attempts = 0, retried_at = clock_timestamp()
-   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+   WHERE position = ANY (%(positions)s) AND discarded_at IS NULL
+     AND (dead_at IS NOT NULL OR position IN (SELECT position FROM parted)) RETURNING position
 ), asked AS (
   UPDATE {schema}.relay SET retried = retried + (
     SELECT coalesce(range_agg(int8range(position, position, '[]')), int8multirange()) FROM again)
@@ -126,9 +151,16 @@ WITH again AS (
 SELECT position FROM again
 """
 
+# What is pending of it for other streams is sent all the same; with the last of it the transaction is discarded.
 DISCARD = """
-UPDATE {schema}.transactions SET discarded_at = clock_timestamp()
- WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+WITH parted AS (
+  UPDATE {schema}.parts SET discarded_at = clock_timestamp()
+   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+), whole AS (
+  UPDATE {schema}.transactions SET discarded_at = clock_timestamp()
+   WHERE position = ANY (%(positions)s) AND dead_at IS NOT NULL AND discarded_at IS NULL RETURNING position
+)
+SELECT position FROM parted UNION SELECT position FROM whole
 """
 
 # What `outbox verify` and `outbox rebase` compare messages with: transactions, and the ids of their events in order.
@@ -142,14 +174,34 @@ SELECT t.position, e.ids, e.digests, t.dead_at IS NOT NULL, t.stream, t.first_se
  WHERE t.position = ANY (%(positions)s)
 """
 
+# The parts of those that have no receipt of their own; as KNOWN, but for the numbers of their events.
+KNOWN_PARTS = """
+SELECT position, part, numbers, dead_at IS NOT NULL, CASE WHEN sent_at IS NOT NULL THEN stream END, first_sequence,
+       last_sequence
+  FROM {schema}.parts WHERE position = ANY (%(positions)s) ORDER BY position, part
+"""
+
 # Receipts, a page at a time.
 RECEIPTS = """
 SELECT position, stream, first_sequence, last_sequence FROM {schema}.transactions
- WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position LIMIT 5000
+ WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL AND stream <> '*'
+ ORDER BY position LIMIT 5000
+"""
+
+# The same of parts: whole transactions, though more rows then.
+RECEIPTS_OF_PARTS = """
+SELECT position, stream, first_sequence, last_sequence FROM {schema}.parts
+ WHERE sent_at IS NOT NULL AND position IN (
+   SELECT DISTINCT position FROM {schema}.parts
+    WHERE position > %(after)s AND position <= %(to)s AND sent_at IS NOT NULL ORDER BY position LIMIT 5000)
+ ORDER BY position
 """
 
 # Reads all receipts: only for commands that look at everything anyway.
-RECEIPT_STREAMS = "SELECT DISTINCT stream FROM {schema}.transactions WHERE sent_at IS NOT NULL ORDER BY stream"
+RECEIPT_STREAMS = """
+SELECT stream FROM {schema}.transactions WHERE sent_at IS NOT NULL AND stream <> '*'
+ UNION SELECT stream FROM {schema}.parts WHERE sent_at IS NOT NULL ORDER BY stream
+"""
 
 # The subjects of what is pending, each once.
 PENDING_SUBJECTS = """
@@ -178,7 +230,10 @@ SELECT outbox_id, former_ids, greatest(purged, (SELECT h.purged FROM {schema}.ho
 """
 
 SENT_RANGE = """
-SELECT min(first_sequence), max(last_sequence) FROM {schema}.transactions
+SELECT min(first_sequence), max(last_sequence) FROM (
+  SELECT position, stream, first_sequence, last_sequence FROM {schema}.transactions
+  UNION ALL SELECT position, stream, first_sequence, last_sequence FROM {schema}.parts
+) AS sent
  WHERE position >= %(from)s AND position <= %(to)s AND stream = %(stream)s
 """
 
@@ -238,6 +293,44 @@ UPDATE {schema}.transactions AS t
        last_sequence = a.first + event_count - 1
   FROM unnest(%(positions)s::bigint[], %(firsts)s::bigint[]) AS a (position, first)
  WHERE t.position = a.position AND t.sent_at IS NULL AND t.dead_at IS NULL
+"""
+
+# The same with parts.
+ADOPT_PARTS = """
+UPDATE {schema}.parts AS p
+   SET sent_at = clock_timestamp(), stream = %(stream)s, first_sequence = a.first,
+       last_sequence = a.first + cardinality(numbers) - 1
+  FROM unnest(%(positions)s::bigint[], %(parts)s::int[], %(firsts)s::bigint[]) AS a (position, part, first)
+ WHERE p.position = a.position AND p.part = a.part AND p.sent_at IS NULL AND p.dead_at IS NULL
+"""
+
+# Parts that a backup is too old to know: as they were found in a stream; and then what was found in none, as one part
+# more, for wherever its subjects are.
+FOUND_PARTS = """
+INSERT INTO {schema}.parts (position, part, stream, numbers, sent_at, first_sequence, last_sequence)
+SELECT position, part, stream, numbers::int[], clock_timestamp(), first, first + cardinality(numbers::int[]) - 1
+  FROM unnest(%(positions)s::bigint[], %(parts)s::int[], %(streams)s::text[], %(numbers)s::text[],
+              %(firsts)s::bigint[]) AS f (position, part, stream, numbers, first)
+ON CONFLICT DO NOTHING
+"""
+LEFT_PARTS = """
+INSERT INTO {schema}.parts (position, part, moves, stream, numbers)
+SELECT t.position, (SELECT min(n) FROM generate_series(1, t.event_count) AS n
+                     WHERE n NOT IN (SELECT part FROM {schema}.parts AS p WHERE p.position = t.position)), true, '',
+       l.numbers
+  FROM {schema}.transactions AS t CROSS JOIN LATERAL (
+    SELECT array_agg(n) AS numbers FROM generate_series(1, t.event_count) AS n
+     WHERE n NOT IN (SELECT unnest(numbers) FROM {schema}.parts AS p WHERE p.position = t.position)) AS l
+ WHERE t.position = ANY (%(positions)s) AND l.numbers IS NOT NULL
+"""
+
+# What is open for a stream that is given up can be sent nowhere else as it is: it is dead, until somebody retries it.
+RETIRE_PARTS = """
+UPDATE {schema}.parts AS p
+   SET dead_at = clock_timestamp(), dead_reason = %(reason)s || ': part ' || p.part || ', for stream ' || p.stream
+  FROM {schema}.transactions AS t
+ WHERE p.stream = %(name)s AND p.sent_at IS NULL AND p.dead_at IS NULL AND t.position = p.position
+RETURNING p.position
 """
 
 # What a rebase builds on, before writers are locked out: what is stranded by now, the highest id of an event, and the

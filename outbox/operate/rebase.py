@@ -7,6 +7,7 @@ that the database has lost stay in the stream, under an outbox id or positions t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import LiteralString
 from uuid import UUID
@@ -16,14 +17,16 @@ from psycopg.rows import TupleRow
 
 from outbox import schema
 from outbox.config import Settings
-from outbox.core.comparison import Comparison
+from outbox.core.comparison import Comparison, Loose
+from outbox.core.transaction import DeadReason
 from outbox.errors import Halt, Misconfigured
 from outbox.event import matches, subject_problem
 from outbox.jetstream.client import JetStream, connected
 from outbox.jetstream.stream import StreamInfo
 from outbox.operate import queries, txids
 from outbox.operate.verify import Progress, known_rows, no_progress, read
-from outbox.postgres.queries import STREAMS, compose
+from outbox.postgres.queries import STREAMS, WHOLE_SETTLED, compose
+from outbox.postgres.rows import array
 from outbox.postgres.session import command_session
 
 WRITER_TRIES, WRITER_SECONDS, WRITER_PAUSE = 20, 0.3, 0.5
@@ -59,6 +62,7 @@ class _Found:
     unknown: int = 0
     highest: int = 0
     gone: list[str] = field(default_factory=list)
+    parts: list[tuple[str, Loose]] = field(default_factory=list)  # by stream, that the database does not know
 
 
 async def accept_stream(settings: Settings, stream: str) -> Rebased:
@@ -74,8 +78,8 @@ async def retire_stream(settings: Settings, stream: str) -> Rebased:
     """Forget a stream as a place to send to, which may be gone. Commits.
 
     What was planned for it and is not in it is pending again, to be sent where its subjects are by then; receipts stay.
-    Raises `Misconfigured` while a relay leads, if the outbox does not know the stream, not even by receipts, or if it
-    still takes what the outbox sends.
+    Open parts of transactions over several streams are dead letters. Raises `Misconfigured` while a relay leads, if the
+    outbox does not know the stream, not even by receipts, or if it still takes what the outbox sends.
     """
     return await _settle_stream(settings, stream, retire=True)
 
@@ -95,6 +99,7 @@ async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Re
                 raise Misconfigured(f"the outbox does not know a stream {stream!r}", remedy="outbox status lists them")
             found = _Found()
             info = await _adopt(jetstream, connection, name, outbox_id, known, found)
+            _adopt_unknown_parts(connection, name, found)
             if info is None and not retire:
                 remedy = f"create it first, then accept it; or forget it: outbox rebase --stream {stream} --retire"
                 raise Misconfigured(f"stream {stream} does not exist", remedy=remedy)
@@ -108,6 +113,10 @@ async def _settle_stream(settings: Settings, stream: str, *, retire: bool) -> Re
                 "retire": retire,
             }
             connection.execute(compose(queries.SETTLE_STREAM, name), settled)
+            if retire:
+                given = {"name": stream, "reason": str(DeadReason.STREAM_RETIRED)}
+                gone = connection.execute(compose(queries.RETIRE_PARTS, name), given).fetchall()
+                connection.execute(compose(WHOLE_SETTLED, name), {"positions": [position for (position,) in gone]})
             return Rebased(outbox_id=outbox_id, adopted=found.adopted, unknown=found.unknown, kept=head)
 
 
@@ -160,6 +169,7 @@ async def rebase(settings: Settings, *, read_back: bool = True, progress: Progre
             async with connected(settings) as jetstream:
                 for known in await _all_streams(jetstream, connection, name):
                     await _adopt(jetstream, connection, name, outbox_id, known, found, progress)
+                _adopt_unknown_parts(connection, name, found)
         if shared := connection.execute(compose(queries.SHARED_TXIDS, name)).fetchone():
             raise Halt(f"two transactions have the id {shared[0]}", remedy="end every writer, and run it again")
         before = connection.execute(compose(queries.BEFORE_REBASE, name)).fetchall()[0]
@@ -230,16 +240,49 @@ async def _adopt(
         progress,
     )
     adoptable = comparison.adoptable(known_rows(connection, name, comparison.unmarked))
+    whole = [each for each in adoptable if not each[1]]
     places = {
         "stream": known.name,
-        "positions": [position for position, _ in adoptable],
-        "firsts": [first for _, first in adoptable],
+        "positions": [position for position, _, _ in whole],
+        "firsts": [first for _, _, first in whole],
     }
     connection.execute(compose(queries.ADOPT, name), places)
+    if len(whole) < len(adoptable):
+        positions, parts, firsts = map(list, zip(*(each for each in adoptable if each[1]), strict=True))
+        given = {"stream": known.name, "positions": positions, "parts": parts, "firsts": firsts}
+        connection.execute(compose(queries.ADOPT_PARTS, name), given)
+        connection.execute(compose(WHOLE_SETTLED, name), {"positions": positions})
     found.adopted += len(adoptable)
     found.unknown += comparison.phantoms
     found.highest = max(found.highest, comparison.highest)
+    found.parts += [(known.name, each) for each in comparison.loose]
     return info
+
+
+def _adopt_unknown_parts(connection: psycopg.Connection[TupleRow], name: str, found: _Found) -> None:
+    """Write down parts that were stored after the backup was made, and leave what else their transactions have."""
+    parts: dict[tuple[int, int, str], list[Loose]] = {}
+    for stream, each in found.parts:
+        parts.setdefault((each.position, each.part, stream), []).append(each)
+    parts = {which: messages for which, messages in parts.items() if _is_whole(messages)}
+    if not parts:
+        return
+    given = {
+        "positions": [position for position, _, _ in parts],
+        "parts": [part for _, part, _ in parts],
+        "streams": [stream for _, _, stream in parts],
+        "numbers": [array(each.number for each in messages) for messages in parts.values()],
+        "firsts": [messages[0].sequence for messages in parts.values()],
+    }
+    found.adopted += len(parts)
+    for statement in (queries.FOUND_PARTS, queries.LEFT_PARTS, WHOLE_SETTLED):
+        connection.execute(compose(statement, name), given)
+
+
+def _is_whole(messages: Sequence[Loose]) -> bool:
+    """True if these are all messages of a part, one behind the other."""
+    first = messages[0]
+    return [each.sequence for each in messages] == list(range(first.sequence, first.sequence + first.messages))
 
 
 async def _all_streams(jetstream: JetStream, connection: psycopg.Connection[TupleRow], name: str) -> list[_Place]:

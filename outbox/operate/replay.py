@@ -7,8 +7,8 @@ publishes by itself: it would be a foreign writer in the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -24,11 +24,15 @@ PAGE = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which transactions: positions from `first` to `last`, both included, with an event on `subject` (wildcards)."""
+    """Which transactions: positions from `first` to `last`, both included, with an event on `subject` (wildcards).
+
+    With `stream`, what went there: whole transactions, and of others their part for it.
+    """
 
     first: int
     last: int
     subject: str | None = None
+    stream: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,7 +41,8 @@ class Replayed:
 
     Passed over: what is `pending` (it is sent anyway), what is `dead` (see `outbox dead retry`), and what has lost its
     events. `last` is the last position that was replayed: after an interruption go on behind it. Up to the position
-    `purged` transactions may be gone. `rollups` have events with Nats-Rollup, which remove newer messages.
+    `purged` transactions may be gone. `rollups` have events with Nats-Rollup, which remove newer messages. All that
+    was sent to `streams` before.
     """
 
     transactions: int = 0
@@ -47,6 +52,7 @@ class Replayed:
     last: int | None = None
     purged: int = 0
     rollups: int = 0
+    streams: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,8 @@ class _Sent:
     txid: str
     count: int
     rollup: bool
+    streams: Sequence[str]
+    numbers: list[int] | None = None  # of the events that are meant, None for all
 
 
 def replay(
@@ -81,6 +89,7 @@ def replay(
                 done.events += each.count
                 done.rollups += each.rollup
                 done.last = each.position
+                done.streams = sorted({*done.streams, *each.streams})
                 progress(done)
     return done
 
@@ -93,11 +102,22 @@ def _chosen(connection: psycopg.Connection[TupleRow], name: str, wanted: Wanted,
             rows = connection.execute(compose(queries.REPLAYABLE, name), given).fetchall()
         if not rows:
             return
-        for position, txid, count, sent, dead, subjects, rollup in rows:
+        for position, txid, count, sent, dead, subjects, rollup, stream, parts in rows:
             if wanted.subject is not None and not any(matches(subject, wanted.subject) for subject in subjects):
                 continue
-            if sent:
-                yield _Sent(position=position, txid=txid, count=count, rollup=rollup)
+            streams: dict[str, list[int] | None] = parts or {stream: None}
+            if sent and wanted.stream is None:
+                yield _Sent(position=position, txid=txid, count=count, rollup=rollup, streams=list(streams))
+            elif sent and wanted.stream in streams:
+                numbers = streams[wanted.stream]
+                yield _Sent(
+                    position=position,
+                    txid=txid,
+                    count=count if numbers is None else len(numbers),
+                    rollup=rollup,
+                    streams=[wanted.stream],
+                    numbers=numbers,
+                )
             done.dead += dead
             done.pending += not sent and not dead
         after, *_ = rows[-1]
@@ -107,7 +127,8 @@ def _again(connection: psycopg.Connection[TupleRow], name: str, sent: _Sent) -> 
     """Add one transaction again, in a transaction of its own; False if it was purged meanwhile."""
     try:
         with step(connection):
-            copied = connection.execute(compose(queries.REPLAY_EVENTS, name), {"txid": sent.txid})
+            given = {"txid": sent.txid, "numbers": sent.numbers}
+            copied = connection.execute(compose(queries.REPLAY_EVENTS, name), given)
             if copied.rowcount == 0:
                 return False
             if copied.rowcount != sent.count:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import psycopg
 from psycopg.rows import TupleRow
@@ -29,6 +30,7 @@ from outbox.operate import queries
 from outbox.postgres.queries import COUNTERS, STREAMS, compose
 from outbox.postgres.session import step, stepping_session
 
+T = TypeVar("T")
 END_SECONDS = 1.0
 DIGEST_BYTES = 32
 _row = partial(tuple.__new__, Row)  # of a tuple, without a call in Python
@@ -202,8 +204,9 @@ class _Outbox:
 
     def receipts(self, first: int, to: int) -> Iterator[list[Row]]:
         """The receipts of these positions, a page at a time."""
-        for rows in self._pages(queries.RECEIPTS, first, to):
-            yield [_row((position, (), (), False, *receipt)) for position, *receipt in rows]
+        for query in (queries.RECEIPTS, queries.RECEIPTS_OF_PARTS):
+            for rows in self._pages(query, first, to):
+                yield [_row((position, (), (), False, *receipt, 0, ())) for position, *receipt in rows]
 
     def stranded(self, first: int, to: int) -> Iterator[int]:
         """Those of these positions that are pending, and that no relay looks at."""
@@ -224,11 +227,34 @@ def known_rows(connection: psycopg.Connection[TupleRow], name: str, positions: S
     """These transactions as the database has them now, as far as it has them."""
     # In binary, and one value for all events: arrays and hexadecimal digits take several times as long.
     found = connection.cursor(binary=True).execute(compose(queries.KNOWN, name), {"positions": list(positions)})
-    return {
-        position: _row((position, (ids or "").split(), _parted(digests or b""), dead, stream, first or 0, last or 0))
+    rows: dict[int, Row] = {
+        position: _row(
+            (position, (ids or "").split(), _parted(digests or b""), dead, stream, first or 0, last or 0, 0, ())
+        )
         for position, ids, digests, dead, stream, first, last in found.fetchall()
     }
+    if parted := [position for position, row in rows.items() if row.stream in (None, "*")]:
+        parts = connection.execute(compose(queries.KNOWN_PARTS, name), {"positions": parted}).fetchall()
+        for position, number, numbers, dead, stream, first, last in parts:
+            whole = rows[position]
+            part = Row(
+                position=position,
+                part=number,
+                message_ids=_picked(whole.message_ids, numbers),
+                digests=_picked(whole.digests, numbers),
+                dead=dead,
+                stream=stream,
+                first=first or 0,
+                last=last or 0,
+            )
+            rows[position] = whole._replace(parts=(*whole.parts, part))
+    return rows
 
 
 def _parted(digests: bytes) -> list[bytes]:
     return [digests[begin : begin + DIGEST_BYTES] for begin in range(0, len(digests), DIGEST_BYTES)]
+
+
+def _picked(each: Sequence[T], numbers: Sequence[int]) -> Sequence[T]:
+    """Those with these numbers, from 1 on, as far as there are any."""
+    return [each[number - 1] for number in numbers if number <= len(each)]

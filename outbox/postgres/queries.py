@@ -19,6 +19,7 @@ def compose(text: str, schema: str) -> bytes:
         "schema": sql.Identifier(checked_name(schema)),
         "channel": sql.Identifier(channel(schema)),
         "weight": sql.Literal(HEADER_WEIGHT),
+        "leads": sql.Literal(f"outbox.{schema}_leads"),
     }
     return sql.SQL(text).format(**names).as_bytes()
 
@@ -166,6 +167,69 @@ SELECT (SELECT count(*) FROM lead), (SELECT count(*) FROM marked), (SELECT count
             OR (SELECT count(*) FROM planned) = cardinality(%(names)s::text[]))::int
 """
 
+# The same where parts were sent, which count for their streams too.
+COMMIT_OF_PARTS = (
+    COMMIT.replace("coalesce(done.transactions, 0)", "coalesce(done.transactions, 0) + p.parts")
+    .replace("coalesce(done.events, 0)", "coalesce(done.events, 0) + p.events")
+    .replace("%(blocks)s::text[])", "%(blocks)s::text[], %(parts)s::bigint[], %(events)s::bigint[])")
+    .replace("AS p (name, mode, base, plan, blocked)", "AS p (name, mode, base, plan, blocked, parts, events)")
+)
+
+# In the same transaction, after COMMIT has told that the lead is ours: rows of parts that are new, or have another
+# stream by now, and what became of parts that were open. By parts_pkey.
+PARTS_SETTLED = """
+WITH written AS (
+  INSERT INTO {schema}.parts AS p (position, part, stream, numbers)
+  SELECT n.position, n.part, n.stream, n.numbers::int[]
+    FROM unnest(%(positions)s::bigint[], %(parts)s::int[], %(streams)s::text[], %(numbers)s::text[])
+      AS n (position, part, stream, numbers)
+  ON CONFLICT (position, part) DO UPDATE SET stream = excluded.stream WHERE p.sent_at IS NULL AND p.dead_at IS NULL
+  RETURNING position
+), settled AS (
+  UPDATE {schema}.parts AS p
+     SET sent_at = CASE WHEN d.reason IS NULL THEN clock_timestamp() END, first_sequence = d.first,
+         last_sequence = d.last, dead_at = CASE WHEN d.reason IS NOT NULL THEN clock_timestamp() END,
+         dead_reason = d.reason
+    FROM unnest(%(settling)s::bigint[], %(settled)s::int[], %(firsts)s::bigint[], %(lasts)s::bigint[],
+                %(reasons)s::text[]) AS d (position, part, first, last, reason)
+   WHERE p.position = d.position AND p.position = ANY (%(settling)s::bigint[]) AND p.part = d.part
+     AND p.sent_at IS NULL AND p.dead_at IS NULL
+  RETURNING p.position
+)
+SELECT (SELECT count(*) FROM written), (SELECT count(*) FROM settled)
+"""
+
+# And then, by what the rows are now: a transaction none of whose parts is open is sent, or dead if one of them is. Its
+# receipts are those of its parts: its own stream is *, which none is called.
+WHOLE_SETTLED = """
+UPDATE {schema}.transactions AS t
+   SET sent_at = CASE WHEN s.dead = 0 THEN clock_timestamp() END, stream = CASE WHEN s.dead = 0 THEN '*' END,
+       first_sequence = CASE WHEN s.dead = 0 THEN 1 END, last_sequence = CASE WHEN s.dead = 0 THEN t.event_count END,
+       dead_at = CASE WHEN s.dead > 0 THEN clock_timestamp() END, dead_reason = s.reason,
+       discarded_at = CASE WHEN s.dead > 0 AND s.discarded = s.dead THEN clock_timestamp() END
+  FROM (SELECT position, count(*) FILTER (WHERE sent_at IS NULL AND dead_at IS NULL) AS open, count(dead_at) AS dead,
+               count(discarded_at) AS discarded,
+               (array_agg(dead_reason ORDER BY part) FILTER (WHERE dead_at IS NOT NULL))[1] AS reason
+          FROM {schema}.parts WHERE position = ANY (%(positions)s::bigint[]) GROUP BY position) AS s
+ WHERE t.position = s.position AND t.position = ANY (%(positions)s::bigint[]) AND s.open = 0
+   AND t.sent_at IS NULL AND t.dead_at IS NULL
+"""
+
+# The parts of transactions, by position, with the message id of each one's last event; most have none. By parts_pkey,
+# transactions_pkey, events_pkey.
+PARTS_OF = """
+SELECT p.position, p.part, p.stream, p.numbers, p.sent_at IS NULL AND p.dead_at IS NULL, p.moves,
+       (SELECT message_id::text FROM {schema}.events AS e WHERE e.txid = t.txid ORDER BY e.txid, e.id
+        OFFSET p.numbers[cardinality(p.numbers)] - 1 LIMIT 1)
+  FROM unnest(%(positions)s::bigint[]) AS given (position)
+ CROSS JOIN LATERAL (SELECT * FROM {schema}.parts AS p WHERE p.position = given.position ORDER BY p.position, p.part)
+         AS p
+ CROSS JOIN LATERAL (
+   SELECT txid FROM {schema}.transactions WHERE position = given.position ORDER BY position LIMIT 1
+ ) AS t
+ ORDER BY p.position, p.part
+"""
+
 # Where the rows are that each commit updates.
 PLACES = "SELECT '', ctid::text FROM {schema}.relay UNION ALL SELECT name, ctid::text FROM {schema}.streams"
 # How long the statements from here on may take.
@@ -210,11 +274,13 @@ ON CONFLICT (name) DO UPDATE SET created = excluded.created, mode = excluded.mod
  WHERE s.retired_at IS NOT NULL
 """
 
-# Take the lead: a new epoch. Run it only under the lock. A last leader that is still named did not end in an orderly
-# way: if it is another process, it died, and a transaction that it suspected has one more relay on its conscience.
+# Take the lead: a new epoch. Run it only under the lock. The setting tells a trigger that we know of parts. A last
+# leader that is still named did not end in an orderly way: if it is another process, it died, and a transaction that it
+# suspected has one more relay on its conscience.
 LEAD = """
 WITH last AS (
-  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, leader, suspect FROM {schema}.relay
+  SELECT leader IS NOT NULL AND leader <> %(leader)s AS died, leader, suspect, set_config({leads}, '2', true) AS told
+    FROM {schema}.relay
 ), blamed AS (
   UPDATE {schema}.transactions AS t SET attempts = attempts + 1
     FROM last WHERE last.died AND t.position = last.suspect AND t.sent_at IS NULL AND t.dead_at IS NULL
@@ -231,6 +297,10 @@ RETURNING outbox_id, epoch, cursor,
           (SELECT coalesce(array_agg(upper(g) - 1), ARRAY[]::bigint[]) FROM unnest(open_positions) AS g),
           r.timeline <> %(timeline)s, deaths, last.suspect, paused_why
 """
+
+# The highest position that has parts. Not within LEAD: that may have waited for the commit of the leader before, whose
+# rows its snapshot lacks.
+PARTED = "SELECT coalesce((SELECT position FROM {schema}.parts ORDER BY position DESC LIMIT 1), 0)"
 
 # A leader that was taken for dead has only lost its session: it takes back what was counted against it.
 ALIVE = """
@@ -255,10 +325,15 @@ STILL_PENDING = (
     "SELECT 1 FROM {schema}.transactions WHERE position = %(position)s AND sent_at IS NULL AND dead_at IS NULL"
 )
 
-# By the partial index transactions_dead.
+# By the partial indexes transactions_dead and parts_dead.
 FIRST_DEAD = """
-SELECT position FROM {schema}.transactions
- WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1
+SELECT least((SELECT position FROM {schema}.transactions
+               WHERE dead_at IS NOT NULL AND discarded_at IS NULL ORDER BY position LIMIT 1),
+             (SELECT p.position FROM {schema}.parts AS p CROSS JOIN LATERAL (
+                SELECT discarded_at FROM {schema}.transactions WHERE position = p.position ORDER BY position LIMIT 1
+              ) AS t
+               WHERE p.dead_at IS NOT NULL AND p.discarded_at IS NULL AND t.discarded_at IS NULL
+               ORDER BY p.position LIMIT 1))
 """
 
 # Keeps the session from idle_session_timeout; tells whether we still lead, and what operators want: which dead letters
@@ -345,6 +420,8 @@ WITH going AS MATERIALIZED (
   DELETE FROM {schema}.events WHERE txid = ANY (ARRAY(SELECT txid FROM going)) RETURNING txid
 ), gone AS (
   DELETE FROM {schema}.transactions WHERE position = ANY (ARRAY(SELECT position FROM going)) RETURNING position
+), parts AS (
+  DELETE FROM {schema}.parts WHERE position = ANY (ARRAY(SELECT position FROM going))
 ), told AS (
   UPDATE {schema}.housekeeping SET purged = greatest(purged, (SELECT max(position) FROM going))
    WHERE ctid = coalesce(%(place)s::text::tid, (SELECT h.ctid FROM {schema}.housekeeping AS h)) RETURNING ctid

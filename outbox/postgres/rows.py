@@ -15,6 +15,7 @@ from uuid import UUID
 from psycopg.types.range import Range as NumberRange
 
 from outbox.core.fence import Fence
+from outbox.core.parts import PartRow, Settled
 from outbox.core.positions import Range
 from outbox.core.transaction import EVENT_OVERHEAD, NO_ROLLUPS, DeadReason, Receipt, Transaction, Verdict
 from outbox.event import NO_HEADERS, Event
@@ -84,7 +85,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """What one commit writes: how far was read, the receipts and verdicts, and the plan of each changed stream."""
+    """What one commit writes: how far was read, the receipts and verdicts, and the plan of each changed stream.
+
+    Receipts and verdicts are on whole transactions; those on parts are in `parts`.
+    """
 
     cursor: int
     open_positions: Sequence[Range]
@@ -94,6 +98,7 @@ class Decisions:
     blocked: str | None
     retried: Sequence[Range] = ()  # dead letters that are among the open positions now
     sound: bool = False  # the leader has shown that it lives
+    parts: Settled | None = None
 
 
 def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
@@ -130,6 +135,30 @@ def read_page(rows: Sequence[tuple[Any, ...]], name: str) -> Page:
                 transactions.append(Transaction.of(position, events, replay_of))
         start = end
     return Page(transactions=transactions, positions=positions, verdicts=verdicts)
+
+
+def read_parts(rows: Iterable[tuple[Any, ...]]) -> dict[int, list[PartRow]]:
+    """The parts of transactions by position, from the rows of PARTS_OF."""
+    found: dict[int, list[tuple[Any, ...]]] = {}
+    for row in rows:
+        found.setdefault(row[0], []).append(row)
+    return {
+        position: [
+            PartRow(
+                position=position,
+                part=part,
+                parts=len(parts),
+                stream=stream,
+                numbers=numbers,
+                others=frozenset(other[2] for other in parts) - {stream},
+                open=still_open,
+                moves=moves,
+                last_message_id=last or "",
+            )
+            for _, part, stream, numbers, still_open, moves, last in parts
+        ]
+        for position, parts in found.items()
+    }
 
 
 def _decoded(headers: str) -> Any:

@@ -16,6 +16,7 @@ from psycopg.rows import TupleRow
 
 from outbox import schema
 from outbox.core import requirements
+from outbox.core.parts import PartRow, Settled
 from outbox.core.plan import Planned
 from outbox.core.positions import HIGHEST, Holder, Range
 from outbox.core.transaction import EVENT_OVERHEAD
@@ -35,6 +36,7 @@ from outbox.postgres.rows import (
     ranges,
     read_fences,
     read_page,
+    read_parts,
     written_fences,
 )
 from outbox.postgres.session import SESSION, answered, open_session
@@ -57,6 +59,7 @@ class Store:
         self._listening = False
         self._places: dict[str, str | None] = {}  # of the row of `relay`, as "", and of those of `streams`
         self._slow = self._unhurried = False
+        self._parted = 0  # the highest position that has parts: beyond it, and so mostly, nobody asks for any
         self.polls_only = False
         self.notified: Callable[[], None] = lambda: None
         connection.add_notice_handler(self._noticed)
@@ -134,6 +137,7 @@ class Store:
                 remedy="make sure that only one copy of the database is in use, then run: outbox rebase",
             )
         outbox_id, epoch, cursor, lows, highs, moved, deaths, suspect, paused = rows[0]
+        self._parted = (await self._all(queries.PARTED))[0][0]
         return Lead(
             epoch=epoch,
             outbox_id=outbox_id,
@@ -177,7 +181,7 @@ class Store:
     async def first_dead(self) -> int | None:
         """The lowest position of a dead letter that nobody has discarded, or None."""
         rows = await self._all(queries.FIRST_DEAD)
-        return int(rows[0][0]) if rows else None
+        return int(rows[0][0]) if rows[0][0] is not None else None
 
     async def streams(self) -> list[StreamRow]:
         """Every stream that the outbox knows."""
@@ -233,6 +237,11 @@ class Store:
             raise self._not_pending(min(missing))
         return page
 
+    async def parts(self, positions: Sequence[int]) -> dict[int, list[PartRow]]:
+        """The parts that these transactions have, by position, as they are now; of those that have any."""
+        asked = [position for position in positions if position <= self._parted] if self._parted else []
+        return read_parts(await self._all(queries.PARTS_OF, positions=asked)) if asked else {}
+
     def _not_pending(self, position: int) -> Halt:
         return Halt(
             f"transaction {position} is in the plan, but it is gone or no longer pending",
@@ -252,13 +261,34 @@ class Store:
 
         Every transaction that is visible before it is flushed when it returns (and on the synchronous standbys).
         """
+        if decisions.parts is None:
+            written, wanted = await self._commit(epoch, decisions)
+        else:
+            written, wanted = await self._commit_parts(epoch, decisions, decisions.parts)
+        if self._warnings:
+            raise Weather(f"the commit is not known to be durable: {self._warnings.pop()}")
+        if written == [0, 0, 0, 0]:
+            await self.ping(epoch)
+            if not wanted:
+                raise Weather("the row of the relay moved again and again while it was to be written")
+            raise Halt(
+                f"transactions {min(wanted)} to {max(wanted)} were to be marked, but not all are pending",
+                remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",
+            )
+        if written != [1, len(decisions.receipts), len(decisions.verdicts), len(decisions.streams)]:
+            raise Halt(f"a commit wrote {written} rows", remedy="run: outbox status, and report this with its output")
+
+    async def _commit(
+        self, epoch: int, decisions: Decisions, query: str = queries.COMMIT, **more: Any
+    ) -> tuple[list[int], list[int]]:
+        """How many rows of each kind were written, and the positions that were to be settled."""
         receipts, verdicts, streams = sorted(decisions.receipts), decisions.verdicts, decisions.streams
         lanes = {row.name: number for number, row in enumerate(streams, start=1)}
         positions, names, _, lasts = zip(*receipts, strict=True) if receipts else ((), (), (), ())
         wanted = [*positions, *(verdict.position for verdict in verdicts)]
         sent = array(positions)
         rows = await self._at_its_place(
-            queries.COMMIT,
+            query,
             lambda: {"place": self._places.get(""), "places": [self._places.get(row.name) for row in streams]},
             lambda found: bool(found[0][0]),
             epoch=epoch,
@@ -281,21 +311,68 @@ class Store:
             costs=[row.sharing for row in streams],
             plans=[ranges(row.plan) for row in streams],
             blocks=[row.blocked for row in streams],
+            **more,
         )
-        if self._warnings:
-            raise Weather(f"the commit is not known to be durable: {self._warnings.pop()}")
         *written, place, names, places, _ = rows[0]
         self._places |= {"": place, **dict(zip(names or (), places or (), strict=True))}
-        if written == [0, 0, 0, 0]:
-            await self.ping(epoch)
-            if not wanted:
-                raise Weather("the row of the relay moved again and again while it was to be written")
-            raise Halt(
-                f"transactions {min(wanted)} to {max(wanted)} were to be marked, but not all are pending",
-                remedy=f"look at those positions in {self._schema}.transactions: somebody changed them by hand",
+        return written, wanted
+
+    async def _commit_parts(self, epoch: int, decisions: Decisions, parts: Settled) -> tuple[list[int], list[int]]:
+        """The same with parts, in a transaction: their rows first, and then the transactions that these settle.
+
+        In a statement of its own, which sees a retry that came before; one that comes later waits for the relay's row.
+        """
+        sent = [receipt for _, receipt in parts.receipts]
+        of = {row.name: [each for each in sent if each.stream == row.name] for row in decisions.streams}
+        counted = {
+            "parts": [len(each) for each in of.values()],
+            "events": [sum(last - first + 1 for _, _, first, last in each) for each in of.values()],
+        }
+        settling: list[tuple[Any, ...]] = [
+            (receipt.position, part, receipt.first_sequence, receipt.last_sequence, None)
+            for part, receipt in parts.receipts
+        ]
+        settling += [(each.position, each.part, None, None, str(each)) for each in parts.verdicts]
+        positions, numbers, firsts, lasts, reasons = map(list, zip(*settling, strict=True)) if settling else ([],) * 5
+        async with self._transaction():
+            written, wanted = await self._commit(epoch, decisions, queries.COMMIT_OF_PARTS, **counted)
+            if not written[0]:
+                return written, wanted
+            (done,) = await self._all(
+                queries.PARTS_SETTLED,
+                positions=[row.position for row in parts.rows],
+                parts=[row.part for row in parts.rows],
+                streams=[row.stream for row in parts.rows],
+                numbers=[array(row.numbers) for row in parts.rows],
+                settling=positions,
+                settled=numbers,
+                firsts=firsts,
+                lasts=lasts,
+                reasons=reasons,
             )
-        if written != [1, len(receipts), len(verdicts), len(streams)]:
-            raise Halt(f"a commit wrote {written} rows", remedy="run: outbox status, and report this with its output")
+            if done != (len(parts.rows), len(settling)):
+                raise Halt(
+                    f"parts of transactions {min(positions, default=0)} to {max(positions, default=0)} were to be "
+                    "marked, but not all are open",
+                    remedy=f"look at those positions in {self._schema}.parts: somebody changed them by hand",
+                )
+            await self._all(queries.WHOLE_SETTLED, positions=sorted(set(positions)))
+        self._parted = max([self._parted, *(row.position for row in parts.rows)])
+        return written, wanted
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """What is done within it is committed as one, and undone if it fails."""
+        async with self.turn():
+            await self._all("BEGIN")
+            try:
+                yield
+            except Exception:
+                self._places.clear()  # the rows are where they were
+                if not self._connection.closed:
+                    await self._all("ROLLBACK")
+                raise
+            await self._all("COMMIT")
 
     async def written(self) -> str | None:
         """Up to where the standbys must have the WAL before what is planned may be sent; None if they need not."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from outbox.config import BatchMode, Settings
 from outbox.core.chain import Chain
+from outbox.core.parts import Parts
 from outbox.core.plan import Planned
 from outbox.core.transaction import DeadReason, Verdict
 from outbox.jetstream.client import JetStream
@@ -60,7 +61,7 @@ class Caution:
         reader.begin(messages=1, size=size)
         return None
 
-    async def load(self, chains: Iterable[Chain], *, busy: bool) -> None:
+    async def load(self, chains: Iterable[Chain], parts: Parts, *, busy: bool) -> None:
         """Load one transaction that a former leader planned, unless the leader is `busy` with another one."""
         for chain in chains:
             head = chain.planned[0]
@@ -71,7 +72,7 @@ class Caution:
                 continue
             await self._note(head.position)
             page = await self._store.planned([head.position])
-            chain.load(page.transactions, page.verdicts)
+            chain.load(parts.loaded(page.transactions, chain.stream), page.verdicts)
             busy = True
 
     async def note_head(self, chain: Chain) -> None:

@@ -16,6 +16,7 @@ from outbox.core.batch import POSITION, Batch, Packing, stored_bytes, trace_cont
 from outbox.core.chain import CHAINED, SHARED, UNSURE, Chain
 from outbox.core.fence import Fences
 from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
+from outbox.core.parts import Parts
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
 from outbox.core.transaction import NO_LIMIT, Limits, Room, Transaction, never_fits
@@ -438,6 +439,7 @@ class Lanes(dict[str, Lane]):
         super().__init__()
         self._settings, self._lead, self._proven, self._tell, self._news = settings, lead, proven, tell, news
         self._max_payload = 0
+        self.parts = Parts()
 
     def add(self, row: StreamRow, *, fresh: bool = False) -> Lane:
         """A lane for this stream; `fresh` as in `Lane`."""
@@ -459,11 +461,12 @@ class Lanes(dict[str, Lane]):
         if row.name in self:
             return
         plan = await store.entries(row.plan) if row.plan else []
+        parts = await store.parts(row.plan) if row.plan else {}
         lane = self.add(row, fresh=True)
         if plan:
             heads = None if row.fences is None else {each.position: each for each in row.fences}
             fences = Fences(since=row.since, heads=heads, former=set(heads)) if heads is not None else None
-            lane.chain.restore(plan, fences)
+            lane.chain.restore(self.parts.restore(plan, row.name, parts), fences)
 
     def extend(self, *, held_back: bool) -> None:
         """Let what waits join the plans, unless nothing more is to be sent."""
@@ -556,8 +559,8 @@ class Lanes(dict[str, Lane]):
         """Load what a former leader planned and what is known not to be stored; `busy` as in `Caution.load`."""
         chains = [chain for chain in self.chains if chain.unloaded]
         if caution.active:
-            await caution.load(chains, busy=busy)
+            await caution.load(chains, self.parts, busy=busy)
             return
         for chain in chains:
             page = await store.planned([each.position for each in chain.unloaded])
-            chain.load(page.transactions, page.verdicts)
+            chain.load(self.parts.loaded(page.transactions, chain.stream), page.verdicts)

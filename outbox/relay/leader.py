@@ -14,18 +14,19 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 from outbox.config import OnDead, Settings
 from outbox.core.batch import COUNT, POSITION, SIZE
+from outbox.core.parts import Progress, Settled
 from outbox.core.positions import Range, below, coarse, merged, outside
 from outbox.core.telemetry import Blocked, Careful, Died, Listener, Marked, TookLead, Unblocked
 from outbox.core.transaction import Receipt, Transaction, Verdict
 from outbox.errors import Halt, Locked, Misconfigured
 from outbox.jetstream.client import JetStream
-from outbox.postgres.rows import Decisions, Lead
+from outbox.postgres.rows import Decisions, Lead, Page
 from outbox.postgres.store import Store
 from outbox.relay.caution import Caution
 from outbox.relay.connection import Connection
 from outbox.relay.duties import PING_SECONDS, Pulse
 from outbox.relay.housekeeping import Housekeeper
-from outbox.relay.lanes import Lanes
+from outbox.relay.lanes import Lane, Lanes
 from outbox.relay.reader import Reader
 from outbox.relay.routing import Router
 
@@ -62,8 +63,9 @@ class Leader:
         self._clock = asyncio.get_running_loop().time
         self._reader = Reader(store, lead, settings, tell=tell, news=self._news.set)
         self._written = lead.cursor  # the highest position that was planned or settled: the cursor in the database
-        self._router = Router(store, lead, settings, news=self._news.set)
         self._lanes = Lanes(settings, lead, proven=proven, tell=tell, news=self._news.set)
+        self._parts = self._lanes.parts
+        self._router = Router(store, lead, settings, self._parts, news=self._news.set)
         self._retried: list[Range] = []
         self._wishes: list[Range] = []  # dead letters that are to be retried, and are not looked at yet
         self._connection = Connection(connect, tell=tell, news=self._news.set)
@@ -250,7 +252,7 @@ class Leader:
         """Take in the page that was asked for, and ask for the next one if there is room; True if it held anything."""
         page = await self._reader.page(now, quiet=self._quiet and not self._held_back)
         if page is not None:
-            self._router.take(page)
+            self._router.take(await self._in_parts(page))
         self._reopen()
         # A short page is on its way before anybody asks for more.
         may_ask = now >= self._reader.due and (page is None or self._reader.full)
@@ -259,12 +261,34 @@ class Leader:
             if not self._caution.active:
                 self._reader.begin(messages=messages, size=size)
             elif (verdict := await self._caution.next_alone(self._reader, size=size)) is not None:
-                self._router.set_aside(verdict)
+                unread = Page(transactions=[], positions=[verdict.position], verdicts=[verdict])
+                for each in (await self._in_parts(unread)).verdicts:
+                    self._router.set_aside(each)
                 return True
             if self._reader.reading:
                 self._pulse.attended()
                 await asyncio.sleep(0)  # so that the question is on its way
         return page is not None
+
+    async def _in_parts(self, page: Page) -> Page:
+        """The page with parts in place of what has any: those of them that are open, and that nobody has in hand.
+
+        They are asked for now, and not with the page, which may be older than what was settled since.
+        """
+        parts = await self._store.parts(page.positions)
+        if not parts and not self._parts:
+            return page
+        transactions: list[Transaction] = []
+        for each in page.transactions:
+            if each.position in parts:
+                transactions += self._parts.take(each, parts[each.position])
+            elif each.position not in self._parts:  # else it was split, and nothing of it is planned
+                transactions.append(each)
+        verdicts = [each for each in page.verdicts if each.position not in parts]
+        for spoilt in page.verdicts:
+            for verdict in self._parts.condemn(spoilt, parts.get(spoilt.position, ())):
+                self._router.set_aside(verdict)
+        return Page(transactions=transactions, positions=page.positions, verdicts=verdicts)
 
     def _next_page(self) -> tuple[int, int] | None:
         """How many messages and bytes may be asked for now; None if nothing may be."""
@@ -301,6 +325,10 @@ class Leader:
         if not dirty and not verdicts and not self._retried and blocked == self._told:
             return False
         receipts = list(itertools.chain.from_iterable(lane.chain.receipts for lane in dirty))
+        whole, settled, parts = receipts, verdicts, None
+        if self._parts or any(each.part for each in verdicts):
+            whole, settled, parts = self._divided(dirty)
+            verdicts = [*settled, *parts.verdicts]
         planned = itertools.chain.from_iterable(lane.chain.planned for lane in dirty)
         self._written = max([self._written, *map(POSITION, itertools.chain(verdicts, receipts, planned))])
         await self._store.commit(
@@ -308,14 +336,17 @@ class Leader:
             Decisions(
                 cursor=self._written,
                 open_positions=self._open_positions(),
-                receipts=receipts,
-                verdicts=verdicts,
+                receipts=whole,
+                verdicts=settled,
                 streams=[lane.row() for lane in dirty],
                 blocked=blocked,
                 retried=self._retried,
                 sound=bool(receipts) and not self._caution.active and self._clock() - self._began > SOUND_SECONDS,
+                parts=parts or None,
             ),
         )
+        if parts is not None:
+            self._parts.written(parts)
         if any(lane.chain.planned for lane in dirty) and (lsn := await self._store.written()) is not None:
             self._unsecured = (lsn, self._unsecured[1] if self._unsecured else self._clock())
         self._router.written()
@@ -328,6 +359,14 @@ class Leader:
             self._reader.hurry()
         self._report(verdicts, blocked)
         return True
+
+    def _divided(self, dirty: Sequence[Lane]) -> tuple[list[Receipt], list[Verdict], Settled]:
+        """What is settled of whole transactions, and of parts."""
+        lanes = [
+            Progress(lane.chain.stream, lane.chain.receipts, lane.chain.verdicts, map(POSITION, lane.chain.planned))
+            for lane in dirty
+        ]
+        return self._parts.settle([*lanes, Progress("", (), self._router.verdicts, ())])
 
     def _open_positions(self) -> list[Range]:
         """Positions up to the cursor that are neither settled nor planned, in few words: what a blocked stream holds
@@ -378,7 +417,9 @@ class Leader:
         """
         if not self._wishes or self._reader.reading:
             return
-        known = merged((each.position, each.position) for each in (*self._held(), *self._lanes.planned))
+        had = itertools.chain(self._held(), self._lanes.planned)
+        # Of a transaction in parts one may be had, and another one retried.
+        known = merged((each.position, each.position) for each in had if each.position not in self._parts)
         self._reader.reopen(outside(self._wishes, known))
         self._retried, self._wishes = self._wishes, []
         self._news.set()

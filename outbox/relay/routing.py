@@ -9,12 +9,13 @@ conflict with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from uuid import UUID
 
-from outbox.config import OnDead, OnUnrouted, Settings, StreamMode
+from outbox.config import AcrossStreams, OnDead, OnUnrouted, Settings, StreamMode
 from outbox.core.batch import POSITION
 from outbox.core.chain import CHAINED, SHARED
+from outbox.core.parts import Part, Parts, on_part, split
 from outbox.core.plan import Seen
 from outbox.core.requirements import of_subject
 from outbox.core.transaction import NO_ROLLUPS, DeadReason, Transaction, Verdict, fits, invalid, verdict
@@ -115,18 +116,18 @@ class Routes:
 class Router:
     """What was read and has no lane yet, the verdicts on it, and what holds its head back."""
 
-    def __init__(self, store: Store, lead: Lead, settings: Settings, *, news: Callable[[], None]) -> None:
+    def __init__(self, store: Store, lead: Lead, settings: Settings, parts: Parts, *, news: Callable[[], None]) -> None:
         self.incoming: deque[Transaction] = deque()
         self.verdicts: list[Verdict] = []
         self.blocked: str | None = None
-        self._store, self._lead, self._settings = store, lead, settings
+        self._store, self._lead, self._settings, self._parts = store, lead, settings, parts
         self._routes = Routes()
         self._spoiled: dict[int, Verdict] = {}
         self._asking: Errand[dict[str, str | None]] = Errand(news)
         self._asked_again = 0  # the head for whose sake JetStream was asked again
 
     def take(self, page: Page) -> None:
-        """What was read, in commit order; what is not whole takes its place in it."""
+        """What was read, in commit order, parts in place of theirs; what is not whole takes its place in it."""
         self._spoiled |= {verdict.position: verdict for verdict in page.verdicts}
         spoiled = [Transaction(each.position, (), (), (), (), 0, 0, 0, NO_ROLLUPS) for each in page.verdicts]
         self.incoming.extend(sorted([*page.transactions, *spoiled], key=POSITION) if spoiled else page.transactions)
@@ -166,32 +167,70 @@ class Router:
 
         Raises `Misconfigured` if a stream cannot be used from the start (`proven` says that it is not the start).
         """
-        await self._take_answers(now)
+        await self._take_answers(lanes, now)
         while self._pass_on(lanes):
             head = self.incoming[0]
+            pieces: Sequence[Transaction] = [head]
             if (offence := self._spoiled.get(head.position) or invalid(head)) is None:
                 streams = self._routes.streams(head)
                 if None in streams.values():
                     self._ask(jetstream, [subject for subject, stream in streams.items() if stream is None], now)
                     return
-                name = streams[head.subjects[0]] or ""
-                if name not in lanes:
-                    await self._first_contact(name, add_lane, jetstream, proven=proven)
-                if self._asked_again == head.position:
-                    lanes[name].limit(self._routes.info(name)[0], jetstream)
-                offence = verdict(head, streams, lanes[name].limits)
+                pieces = self._pieces(head, streams)
+                for name in dict.fromkeys(streams[each.subjects[0]] or "" for each in pieces):
+                    if name not in lanes:
+                        await self._first_contact(name, add_lane, jetstream, proven=proven)
+                    if self._asked_again == head.position:
+                        lanes[name].limit(self._routes.info(name)[0], jetstream)
+                offence = next(filter(None, (self._offence(each, streams, lanes) for each in pieces)), None)
             if offence is not None and offence.reason in REMEMBERED and self._asked_again != head.position:
                 # An operator may have mended it since: never a dead letter by what is only remembered.
                 self._asked_again = head.position
                 self._routes.doubt()
                 continue
             if offence is None:
-                lanes[name].chain.join(head)
+                self._join(head, pieces, streams, lanes)
             elif self._settings.on_dead is OnDead.HALT and not settled():
                 return  # all before it goes out first, then the relay halts behind it
             else:
-                self.set_aside(offence)
+                self.set_aside(on_part(offence, head.row) if isinstance(head, Part) else offence)
             self._next_head()
+
+    def _pieces(self, head: Transaction, streams: Mapping[str, str | None]) -> Sequence[Transaction]:
+        """What goes to one stream each: the head, or where its subjects are in several streams its parts.
+
+        A part is never divided again, and is a part whatever the settings say by now.
+        """
+        if isinstance(head, Part) or self._settings.across_streams is AcrossStreams.DEAD:
+            return [head]
+        return split(head, streams) if len(set(streams.values())) > 1 else [head]
+
+    def _offence(
+        self, piece: Transaction, streams: Mapping[str, str | None], lanes: Mapping[str, Lane]
+    ) -> Verdict | None:
+        """Why this can never be sent; of a part that is none yet, a verdict on the whole transaction."""
+        name = streams[piece.subjects[0]] or ""
+        found = verdict(piece, {each: streams[each] for each in piece.subjects}, lanes[name].limits)
+        if not isinstance(piece, Part):
+            return found
+        found = found or self._parts.misplaced(piece, name)
+        return on_part(found, piece.row, whole=True) if found and piece.position not in self._parts else found
+
+    def _join(
+        self,
+        head: Transaction,
+        pieces: Sequence[Transaction],
+        streams: Mapping[str, str | None],
+        lanes: Mapping[str, Lane],
+    ) -> None:
+        """Give the head, or its parts, to their lanes."""
+        parts = [each for each in pieces if isinstance(each, Part)]
+        if isinstance(head, Part):
+            self._parts.move(head, streams[head.subjects[0]] or "")
+        elif parts:
+            self._parts.join(parts)
+        for each in pieces:
+            lanes[streams[each.subjects[0]] or ""].chain.join(each)
 
     def close(self) -> None:
         """Stop what runs beside the loop; idempotent."""
@@ -211,6 +250,8 @@ class Router:
 
     def _quick(self, head: Transaction, lanes: Mapping[str, Lane]) -> Lane | None:
         """The lane of a transaction at a glance: no headers, known subjects of one stream, nothing out of size."""
+        if isinstance(head, Part):
+            return None if head.row.moves else lanes.get(head.row.stream)  # wherever its subjects are by now
         if head.headers:
             return None
         lane = lanes.get(self._routes.only_stream(head) or "")
@@ -252,7 +293,7 @@ class Router:
         await self._store.add_stream(self._lead.epoch, row)
         add_lane(row).limit(info, jetstream)
 
-    async def _take_answers(self, now: float) -> None:
+    async def _take_answers(self, lanes: Mapping[str, Lane], now: float) -> None:
         """Take in what JetStream said about the subjects of the head."""
         came = self._asking.taken(now)
         if isinstance(came, Weather) and self.incoming:
@@ -262,11 +303,14 @@ class Router:
             if nowhere is not None:
                 what, remedy = of_subject(nowhere, mapped=nowhere in self._routes.mapped)
                 told = f"{what}; remedy: {remedy}" if nowhere in self._routes.mapped else what
-                await self._unrouted(self.incoming[0], told, now)
+                await self._unrouted(self.incoming[0], lanes, told, now)
 
-    async def _unrouted(self, head: Transaction, why: str, now: float) -> None:
+    async def _unrouted(self, head: Transaction, lanes: Mapping[str, Lane], why: str, now: float) -> None:
         if self._settings.on_unrouted is OnUnrouted.DEAD:
-            self.set_aside(Verdict(position=head.position, reason=DeadReason.UNROUTED, detail=why))
+            offence = Verdict(position=head.position, reason=DeadReason.UNROUTED, detail=why)
+            self.set_aside(on_part(offence, head.row) if isinstance(head, Part) else offence)
+        elif isinstance(head, Part) and head.row.stream in lanes:
+            lanes[head.row.stream].chain.join(head)  # it holds only its own lane up, not all behind it
         elif await self._store.still_pending(head.position):
             self.blocked = f"transaction {head.position}: {why}"
             self._asking.fail(now)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION = 2
 UNRELEASED = {2}  # may still change in place: a database tells by a fingerprint which form of it it has
 DEFAULT_SCHEMA = "outbox"
-TABLES = ("events", "transactions", "streams", "relay", "limits", "housekeeping")
+TABLES = ("events", "transactions", "streams", "relay", "limits", "housekeeping", "parts")
 
 # First keys of the two-integer advisory locks: one constant per purpose; the second key tells the schemas apart.
 LEADER_LOCK = 0x0B0C_0001
@@ -66,7 +66,7 @@ def statements(version: int, direction: str, schema: str = DEFAULT_SCHEMA) -> It
         "channel": sql.Literal(channel(schema)),
         "key": sql.Literal(lock_key(schema)),
         "awake": sql.Literal(AWAKE_LOCK),
-        **{name: sql.Literal(f"outbox.{schema}_{name}") for name in ("added", "sealed")},
+        **{name: sql.Literal(f"outbox.{schema}_{name}") for name in ("added", "sealed", "leads")},
     }
     for part in re.split(r";\n(?:\n|\Z)", _ddl(version, direction)):
         if statement := re.sub(r"\A(--.*\n|\s)*", "", part):
@@ -160,9 +160,11 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("SELECT, DELETE", "{schema}.transactions"),
         ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
         ("UPDATE (dead_at, dead_reason, attempts)", "{schema}.transactions"),
+        ("UPDATE (discarded_at)", "{schema}.transactions"),
         ("SELECT, INSERT, UPDATE", "{schema}.streams"),
         ("SELECT, UPDATE", "{schema}.relay"),
         ("SELECT, UPDATE", "{schema}.housekeeping"),
+        ("SELECT, INSERT, UPDATE, DELETE", "{schema}.parts"),
         ("SELECT", "{schema}.limits, {schema}.pending, {schema}.dead"),
         ("SELECT", "SEQUENCE {schema}.events_id_seq, {schema}.transactions_position_seq"),
     ),
@@ -174,7 +176,7 @@ GRANTS: dict[str, tuple[tuple[LiteralString, LiteralString], ...]] = {
         ("UPDATE (dead_at, dead_reason, discarded_at, retried_at, attempts)", "{schema}.transactions"),
         ("UPDATE (replay_of)", "{schema}.transactions"),
         ("UPDATE (sent_at, stream, first_sequence, last_sequence)", "{schema}.transactions"),
-        ("UPDATE", "{schema}.relay, {schema}.streams, {schema}.limits"),
+        ("UPDATE", "{schema}.relay, {schema}.streams, {schema}.limits, {schema}.parts"),
         ("INSERT", "{schema}.streams"),
     ),
 }

@@ -171,4 +171,23 @@ def described(metadata: sa.MetaData, schema: str) -> dict[str, sa.Table]:
         schema=schema,
         comment="One row: what the purge and the search for strays and drift came to, beside the relay.",
     )
-    return {table.name: table for table in (events, transactions, streams, relay, limits, housekeeping)}
+    parts = sa.Table(
+        "parts",
+        metadata,
+        sa.Column("position", bigint, primary_key=True, autoincrement=False),
+        sa.Column("part", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("stream", text, nullable=False),
+        sa.Column("numbers", postgresql.ARRAY(sa.Integer), nullable=False),
+        sa.Column("sent_at", time),
+        number("first_sequence", nullable=True),
+        number("last_sequence", nullable=True),
+        sa.Column("dead_at", time),
+        sa.Column("dead_reason", text),
+        sa.Column("discarded_at", time),
+        sa.Column("moves", sa.Boolean, server_default=sa.text("false"), nullable=False),
+        sa.UniqueConstraint("position", "stream", name="parts_one_a_stream"),
+        sa.Index("parts_dead", "position", postgresql_where=sa.text("dead_at IS NOT NULL")),
+        schema=schema,
+        comment="The parts of each transaction over several streams: their events by number, and what became of them.",
+    )
+    return {table.name: table for table in (events, transactions, streams, relay, limits, housekeeping, parts)}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from outbox.config import Settings
+from outbox.config import AcrossStreams, Settings
 from outbox.core.telemetry import Blocked, Died, Marked
 from outbox.embedded import Nats
 from tests.support.bed import Broker, ThreadRelay, rows, until, value, wait_until_sent
@@ -150,7 +150,7 @@ def test_what_the_streams_cannot_take_is_set_aside_under_load(
         "rollup-not-permitted": f"SELECT {good}, outbox.add('{prefix}.x', 'x', '{{\"Nats-Rollup\": \"sub\"}}')",
     }
     writers = Writers(database, prefix, threads=3, endless=True, seed=97).start()
-    with ThreadRelay(settings) as relay:
+    with ThreadRelay(settings.model_copy(update={"across_streams": AcrossStreams.DEAD})) as relay:
         relay.wait_for(Marked)
         for _ in range(3):
             for statement in offences.values():

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox.config import OnDead, Settings
+from outbox.config import AcrossStreams, OnDead, Settings
 from outbox.core.positions import Range
 from outbox.core.telemetry import Careful, Died, Marked
 from outbox.core.transaction import DeadReason
@@ -77,7 +77,8 @@ def test_retry_without_a_relay_is_taken_up_by_the_next_one(
         f"{stream.prefix}b.x",
     )
     add(database, f"{stream.prefix}.x", "behind")
-    assert ThreadRelay(settings, drain=True).ended() is None
+    whole = settings.model_copy(update={"across_streams": AcrossStreams.DEAD})
+    assert ThreadRelay(whole, drain=True).ended() is None
     assert [each.position for each in dead.dead_letters(database, "outbox", Selection())] == [1]
     assert dead.retry(database, "outbox", [1, 2, 3]) == [1]
     assert rows(database, "SELECT position FROM outbox.pending") == [(1,)]

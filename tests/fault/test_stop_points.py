@@ -10,18 +10,12 @@ import psycopg
 import pytest
 
 from outbox.embedded import Nats
-from tests.support.armed import POINTS
+from tests.support.armed import ONCE_A_TERM, POINTS, came_to
 from tests.support.bed import Broker, ProcessRelay, rows, until, value, wait_until_sent
 from tests.support.foreign import Company, ours
 from tests.support.servers import Stream
 from tests.support.workload import Writers, check
 
-TERMINATE = (
-    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-    " WHERE application_name = 'outbox relay' AND datname = current_database()"
-)
-# A relay comes here once in each term of leadership; the others it passes with every batch.
-ONCE_A_TERM = {"in-recovery", "at-takeover"}
 # Here a relay that ends cannot know what is stored: the ack was thrown away, or the stream not yet read back.
 UNKNOWING = {"before-ack", *ONCE_A_TERM}
 MARKED = "SELECT coalesce(sum(event_count), 0) FROM outbox.transactions WHERE sent_at IS NOT NULL"
@@ -31,28 +25,6 @@ KILLS = [
     for point in POINTS
     for nth in (1, 3)
 ]
-
-
-def reached(relay: ProcessRelay, point: str, name: str) -> bool:
-    return f"at {point}: {name}" in relay.log.read_text()
-
-
-def came_to(relay: ProcessRelay, point: str, name: str, database: str) -> None:
-    """Wait until the relay has given itself the signal; where it passes seldom, it loses its lead until it has."""
-    led = 0
-
-    def there() -> bool:
-        nonlocal led
-        if reached(relay, point, name):
-            return True
-        assert relay.running, relay.log.read_text()[-2000:]
-        terms = sum(each["event"] == "TookLead" for each in relay.happenings())
-        if point in ONCE_A_TERM and terms > led and relay.happenings()[-1]["event"] == "Marked":
-            led = terms
-            rows(database, TERMINATE)
-        return False
-
-    until(there, what=f"{name} at {point}")
 
 
 @pytest.mark.parametrize(("point", "nth"), KILLS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outbox.config import OnDead, OnUnrouted, Settings
+from outbox.config import AcrossStreams, OnDead, OnUnrouted, Settings
 from outbox.core.telemetry import BatchSent, Blocked, Died, Marked
 from outbox.embedded import Nats
 from outbox.errors import Halt
@@ -48,7 +48,7 @@ def test_over_two_streams_and_too_large_die_and_the_rest_flows(
     for _ in range(5):
         transaction(database, (one, "c"))
         transaction(database, (two, "c"), (two, "d"))
-    with ThreadRelay(Settings(database_url=database, nats_url=nats.url)):
+    with ThreadRelay(Settings(database_url=database, nats_url=nats.url, across_streams=AcrossStreams.DEAD)):
         until(lambda: len(dead(database)) == 3)
         wait_until_sent(database)
     assert dead(database) == [(11, "spans-streams"), (12, "message-too-large"), (13, "message-too-large")]
@@ -131,7 +131,9 @@ def test_halt_on_dead_stops_behind_it_and_says_why(database: str, broker: Broker
     transaction(database, (one, "before"), (one, "before"))
     transaction(database, (one, "a"), (two, "b"))
     transaction(database, (one, "behind"))
-    settings = Settings(database_url=database, nats_url=nats.url, on_dead=OnDead.HALT)
+    settings = Settings(
+        database_url=database, nats_url=nats.url, on_dead=OnDead.HALT, across_streams=AcrossStreams.DEAD
+    )
     error = ThreadRelay(settings).ended()
     assert isinstance(error, Halt)
     assert "transaction 2" in error.message

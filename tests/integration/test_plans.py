@@ -154,6 +154,28 @@ def test_commit(filled: psycopg.Connection[Any]) -> None:
     assert row == (10,)
 
 
+def test_parts(filled: psycopg.Connection[Any]) -> None:
+    """Every transaction has two parts, and a hundred are settled."""
+    filled.execute("INSERT INTO outbox.parts (position, part, stream, numbers) SELECT position, part, 'S' || part, "
+                   "CASE part WHEN 1 THEN ARRAY[1, 3] ELSE ARRAY[2] END "
+                   "FROM outbox.transactions, generate_series(1, 2) AS part")  # fmt: skip
+    some = list(range(middle(filled) + 1, middle(filled) + 101))
+    assert touched(filled, queries.PARTS_OF, positions=some) < 2500
+    settled: dict[str, Any] = {
+        **{each: [] for each in ("positions", "parts", "streams", "numbers")},
+        "settling": [position for position in some for _ in "ab"],
+        "settled": [1, 2] * 100,
+        "firsts": [1, None] * 100,
+        "lasts": [2, None] * 100,
+        "reasons": [None, "invalid-ttl: x"] * 100,
+    }
+    assert touched(filled, queries.PARTS_SETTLED, **settled) < 5000
+    assert touched(filled, queries.WHOLE_SETTLED, positions=some) < 2500
+    row = filled.execute("SELECT count(*) FROM outbox.transactions WHERE dead_at IS NOT NULL").fetchone()
+    assert row == (100,)
+    assert touched(filled, queries.FIRST_DEAD) < 30
+
+
 def test_purge_touches_only_what_goes(filled: psycopg.Connection[Any]) -> None:
     filled.execute("UPDATE outbox.relay SET cursor = (SELECT max(position) FROM outbox.transactions)")
     assert touched(filled, queries.OLD, after=0, upto=None, seconds=3600, most=100) < 150

@@ -19,10 +19,12 @@ from outbox.core.chain import Chain
 from outbox.core.outcome import Outcome, Stored
 from outbox.jetstream import client as jetstream
 from outbox.jetstream.client import JetStream
-from outbox.postgres import rows, store
+from outbox.postgres import rows as pages
+from outbox.postgres import store
 from outbox.postgres.rows import Decisions, Home, Lead
 from outbox.postgres.store import Store
 from outbox.relay import recovery
+from tests.support.bed import ProcessRelay, rows, until
 
 Act = Callable[[], None]
 
@@ -142,9 +144,9 @@ def at_takeover(act: Act) -> None:
 
 def poisoned_load(act: Act) -> None:
     """An event whose payload is `poison` is loaded."""
-    read_page = rows.read_page
+    read_page = pages.read_page
 
-    def armed(found: Any, name: str) -> rows.Page:
+    def armed(found: Any, name: str) -> pages.Page:
         if any(row[-1] == b"poison" for row in found):
             act()
         return read_page(found, name)
@@ -164,6 +166,12 @@ def poisoned_send(act: Act) -> None:
     vars(jetstream)["frames"] = armed
 
 
+TERMINATE = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+    " WHERE application_name = 'outbox relay' AND datname = current_database()"
+)
+# A relay comes here once in each term of leadership; the others it passes with every batch.
+ONCE_A_TERM = {"in-recovery", "at-takeover"}
 POINTS: dict[str, Callable[[Act], None]] = {
     "before-first-message": before_first_message,
     "mid-batch": mid_batch,
@@ -178,6 +186,25 @@ POISONS: dict[str, Callable[[Act], None]] = {
     "poisoned-load": poisoned_load,
     "poisoned-send": poisoned_send,
 }
+
+
+def came_to(relay: ProcessRelay, point: str, name: str, database: str) -> None:
+    """Wait until the relay has given itself the signal; where it passes seldom, it loses its lead until it has."""
+    led = 0
+
+    def there() -> bool:
+        nonlocal led
+        if f"at {point}: {name}" in relay.log.read_text():
+            return True
+        assert relay.running, relay.log.read_text()[-2000:]
+        events = [each["event"] for each in relay.happenings()]
+        terms = events.count("TookLead")
+        if point in ONCE_A_TERM and terms > led and "Marked" in events[len(events) - events[::-1].index("TookLead") :]:
+            led = terms
+            rows(database, TERMINATE)
+        return False
+
+    until(there, what=f"{name} at {point}")
 
 
 def arm(point: str, number: int, nth: int) -> None:

@@ -85,6 +85,15 @@ class Stored:
         return int(self.headers["Outbox-Transaction-Count"])
 
     @property
+    def part(self) -> int:
+        """Which part of its transaction; 0 where that is in one stream alone."""
+        return int(self.headers.get("Outbox-Transaction-Part", 0))
+
+    @property
+    def parts(self) -> int:
+        return int(self.headers.get("Outbox-Transaction-Parts", 0))
+
+    @property
     def message_id(self) -> str:
         return self.headers["Nats-Msg-Id"]
 

@@ -10,7 +10,7 @@ import json
 import random
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
@@ -114,6 +114,52 @@ def check(url: str, stored: Sequence[Stored], schema: str = "outbox") -> Report:
     return report
 
 
+def check_streams(url: str, streams: Mapping[str, Sequence[Stored]]) -> Report:
+    """The same of several streams: each holds of every transaction its part, whole and in order, and no event twice.
+
+    In one stream versions may be missing, but never go back.
+    """
+    report = Report(messages=sum(map(len, streams.values())))
+    with psycopg.connect(url) as connection:
+        ledger = {str(m): (marker, n) for m, marker, n in connection.execute("SELECT * FROM ledger")}
+        bumps: dict[UUID, dict[int, int]] = defaultdict(dict)
+        for marker, aggregate, version in connection.execute("SELECT * FROM bumps"):
+            bumps[marker][aggregate] = version
+        compared = [compare(connection, stored, "outbox", name) for name, stored in streams.items()]
+    ids = Counter(message.message_id for stored in streams.values() for message in stored)
+    report.doubled = [each for each, times in ids.items() if times > 1]
+    report.missing, report.phantom = sorted(ledger.keys() - ids.keys()), sorted(ids.keys() - ledger.keys())
+    sizes = Counter(marker for marker, _ in ledger.values())
+    found: dict[UUID, list[Stored]] = defaultdict(list)
+    for name, stored in streams.items():
+        versions: Counter[int] = Counter()
+        at = 0
+        while at < len(stored):
+            first = stored[at]
+            whole = stored[at : at + first.count]
+            at += first.count
+            markers = {ledger[m.message_id][0] for m in whole if m.message_id in ledger}
+            order = [ledger[m.message_id][1] for m in whole if m.message_id in ledger]
+            same = len({(m.part, m.parts) for m in whole}) == 1
+            if not _is_whole(whole) or not same or len(markers) != 1 or order != sorted(order):
+                report.split.append((name, first.sequence, first.position, len(markers), order))
+                continue
+            (marker,) = markers
+            found[marker].append(first)
+            for aggregate, version in bumps[marker].items():
+                if version <= versions[aggregate]:
+                    report.disordered.append((name, first.sequence, aggregate, versions[aggregate], version))
+                versions[aggregate] = version
+    for marker, firsts in found.items():
+        parts = sorted((each.part, each.parts) for each in firsts)
+        wanted = [(n, len(firsts)) for n in range(1, len(firsts) + 1)] if len(firsts) > 1 else [(0, 0)]
+        if parts != wanted or sum(each.count for each in firsts) != sizes[marker]:
+            report.missing.append((marker, parts, sizes[marker]))
+    report.transactions = len(found)
+    report.receipts = [anomaly for comparison in compared for anomaly in comparison.anomalies]
+    return report
+
+
 def _is_whole(messages: Sequence[Stored]) -> bool:
     first = messages[0]
     wanted = [(first.position, first.replay_of, n, first.count) for n in range(1, first.count + 1)]
@@ -136,18 +182,24 @@ def replayable(
     return found
 
 
-def compare(connection: psycopg.Connection[Any], stored: Sequence[Stored], schema: str) -> Comparison:
-    """What `outbox verify` says of these messages, all of one stream."""
+def compare(
+    connection: psycopg.Connection[Any], stored: Sequence[Stored], schema: str, stream: str | None = None
+) -> Comparison:
+    """What `outbox verify` says of these messages, all of one stream: of this one, or where most have their receipt."""
     statement = f'SELECT outbox_id::text, h.purged FROM "{schema}".relay, "{schema}".housekeeping AS h'
     (outbox_id, purged) = connection.execute(statement.encode()).fetchall()[0]
-    sent = 'SELECT position, stream, first_sequence, last_sequence FROM "{}".transactions WHERE sent_at IS NOT NULL'
+    sent = (
+        'SELECT position, stream, first_sequence, last_sequence FROM "{0}".transactions WHERE sent_at IS NOT NULL '
+        'UNION ALL SELECT position, stream, first_sequence, last_sequence FROM "{0}".parts WHERE sent_at IS NOT NULL'
+    )
     receipts = [
         Row(position=p, message_ids=(), stream=s, first=low, last=high)
         for p, s, low, high in connection.execute(sent.format(schema).encode())
     ]
     rows = known_rows(connection, schema, sorted({message.position for message in stored}))
     names = Counter(row.stream for row in (*rows.values(), *receipts) if row.stream)
-    comparison = Comparison(outbox_id=outbox_id, stream=max(names, key=lambda n: names[n], default=""), shared=True)
+    stream = stream or max(names, key=lambda n: names[n], default="")
+    comparison = Comparison(outbox_id=outbox_id, stream=stream, shared=True)
     payloads = {message.sequence: message.payload for message in stored}
     comparison.take({message.sequence: seen(message) for message in stored}, rows, payloads)
     comparison.recheck(rows, purged, stored[-1].sequence if stored else 0)
@@ -173,6 +225,7 @@ def seen(message: Stored) -> Seen:
         batch_id=message.headers.get("Nats-Batch-Id"),
         fence=number("Nats-Expected-Last-Subject-Sequence"),
         follows=number("Nats-Expected-Last-Sequence"),
+        part=message.part or None,
     )
 
 

@@ -2,6 +2,57 @@
 
 UPDATE {schema}.relay SET purged = greatest(purged, (SELECT h.purged FROM {schema}.housekeeping AS h));
 
+DO $body$
+DECLARE
+  unsettled bigint;
+BEGIN
+  SELECT min(p.position) INTO unsettled FROM {schema}.parts AS p JOIN {schema}.transactions AS t ON t.position = p.position
+   WHERE t.sent_at IS NULL AND t.discarded_at IS NULL;
+  IF unsettled IS NOT NULL THEN
+    RAISE EXCEPTION USING MESSAGE = 'outbox: transaction ' || unsettled
+      || ' has parts in several streams and is not settled: version 1 would send it again as a whole',
+      HINT = 'Let the relay send it; or outbox dead retry, or outbox dead discard.';
+  END IF;
+END
+$body$;
+
+-- What is settled goes as by a purge: version 1 does not know where its parts are.
+WITH gone AS (
+  DELETE FROM {schema}.transactions AS t USING {schema}.parts AS p WHERE t.position = p.position
+  RETURNING t.position, t.txid
+), events AS (
+  DELETE FROM {schema}.events AS e USING gone WHERE e.txid = gone.txid
+)
+UPDATE {schema}.relay SET purged = greatest(purged, (SELECT max(position) FROM gone));
+
+CREATE OR REPLACE VIEW {schema}.pending AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts
+    FROM {schema}.relay AS r CROSS JOIN LATERAL (
+      SELECT * FROM {schema}.transactions AS beyond WHERE beyond.position > r.cursor
+      UNION ALL
+      SELECT planned.* FROM {schema}.streams AS s CROSS JOIN LATERAL unnest(s.plan) AS places
+        JOIN {schema}.transactions AS planned
+          ON planned.position >= lower(places) AND planned.position < least(upper(places), r.cursor + 1)
+      UNION ALL
+      SELECT opened.* FROM unnest(r.open_positions + r.retried) AS gap
+        JOIN {schema}.transactions AS opened
+          ON opened.position >= lower(gap) AND opened.position < least(upper(gap), r.cursor + 1)
+    ) AS t
+   WHERE t.sent_at IS NULL AND t.dead_at IS NULL;
+
+CREATE OR REPLACE VIEW {schema}.dead AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts, t.dead_at, t.dead_reason, t.discarded_at,
+         t.retried_at
+    FROM {schema}.transactions AS t WHERE t.dead_at IS NOT NULL;
+
+COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, with the reason.';
+
+DROP TRIGGER check_leader ON {schema}.relay;
+
+DROP FUNCTION {schema}.check_leader();
+
+DROP TABLE {schema}.parts;
+
 DROP TABLE {schema}.housekeeping;
 
 DO $body$

@@ -30,6 +30,83 @@ COMMENT ON TABLE {schema}.housekeeping IS 'One row: what the purge and the searc
 
 INSERT INTO {schema}.housekeeping (purged) SELECT purged FROM {schema}.relay UNION ALL SELECT 0 LIMIT 1;
 
+-- A transaction that was sent in parts has the stream * and the sequences 1 to its count: the receipts are here.
+CREATE TABLE {schema}.parts (
+  position       bigint    NOT NULL,
+  part           integer   NOT NULL,
+  stream         text      NOT NULL,
+  numbers        integer[] NOT NULL,
+  sent_at        timestamptz,
+  first_sequence bigint,
+  last_sequence  bigint,
+  dead_at        timestamptz,
+  dead_reason    text,
+  discarded_at   timestamptz,
+  moves          boolean   NOT NULL DEFAULT false,
+  CONSTRAINT parts_pkey PRIMARY KEY (position, part),
+  CONSTRAINT parts_one_a_stream UNIQUE (position, stream),
+  CONSTRAINT parts_have_events CHECK (cardinality(numbers) > 0),
+  CONSTRAINT parts_receipt_is_whole CHECK (num_nulls(first_sequence, last_sequence) = CASE WHEN sent_at IS NULL THEN 2 ELSE 0 END),
+  CONSTRAINT parts_receipt_fits_count CHECK (last_sequence - first_sequence + 1 = cardinality(numbers)),
+  CONSTRAINT parts_dead_with_reason CHECK ((dead_at IS NULL) = (dead_reason IS NULL)),
+  CONSTRAINT parts_not_sent_and_dead CHECK (sent_at IS NULL OR dead_at IS NULL),
+  CONSTRAINT parts_discarded_only_dead CHECK (discarded_at IS NULL OR dead_at IS NOT NULL)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+COMMENT ON TABLE {schema}.parts IS 'The parts of each transaction over several streams: their events by number, and what became of them.';
+
+CREATE INDEX parts_dead ON {schema}.parts (position) WHERE dead_at IS NOT NULL;
+
+-- By the cursor, the plans and the open positions; one of several parts may be in some of them, and is shown once.
+CREATE OR REPLACE VIEW {schema}.pending AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts
+    FROM {schema}.relay AS r CROSS JOIN LATERAL (
+      SELECT * FROM {schema}.transactions AS beyond WHERE beyond.position > r.cursor
+      UNION ALL
+      SELECT passed.* FROM unnest(r.open_positions + r.retried + (
+          SELECT coalesce(range_agg(places), int8multirange()) FROM {schema}.streams AS s, unnest(s.plan) AS places)) AS gap
+        JOIN {schema}.transactions AS passed
+          ON passed.position >= lower(gap) AND passed.position < least(upper(gap), r.cursor + 1)
+    ) AS t
+   WHERE t.sent_at IS NULL AND t.dead_at IS NULL;
+
+CREATE OR REPLACE VIEW {schema}.dead AS
+  SELECT t.position, t.txid, t.event_count, t.sealed_at, t.attempts, t.dead_at, t.dead_reason, t.discarded_at,
+         t.retried_at
+    FROM {schema}.transactions AS t WHERE t.dead_at IS NOT NULL
+  UNION ALL (
+  SELECT DISTINCT ON (t.position) t.position, t.txid, t.event_count, t.sealed_at, t.attempts, p.dead_at, p.dead_reason,
+         p.discarded_at, t.retried_at
+    FROM {schema}.parts AS p JOIN {schema}.transactions AS t ON t.position = p.position
+   WHERE p.dead_at IS NOT NULL AND t.dead_at IS NULL ORDER BY t.position, p.discarded_at DESC, p.part
+  );
+
+COMMENT ON VIEW {schema}.dead IS 'Dead letters: transactions that were set aside whole, or of which a part was, with the reason.';
+
+-- A relay of version 1 that stood by when this version came would send a transaction again as a whole.
+CREATE FUNCTION {schema}.check_leader() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $body$
+DECLARE
+  unsettled bigint;
+BEGIN
+  IF current_setting({leads}, true) IS DISTINCT FROM '2' THEN
+    SELECT min(p.position) INTO unsettled FROM {schema}.parts AS p
+      JOIN {schema}.transactions AS t ON t.position = p.position WHERE t.sent_at IS NULL AND t.discarded_at IS NULL;
+    IF unsettled IS NOT NULL THEN
+      RAISE EXCEPTION USING MESSAGE = 'outbox: transaction ' || unsettled
+        || ' has parts in several streams, of which a relay before 0.2 knows nothing', HINT = 'Upgrade outbox-relay.';
+    END IF;
+  END IF;
+  RETURN NEW;
+END
+$body$;
+
+REVOKE ALL ON FUNCTION {schema}.check_leader() FROM PUBLIC;
+
+CREATE TRIGGER check_leader BEFORE UPDATE ON {schema}.relay
+  FOR EACH ROW WHEN (NEW.leader IS NOT NULL AND NEW.leader IS DISTINCT FROM OLD.leader)
+  EXECUTE FUNCTION {schema}.check_leader();
+
 -- Whoever may read or write what the relay keeps may do so with what is new.
 DO $body$
 DECLARE
@@ -43,6 +120,11 @@ BEGIN
   LOOP
     EXECUTE format('GRANT SELECT %s ON %s TO %s', CASE WHEN given.writes THEN ', UPDATE' END,
       {housekeeping}, given.grantee::regrole);
+    EXECUTE format('GRANT SELECT %s ON %s TO %s', CASE WHEN given.writes THEN ', INSERT, UPDATE, DELETE' END,
+      {parts}, given.grantee::regrole);
+    IF given.writes THEN
+      EXECUTE format('GRANT UPDATE (discarded_at) ON %s TO %s', {transactions}, given.grantee::regrole);
+    END IF;
     EXECUTE format('GRANT SELECT ON SEQUENCE %s, %s TO %s', pg_get_serial_sequence({events}, 'id'),
       pg_get_serial_sequence({transactions}, 'position'), given.grantee::regrole);
   END LOOP;

@@ -57,7 +57,7 @@ def test_only_whole_pending_transactions_are_adopted() -> None:
     comparison = Comparison(outbox_id="new", stream="S", adopting=True, shared=True)
     rows = {1: row(1), 2: row(2), 3: row(3, dead=True)}
     comparison.take({**WHOLE, 4: seen(2, 1), 5: seen(2, 2), 6: seen(3, 1), 7: seen(3, 2), 8: seen(3, 3)}, rows)
-    assert comparison.adoptable(rows) == [(1, 1)]
+    assert comparison.adoptable(rows) == [(1, 0, 1)]
 
 
 def copy(position: int, number: int) -> Seen:
@@ -92,7 +92,7 @@ def test_lone_event_is_known_by_the_sequence_that_it_expected(follows: int, kind
 def test_copies_of_what_is_not_marked_yet_hide_nothing(copies: dict[int, Seen]) -> None:
     comparison = Comparison(outbox_id="me", stream="S", shared=True)
     comparison.take({**WHOLE, **copies}, PENDING)
-    assert comparison.adoptable(PENDING) == [(1, 1)]
+    assert comparison.adoptable(PENDING) == [(1, 0, 1)]
     comparison.recheck(PENDING, 0, 9)
     assert (comparison.anomalies, comparison.foreign) == ([], len(copies))
 
@@ -100,7 +100,7 @@ def test_copies_of_what_is_not_marked_yet_hide_nothing(copies: dict[int, Seen]) 
 def test_what_a_mirror_has_is_adopted_though_nobody_fenced_it() -> None:
     comparison = Comparison(outbox_id="me", stream="S", shared=True, adopting=True)
     comparison.take({1: seen(1, 1), 2: copy(1, 2), 3: copy(1, 3)}, PENDING)
-    assert comparison.adoptable(PENDING) == [(1, 1)]
+    assert comparison.adoptable(PENDING) == [(1, 0, 1)]
 
 
 def test_message_at_the_place_of_the_receipt_that_is_not_it_is_no_copy() -> None:
