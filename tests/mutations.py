@@ -379,8 +379,8 @@ MUTATIONS = [
             # A copy is nobody's attempt; what an attempt has stored is told by its batch.
             (
                 "core/fence.py",
-                "ours = message.is_of(outbox_id) and message.position",
-                "ours = message.outbox_id == outbox_id and message.position",
+                "ours = message.is_of(outbox_id) and which",
+                "ours = message.outbox_id == outbox_id and which",
                 QUARRELS,
             ),
             (

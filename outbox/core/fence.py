@@ -66,7 +66,8 @@ def attempt_at(place: int, message: Seen, head: Planned, outbox_id: str) -> Atte
     A batch id ends in the number of its messages; without one it is a plain publish. Who copies our messages copies
     neither that nor a fence, which the server would obey.
     """
-    ours = message.is_of(outbox_id) and message.position == head.position and message.fence is not None
+    which = message.position, message.part or 0
+    ours = message.is_of(outbox_id) and which == (head.position, head.part) and message.fence is not None
     if not ours or message.number is None or not 1 <= message.number <= head.count:
         return None
     count = message.batch_id.rpartition("-")[2] if message.batch_id is not None else "1"

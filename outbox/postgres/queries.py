@@ -172,7 +172,7 @@ COMMIT_OF_PARTS = (
     COMMIT.replace("coalesce(done.transactions, 0)", "coalesce(done.transactions, 0) + p.parts")
     .replace("coalesce(done.events, 0)", "coalesce(done.events, 0) + p.events")
     .replace("%(blocks)s::text[])", "%(blocks)s::text[], %(parts)s::bigint[], %(events)s::bigint[])")
-    .replace("AS p (name, mode, base, plan, blocked)", "AS p (name, mode, base, plan, blocked, parts, events)")
+    .replace("sharing, blocked)", "sharing, blocked, parts, events)")
 )
 
 # In the same transaction, after COMMIT has told that the lead is ours: rows of parts that are new, or have another

@@ -205,11 +205,11 @@ async def _nothing_unknown(jetstream: JetStream, known: Remembered, outbox_id: s
     """
     if not (known.fresh or known.moved):
         return
-    planned = {entry.position for entry in known.plan}
+    planned = {(entry.position, entry.part) for entry in known.plan}
     begin = known.base + 1 if known.moved else max(known.base + 1, info.last_sequence - TAIL + 1)
     async with contextlib.aclosing(_beyond(jetstream, info, begin)) as found:
         async for place, message in found:
-            if message is None or not message.is_of(outbox_id) or message.position in planned:
+            if message is None or not message.is_of(outbox_id) or (message.position, message.part or 0) in planned:
                 continue
             raise Halt(
                 f"stream {known.stream} knows more than the database: what is at {place} was sent after {known.base}, "
