@@ -45,6 +45,7 @@ UNSURE = "it can never be sent, but an attempt at it may still be stored: any me
 HANG_UPS, SILENT_HANG_UPS = 3, 5  # in a row that are no chance; more where nobody said why
 AHEAD = 1.5  # how far the plan reaches, in windows
 FENCED_AHEAD = 2  # and in batches, where one is in flight
+MOVES = 32  # times that a fence has moved, after which that is written down
 # Every attempt would meet these refusals, also one that nobody has answered yet.
 FOR_ALL = frozenset(
     {
@@ -67,8 +68,9 @@ class Chain:
     base: int
     window: int = 8
     shared: bool = False
-    alone: bool = False  # an operator says that nobody else writes here: never shared
+    never_shared: bool = False  # an operator says that nobody else writes here
     fencible: bool = False  # the stream lets a fence be by subject, as it is configured now
+    removes: bool = False  # and what is old goes
     fences: Fences | None = None  # of the plan; None: its fence is the stream's last sequence
     in_doubt: str | None = "a new leader looks first"
     blocked: str | None = None
@@ -92,6 +94,7 @@ class Chain:
     _suspected: Verdict | None = None
     _held: list[Range] = field(default_factory=list)
     _held_of: tuple[int, int, int] | None = None
+    unsure: bool = False  # the head can never be sent, and yet may be stored
     told: int | None = None  # the last sequence that a refusal has told of the fence's subject, since all was well
     placed: tuple[int, str] | None = None  # where the first message with a fence is by its ack, and its subject
     checked: bool = False  # in this term: subjects are stored as they are sent
@@ -116,7 +119,7 @@ class Chain:
     @property
     def ready(self) -> Iterator[Transaction]:
         """The head of the plan, as far as it is committed and its events are at hand; nothing while in doubt."""
-        if self.in_doubt:
+        if self.in_doubt or (self.fences is not None and self._fence is None):
             return
         for each in islice(self.planned, len(self.planned) - self._unwritten):
             if isinstance(each, Planned):
@@ -145,7 +148,7 @@ class Chain:
         self._unloaded = len(plan)
         self._count(plan)
         self.fences = fences
-        self.unanswered = {each.position for each in plan} if fences is None else set(fences.heads)
+        self.unanswered = {each.position for each in plan if fences is None or each.position in fences.heads}
         self._replan()
 
     def load(self, transactions: Iterable[Transaction], spoiled: Iterable[Verdict] = ()) -> None:
@@ -168,6 +171,7 @@ class Chain:
         if self.in_doubt or self.in_flight or not self.planned or self.planned[0].position not in self._spoiled:
             return False
         if self.open and self._spoiled[self.planned[0].position].reason not in FOR_ALL:
+            self.unsure = True
             self.doubt(UNSURE)
             return False
         self.condemn(self._spoiled.pop(self.planned[0].position))
@@ -177,11 +181,6 @@ class Chain:
     def open(self) -> bool:
         """True if an attempt at the head may still be stored, wherever its fence is: no verdict on it is safe."""
         return self.fences is not None and bool(self.planned) and self.planned[0].position in self.unanswered
-
-    @property
-    def spoiled(self) -> bool:
-        """True if the head could not be loaded."""
-        return bool(self.planned) and self.planned[0].position in self._spoiled
 
     @property
     def suspects(self) -> bool:
@@ -236,7 +235,7 @@ class Chain:
             full = len(joined) < len(self.waiting)
             if (self.in_flight or self.planned) and not full:
                 return  # wait for more: nothing is sent behind a small batch, and a full one costs the server the same
-            if self.fences is not None and self.fences.choose(joined[0]) is None:
+            if self.fences is not None and self.fences.choose(joined[0], removes=self.removes) is None:
                 return  # until the last sequence on its subject is known
             for _ in joined:
                 self.planned.append(self.waiting.popleft())
@@ -264,7 +263,7 @@ class Chain:
         head = self.planned[0] if self.planned and not (self.in_flight or self.in_doubt) else None
         if self.fences is None or not isinstance(head, Transaction) or head.position in self.fences.heads:
             return
-        if self.fences.choose(head) is not None:
+        if self.fences.choose(head, removes=self.removes) is not None:
             self._replan()
 
     def launch(self, make_id: Iterable[str]) -> list[Batch]:
@@ -345,7 +344,7 @@ class Chain:
                     batch, Rejected(code=DUPLICATE_ID, description=f"message id is stored at {outcome.sequence}")
                 )
             case Rejected() if self._crossed(batch, outcome):
-                pass  # what others have written is known, and nothing else can have happened: try again
+                pass
             case Rejected():
                 self.told = outcome.sequence
                 self._rejected(batch, outcome)
@@ -371,11 +370,11 @@ class Chain:
     def _stored(self, these: Sequence[Planned | Transaction], base: int) -> None:
         """These are stored, one behind the other, behind the sequence `base`."""
         self.receipts += receipts(self.stream, base, these)
+        if self.fences is not None:
+            self.fences.stored(base + 1, these)
         self._gone(these)
         self.base = base + sum(map(COUNT, these))
         self.dirty = True
-        if self.fences is not None:
-            self.fences.stored(base + 1, these)
 
     def _crossed(self, batch: Batch, outcome: Rejected) -> bool:
         """Take in that others have written to the subject of the fence; False if that is not all there is to it.
@@ -388,8 +387,9 @@ class Chain:
         if outcome.code != IN_PROCESS and (outcome.sequence or 0) <= batch.fence.sequence:
             return False
         self._too_many = min(batch.count, self._too_many or batch.count)
-        self._take_back()
-        if not fences.refused(head, outcome.sequence):
+        self.told = outcome.sequence
+        self.doubt(str(outcome))  # what is in between is read: it is others', or a rival's who takes the lead elsewhere
+        if not fences.refused(head):
             self._replan()
         return True
 
@@ -479,7 +479,7 @@ class Chain:
         self._convict()
         if stored or foreign or last != self.base:
             self._replan()
-        self.shared = self.shared or (foreign and not self.alone)
+        self.shared = self.shared or (foreign and not self.never_shared)
         if self.shared and self.fencible and last > reach:
             # No attempt fits any more, whoever sent it and however packed: the heads may have fences of their own.
             self.fences = Fences(since=last)
@@ -506,18 +506,21 @@ class Chain:
             if others and head not in self.fences.former:
                 self.unanswered.discard(head)
             self.fences.former.discard(head)
-            self.fences.moved(self.fences.heads[head], sequence)
-            self.dirty = True
+            if sequence != self.fences.heads[head].sequence:
+                self.fences.moved(self.fences.heads[head], sequence)
+                self.dirty = self.dirty or self.open or self.fences.moves % MOVES == 0
         self._convict()
         self.in_doubt = None
 
     def _convict(self) -> None:
         """The stream was read back: what is suspected is not there. Not while an attempt may still be stored."""
-        suspected, self._suspected = self._suspected, None
+        suspected, self._suspected, self.unsure = self._suspected, None, False
         if suspected is None or not self.planned or self.planned[0].position != suspected.position:
             return
         if not self.open or suspected.reason in FOR_ALL:
             self.condemn(suspected)
+        else:
+            self.unsure = True
 
     def written(self) -> Sequence[Receipt]:
         """Plan, receipts and verdicts are committed; returns the receipts."""
@@ -537,6 +540,9 @@ class Chain:
     def _gone(self, settled: Sequence[Planned | Transaction]) -> None:
         """These are stored or dead: they are out of the plan."""
         self._count(settled, -1)
+        if self.fences is not None:
+            for each in settled:
+                self.fences.forget(each.position)
         if self._unloaded:
             self._unloaded -= sum(isinstance(each, Planned) for each in settled)
         if not self._alone and not self.unanswered:

@@ -32,14 +32,11 @@ class Fence:
 
 
 class Verge(Enum):
-    """What a look behind a fence came to."""
+    """What became of an attempt that is found in the stream."""
 
-    STORED = "the head is stored"
-    NOTHING = "nothing is stored behind the fence"
-    OTHERS = "only what is not the head is stored behind the fence: attempts that knew of none of it are void"
-    APPLYING = "the head's batch is not whole yet, or a part of it was lost"
-    IMPOSTOR = "a batch of this outbox is stored that fits no attempt"
-    AMBIGUOUS = "messages that would tell are gone"
+    STORED = "it is stored"
+    APPLYING = "it is not whole yet, or a part of it was lost"
+    IMPOSTOR = "it fits no attempt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +55,10 @@ class Attempt:
 def numbered(transaction: Transaction, subject: str) -> int:
     """The number of the first event on this subject, from 1: the one that carries the fence."""
     return list(transaction.subjects).index(subject) + 1
+
+
+def _candidates(head: Transaction) -> list[str]:
+    return list(dict.fromkeys(head.subjects))[:CANDIDATES]
 
 
 def attempt_at(place: int, message: Seen, head: Planned, outbox_id: str) -> Attempt | None:
@@ -124,20 +125,24 @@ class Fences:
     wanted: list[str] = field(default_factory=list)  # whose last sequence is to be asked for
     former: set[int] = field(default_factory=set)  # heads that a former leader may have tried, and nobody looked since
     unconfirmed: bool = False  # what was found is used only by who leads still, after that
-    removes: bool = False  # the stream removes what is old: a sequence of 0 may come again
     refusals: list[bool] = field(default_factory=list)
+    refused_on: str = ""
+    moves: int = 0
 
-    def choose(self, head: Transaction) -> Fence | None:
-        """The fence for a head that nobody has tried; None as long as the last sequence on its subject is `wanted`."""
+    def choose(self, head: Transaction, *, removes: bool) -> Fence | None:
+        """The fence for a head that nobody has tried; None as long as the last sequence on its subject is `wanted`.
+
+        From a stream that `removes` what is old, a sequence of 0 may come again: only where there is no other.
+        """
         if head.position in self.heads:
             return self.heads[head.position]
-        subjects = list(dict.fromkeys(head.subjects))[:CANDIDATES]
+        subjects = _candidates(head)
         subjects.sort(key=lambda subject: self.shunned.get(subject, 0))
-        self.wanted = [each for each in (subjects if self.removes else subjects[:1]) if each not in self.known]
+        self.wanted = [each for each in (subjects if removes else subjects[:1]) if each not in self.known]
         if self.wanted:
             return None
         subject = subjects[0]
-        if self.removes:
+        if removes:
             subject = next((each for each in subjects if self.known.get(each)), subject)
         fence = self.heads[head.position] = Fence(position=head.position, subject=subject, sequence=self.known[subject])
         return fence
@@ -147,37 +152,40 @@ class Fences:
         if len(self.known) > KNOWN_SUBJECTS:
             self.known.clear()
         self.known.update(sequences)
+        self.wanted = [each for each in self.wanted if each not in self.known]
 
     def stored(self, first: int, transactions: Sequence[Planned | Transaction]) -> None:
         """These are stored by an attempt of ours, one behind the other, from this sequence on."""
-        self.learn({})
+        moved: dict[str, int] = {}
         for each in transactions:
             if isinstance(each, Transaction):
-                self.known.update(zip(each.subjects, range(first, first + each.count), strict=True))
-            fence = self.heads.pop(each.position, None)
-            self.former.discard(each.position)
-            if fence is not None:
+                moved.update(zip(each.subjects, range(first, first + each.count), strict=True))
+            if (fence := self.forget(each.position)) is not None:
                 self.shunned.pop(fence.subject, None)
             first += each.count
+        self.learn(moved)
         # Nobody has tried the next ones before these were stored, so what these have moved is known to hold none.
         for fence in self.heads.values():
-            if self.known.get(fence.subject, 0) > fence.sequence:
-                self.heads[fence.position] = replace(fence, sequence=self.known[fence.subject])
+            if moved.get(fence.subject, 0) > fence.sequence:
+                self.heads[fence.position] = replace(fence, sequence=moved[fence.subject])
         self.since = first - 1
         self._tried(refused=False)
 
-    def refused(self, head: Transaction, sequence: int | None) -> bool:
+    def forget(self, position: int) -> Fence | None:
+        """This one is no head any more; returns the fence that it had."""
+        self.former.discard(position)
+        return self.heads.pop(position, None)
+
+    def refused(self, head: Transaction) -> bool:
         """An attempt came too late: others have written to the subject. True if the fence is the same still."""
         fence = self.heads[head.position]
+        self.refused_on = fence.subject
         self._tried(refused=True)
         if fence.subject not in self.shunned and len(self.shunned) >= SHUNNED_SUBJECTS:
             del self.shunned[next(iter(self.shunned))]
         self.shunned[fence.subject] = max(self.shunned.values(), default=0) + 1
-        if sequence is None:
-            self.known.pop(fence.subject, None)
-        else:
-            self.moved(fence, sequence)
-        if all(subject in self.shunned for subject in list(dict.fromkeys(head.subjects))[:CANDIDATES]):
+        self.known.pop(fence.subject, None)
+        if all(subject in self.shunned for subject in _candidates(head)):
             return True
         del self.heads[head.position]
         return False
@@ -188,6 +196,7 @@ class Fences:
         Used only by who leads still when that was found: so that a new leader knows up to where former ones may know.
         """
         self.unconfirmed = True
+        self.moves += 1
         self.known[fence.subject] = sequence
         self.heads[fence.position] = replace(fence, sequence=sequence)
 
@@ -195,9 +204,7 @@ class Fences:
     def contended(self) -> tuple[str, float] | None:
         """The subject that others write to so often that most attempts are refused, and how many of them; or None."""
         share = sum(self.refusals) / ATTEMPTS
-        if share <= MOST or not self.shunned:
-            return None
-        return max(self.shunned, key=lambda each: self.shunned[each]), share
+        return (self.refused_on, share) if share > MOST else None
 
     def _tried(self, *, refused: bool) -> None:
         self.refusals = [*self.refusals[-ATTEMPTS + 1 :], refused]

@@ -281,7 +281,7 @@ UPDATE {schema}.relay SET epoch = epoch + 1, open_positions = open_positions + (
 # The head of a stream's plan that is fenced by a subject, and that is pending still; by transactions_pkey.
 FENCED_HEAD = """
 SELECT t.position, s.fences -> t.position::text ->> 0 AS subject,
-       (s.fences -> t.position::text ->> 1)::bigint AS sequence
+       (s.fences -> t.position::text ->> 1)::bigint AS sequence, s.plan_base AS since
   FROM {schema}.streams AS s JOIN {schema}.transactions AS t ON t.position = lower(s.plan[1])
  WHERE s.name = %(name)s AND s.fences ? t.position::text AND t.sent_at IS NULL AND t.dead_at IS NULL
 """

@@ -18,6 +18,7 @@ from psycopg.rows import TupleRow
 from outbox import schema
 from outbox.config import Settings
 from outbox.core.comparison import Comparison, Loose
+from outbox.core.fence import removed
 from outbox.core.transaction import DeadReason
 from outbox.errors import Halt, Misconfigured
 from outbox.event import matches, subject_problem
@@ -125,13 +126,16 @@ async def _open_head(
 ) -> int | None:
     """The planned transaction that an attempt of a former relay may still store; None if there is none.
 
-    It can as long as nobody has written to the subject of its fence since: it is planned again as it was.
+    It is planned again as it was: a relay finds out by its fence. Not where what would tell is gone from the stream, or
+    the stream has lost it: then the order is to send it again.
     """
     found = connection.execute(compose(queries.FENCED_HEAD, name), {"name": stream}).fetchone()
-    if found is None:
+    info = await jetstream.stream(stream, deleted=True)
+    if found is None or info is None:
         return None
-    position, subject, sequence = found
-    return position if await jetstream.next_on(stream, subject, sequence + 1) is None else None
+    position, subject, sequence, since = found
+    gone = removed(info.first_sequence, info.deleted, max(since, sequence))
+    return None if gone or await jetstream.last_on(stream, subject) < sequence else position
 
 
 async def _refuse_one_in_use(

@@ -15,7 +15,17 @@ from outbox.config import BatchMode, Settings, StreamMode
 from outbox.core.batch import POSITION, Batch, Packing, stored_bytes, trace_contexts
 from outbox.core.chain import CHAINED, SHARED, UNSURE, Chain
 from outbox.core.fence import Fences
-from outbox.core.outcome import Meaning, Outcome, Rejected, Stored, Unknown, meaning, word
+from outbox.core.outcome import (
+    IN_PROCESS,
+    WRONG_LAST_SEQUENCE,
+    Meaning,
+    Outcome,
+    Rejected,
+    Stored,
+    Unknown,
+    meaning,
+    word,
+)
 from outbox.core.parts import Parts
 from outbox.core.plan import Planned
 from outbox.core.telemetry import BatchEnded, BatchSent, Blocked, InDoubt, Listener, Settled, Shared, Unblocked
@@ -32,6 +42,9 @@ from outbox.relay.caution import Caution
 from outbox.text import counted
 
 FRAME_SECONDS = SLOW_SECONDS = 3.0
+OLD_SECONDS = 1.0  # after which what is known of subjects is asked for again
+INFO_SECONDS = 10.0  # between two looks at the settings of a stream that is fenced by subjects
+IN_PROCESS_SECONDS = 0.005  # until what others are storing on a subject is stored
 BLOCKED_AFTER = 3  # failures in a row that are worth a word in the status
 
 
@@ -69,10 +82,10 @@ class Lane:
             shared=row.mode == SHARED,
             blocked=row.blocked,
         )
-        self.chain.alone = settings.stream_mode is StreamMode.CHAINED
+        self.chain.never_shared = settings.stream_mode is StreamMode.CHAINED
         self._shared_so: str | None = None
         self._rewritten = False  # subjects are stored as others than they are sent
-        self._asking: Errand[tuple[dict[str, int], int]] = Errand(news)
+        self._asking: Errand[tuple[dict[str, int], StreamInfo | None]] = Errand(news)
         self._asked = 0.0  # the loop's time
         self.limits = Limits(max_batch_messages=settings.max_batch_messages, max_message_bytes=NO_LIMIT)
         self.proven = proven
@@ -86,6 +99,7 @@ class Lane:
         # Until then a batch of a former leader, or of a former connection, may still arrive.
         self._frames_gone = asyncio.get_running_loop().time() + FRAME_SECONDS if row.plan else 0.0
         self._told = row.blocked
+        self.crossed = False  # what was learnt last is only that others write here too
         self.sent = 0.0  # the loop's time at which something went out last
 
     @property
@@ -153,6 +167,10 @@ class Lane:
             batch = self.chain.in_flight[0]
             self._ended(batch, outcome, now - sending.begun)
             self._stored_bytes = None
+            self.crossed = self.chain.shared and (
+                isinstance(outcome, Stored)
+                or (isinstance(outcome, Rejected) and outcome.code in (WRONG_LAST_SEQUENCE, IN_PROCESS))
+            )
             self.chain.learn(outcome)
             if self.chain.no_room:
                 self._stored_bytes = stored_bytes(batch, self._outbox_id, self.limits.room.overhead)
@@ -191,10 +209,11 @@ class Lane:
         """
         chain = self.chain
         said = meaning(outcome) if isinstance(outcome, Rejected) else None
-        crossed = chain.shared and said is Meaning.CHAIN_BROKEN
-        if not crossed:
+        if not self.crossed:
             self._tell(InDoubt(stream=chain.stream, why=chain.in_doubt or ""))
-        if (crossed or chain.squeezed or said is Meaning.OFFENCE) and not chain.open:
+        if self.crossed and isinstance(outcome, Rejected) and outcome.code == IN_PROCESS:
+            self._settling.postpone(now + IN_PROCESS_SECONDS)
+        if (self.crossed or chain.squeezed or said is Meaning.OFFENCE) and not chain.open:
             return
         self._retry = self._retry.failed()
         self._settling.postpone(now + self._retry.delay(random.random()))
@@ -225,8 +244,11 @@ class Lane:
         Raises `Halt` if the stream contradicts the plan.
         """
         chain = self.chain
-        if chain.in_doubt is None and now >= self._frames_gone and chain.condemn_spoiled():
-            return True
+        if chain.in_doubt is None and now >= self._frames_gone:
+            if chain.condemn_spoiled():
+                return True
+            if chain.unsure:
+                self._wait_for_others(now)
         if chain.in_doubt is None:
             return self._ask(jetstream, now)
         came = self._settling.taken(now)
@@ -276,12 +298,14 @@ class Lane:
         if isinstance(came, tuple) and fences is not None:
             self._asking.reset()
             self.chain.unblock()
-            sequences, last = came
+            sequences, info = came
             fences.learn(sequences)
-            if not self.chain.plan:
-                fences.since = max(fences.since, last)  # nothing was tried yet
+            self.limit(info, jetstream)
+            if not self.chain.plan and info is not None:
+                fences.since = max(fences.since, info.last_sequence)  # nothing was tried yet
             return True
-        if fences is not None and fences.wanted and jetstream is not None and not self._asking.running:
+        asks = fences is not None and (bool(fences.wanted) or now - self._asked > INFO_SECONDS)
+        if fences is not None and asks and jetstream is not None and not self._asking.running:
             stream, subjects, self._asked = self.chain.stream, list(fences.wanted), now
             self._asking.start(lambda: _last_sequences(jetstream, stream, subjects), now)
         return False
@@ -301,8 +325,8 @@ class Lane:
         self._settling.reset()
         self._rewritten = self._rewritten or found.rewritten
         chain.settle_head(found.stored, found.base, found.sequence, others=found.others)
-        if chain.open and chain.in_doubt is None and chain.spoiled:
-            chain.block(UNSURE)
+        if chain.unsure:
+            self._wait_for_others(now)
         elif not chain.planned:
             chain.unblock()
         self.limit(found.info, jetstream)
@@ -316,6 +340,13 @@ class Lane:
                     stream=chain.stream, last_sequence=chain.base, stored=found.stored, remaining=len(chain.planned)
                 )
             )
+
+    def _wait_for_others(self, now: float) -> None:
+        """The head can never be sent, and an attempt at it may still be stored: only its subject tells."""
+        fence = self.chain.fences.heads.get(self.chain.planned[0].position) if self.chain.fences is not None else None
+        self.chain.block(f"{UNSURE}: {fence.subject if fence is not None else ''}")
+        self._retry = self._retry.failed()
+        self._settling.postpone(now + self._retry.delay(random.random()))
 
     def _take_in(self, jetstream: JetStream | None, settlement: recovery.Settlement, now: float) -> None:
         chain, was_shared = self.chain, self.chain.shared
@@ -357,9 +388,7 @@ class Lane:
         """Take in what the stream and its server accept; None where nothing new is known of the stream."""
         self._info = info or self._info
         self.chain.fencible = self._info is not None and self._unfencible is None
-        if self.chain.fences is not None and self._info is not None:
-            self.chain.fences.removes = self._info.removes
-        self._choose_mode()
+        self.chain.removes = self._info is not None and self._info.removes
         sizes = [self._info.max_message_bytes if self._info else None, jetstream.max_payload if jetstream else None]
         self.limits = Limits(
             max_batch_messages=self.limits.max_batch_messages,
@@ -367,12 +396,18 @@ class Lane:
             room=self._info.room if self._info else Room(),
         )
 
+    def _forget_old(self, now: float) -> None:
+        """What is known of subjects grows old while nothing is sent, and of the stream's end and settings too."""
+        fences = self.chain.fences
+        if fences is not None and not self.chain.plan and now - self.sent > OLD_SECONDS:
+            fences.known.clear()
+
     def _choose_mode(self) -> None:
         """What the setting says, for plans that are made from here on, whoever made those before."""
         chain = self.chain
         if self._settings.stream_mode is StreamMode.SHARED:
             chain.shared = True
-        elif chain.alone and not (chain.plan or chain.unanswered):
+        elif chain.never_shared and not (chain.plan or chain.unanswered):
             chain.shared = False
 
     def send(self, jetstream: JetStream, ids: Iterable[str]) -> bool:
@@ -388,6 +423,8 @@ class Lane:
 
     def watch(self, now: float) -> None:
         """Say what has been on its way for long: a slow link, or a server that takes its time."""
+        self._choose_mode()
+        self._forget_old(now)
         if self.sharing != self._shared_so:
             self._shared_so, self.chain.dirty = self.sharing, True
         if self._asking.running and self.chain.blocked is None and now - self._asked >= SLOW_SECONDS:
@@ -413,7 +450,8 @@ class Lane:
             yield self._looks
         if self._asking.running and self.chain.blocked is None:
             yield self._asked + SLOW_SECONDS
-        if self.chain.fences is not None and self.chain.fences.wanted and not self._asking.running:
+        wanted = self.chain.fences is not None and self.chain.fences.wanted and self.chain.in_doubt is None
+        if wanted and not self._asking.running:
             yield self._asking.due
 
     def close(self) -> None:
@@ -422,11 +460,13 @@ class Lane:
         self._asking.cancel()
 
 
-async def _last_sequences(jetstream: JetStream, stream: str, subjects: list[str]) -> tuple[dict[str, int], int]:
-    """The last sequences on these subjects, and one that the stream had reached before any of them was asked for."""
+async def _last_sequences(
+    jetstream: JetStream, stream: str, subjects: list[str]
+) -> tuple[dict[str, int], StreamInfo | None]:
+    """The last sequences on these subjects, and what the stream was before any of them was asked for."""
     info = await jetstream.stream(stream)
     last = await asyncio.gather(*(jetstream.last_on(stream, subject) for subject in subjects))
-    return dict(zip(subjects, last, strict=True)), info.last_sequence if info is not None else 0
+    return dict(zip(subjects, last, strict=True)), info
 
 
 class Lanes(dict[str, Lane]):

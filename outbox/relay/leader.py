@@ -199,7 +199,7 @@ class Leader:
         for lane in self._lanes.values():
             if lane.learn(now, forbidden):
                 learned = True
-                if lane.chain.in_doubt and not lane.chain.shared and not lane.chain.squeezed:
+                if lane.chain.in_doubt and not lane.crossed and not lane.chain.squeezed:
                     self._router.forget()
         return learned
 

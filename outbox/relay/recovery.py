@@ -21,6 +21,7 @@ from outbox.jetstream.stream import StreamInfo, seen
 # A commit is applied message by message, and a new stream leader may lag: look again before halting.
 LOOKS = 100
 LOOK_SECONDS = 0.05
+MOST = 1000  # messages that one look reads: who writes quickly would keep it for ever
 TAIL = 100  # messages at the end of a stream that a new leader looks at
 
 
@@ -64,7 +65,7 @@ class HeadSettlement:
     sequence: int
     others: bool
     rewritten: bool
-    info: StreamInfo
+    info: StreamInfo | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,11 @@ async def settle_head(jetstream: JetStream, known: Remembered, head: Head, outbo
     while True:
         behind = await _behind(jetstream, known, head, outbox_id)
         attempt, sequence, rewritten = behind.attempt, behind.sequence, rewritten or behind.rewritten
+        if attempt is None and behind.others and not (head.open or known.fresh or known.moved):
+            # Others have written there, and that is all: the sooner the next attempt, the likelier it is in time.
+            return HeadSettlement(
+                stored=0, base=known.base, sequence=sequence, others=True, rewritten=rewritten, info=None
+            )
         info = await _identified(jetstream, known)
         if info.last_sequence < known.base:
             raise _halt(known, Finding(look=Look.WENT_BACK, stored=0, at=info.last_sequence), info)
@@ -162,24 +168,34 @@ class _Behind:
 
 
 async def _behind(jetstream: JetStream, known: Remembered, head: Head, outbox_id: str) -> _Behind:
-    """Look behind the fence, not beyond where the subject ends now: who writes quickly would keep us for ever."""
+    """Look behind the fence; and under another subject, where what was sent is stored as that."""
     if head.fence is None:
         return _Behind()
-    stream, subject, before = known.stream, head.fence.subject, head.fence.sequence
-    end, rewritten = await jetstream.last_on(stream, subject), False
+    subject, before = head.fence.subject, head.fence.sequence
+    behind = await _read_behind(jetstream, known, subject, before, outbox_id)
     # What the server has told of the subject is on another one: that is what it stores and compares.
-    for place in {told for told in (before, head.told) if told and told > end}:
-        other = await jetstream.subject_at(stream, place)
+    for place in {told for told in (before, head.told) if told and told > behind.sequence and behind.attempt is None}:
+        other = await jetstream.subject_at(known.stream, place)
         if other is not None and other != subject:
-            subject, rewritten = other, True
-            end = await jetstream.last_on(stream, subject)
-            break
+            behind = await _read_behind(jetstream, known, other, before, outbox_id)
+            return replace(behind, rewritten=True)
+    return behind
+
+
+async def _read_behind(jetstream: JetStream, known: Remembered, subject: str, before: int, outbox_id: str) -> _Behind:
+    """Every message on a subject behind a sequence, up to the first attempt at the head, or where it ends now."""
     place = before
-    while place < end and (following := await jetstream.next_on(stream, subject, place + 1)) is not None:
+    for _ in range(MOST):
+        following = await jetstream.next_on(known.stream, subject, place + 1)
+        if following is None:
+            break
         place, message = following
         if (attempt := attempt_at(place, message, known.plan[0], outbox_id)) is not None:
-            return _Behind(attempt=attempt, sequence=place, rewritten=rewritten)
-    return _Behind(sequence=max(place, end) if end > before else end, others=end > before, rewritten=rewritten)
+            return _Behind(attempt=attempt, sequence=place)
+    if place > before:
+        return _Behind(sequence=place, others=True)
+    end = await jetstream.last_on(known.stream, subject)
+    return _Behind(sequence=min(end, before))  # what has come since is found by the next look
 
 
 async def _is_rewritten(jetstream: JetStream, stream: str, place: int, subject: str) -> bool:
@@ -192,8 +208,9 @@ async def _nothing_gone(jetstream: JetStream, known: Remembered, head: Head, inf
     if head.fence is None or not (head.open or sequence < head.fence.sequence):
         return
     whole = await _identified(jetstream, known, deleted=True)
-    if head.open and removed(whole.first_sequence, whole.deleted, head.since):
-        raise _halt(known, Finding(look=Look.AMBIGUOUS, stored=0, at=head.since + 1), info)
+    since = max(head.since, head.fence.sequence)
+    if head.open and removed(whole.first_sequence, whole.deleted, since):
+        raise _halt(known, Finding(look=Look.AMBIGUOUS, stored=0, at=since + 1), info)
     if sequence < head.fence.sequence and not removed(whole.first_sequence, whole.deleted, head.fence.sequence - 1):
         raise _halt(known, Finding(look=Look.WENT_BACK, stored=0, at=sequence), info)
 

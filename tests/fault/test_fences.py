@@ -104,6 +104,10 @@ def test_stream_removes_what_would_tell(
     assert isinstance(error, Halt)
     assert "that would tell whether a batch was stored are gone" in error.message
     assert f"outbox rebase --stream {stream.name}" in error.remedy
+    # By the operator's order it is sent again, and nothing stands in the way.
+    assert asyncio.run(rebase.accept_stream(settings, stream.name)).kept is None
+    with ThreadRelay(settings):
+        wait_until_sent(database)
 
 
 @contextmanager

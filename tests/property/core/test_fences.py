@@ -24,7 +24,7 @@ from outbox.core.chain import Chain
 from outbox.core.fence import Fence, Fences, Verge, attempt_at, covered, judge_attempt, numbered, removed
 from outbox.core.outcome import Duplicate, Outcome, Rejected, Stored, Unknown
 from outbox.core.plan import Look, Planned, Seen, judge, wanted
-from outbox.core.transaction import Transaction
+from outbox.core.transaction import DeadReason, Transaction, Verdict
 from outbox.event import Event
 
 OUTBOX = "outbox"
@@ -503,6 +503,39 @@ def test_ack_is_of_this_very_batch(ack: Stored) -> None:
     assert chain.in_doubt
     assert chain.unanswered == {1}
     assert not chain.receipts
+
+
+def test_what_was_asked_for_another_head_moves_no_fence() -> None:
+    """It may be a rival's message of this very head that was last there."""
+    fences = Fences(since=2, heads={2: Fence(position=2, subject="b", sequence=2)})
+    fences.learn({"b": 4})
+    fences.stored(3, [transaction(1, "a")])
+    assert fences.heads[2].sequence == 2
+    fences.heads[3] = Fence(position=3, subject="a", sequence=3)
+    fences.stored(5, [transaction(2, "ba")])
+    assert fences.heads[3].sequence == 6
+
+
+def test_stream_that_removes_is_fenced_by_a_subject_that_is_not_empty() -> None:
+    fences = Fences(since=0)
+    head = transaction(1, "ab")
+    assert fences.choose(head, removes=True) is None
+    assert fences.wanted == ["a", "b"]
+    fences.learn({"a": 0, "b": 4})
+    assert fences.choose(head, removes=True) == Fence(position=1, subject="b", sequence=4)
+
+
+def test_dead_letter_is_no_head_any_more() -> None:
+    heads = {1: Fence(position=1, subject="a", sequence=0)}
+    chain = Chain(stream="S", created="x", packing=Packing(), base=0, shared=True, fencible=True)
+    chain.restore([Planned(position=1, count=1, last_message_id=message_id(1, 1))], Fences(since=0, heads=heads))
+    chain.settle_head(0, 0, 3, others=True)
+    chain.load([transaction(1, "a")], [Verdict(position=1, reason=DeadReason.WRONG_COUNT, detail="x")])
+    assert chain.fences is not None
+    chain.fences.former.clear()
+    chain.unanswered.clear()
+    assert chain.condemn_spoiled()
+    assert (chain.fences.heads, chain.unanswered) == ({}, set())
 
 
 def test_fence_is_on_the_first_message_with_its_subject() -> None:
