@@ -163,8 +163,8 @@ MUTATIONS = [
     # No phantom: a plan is sent only when its commit has reached the standbys, in this term or in the next.
     Mutation(
         "core/chain.py",
-        "if fences is None else set(fences.heads)\n        self._replan()",
-        "if fences is None else set(fences.heads)",
+        "if fences is None or each.position in fences.heads}\n        self._replan()",
+        "if fences is None or each.position in fences.heads}",
         "test_failover.py::test_failover_that_loses_transactions_loses_none_that_is_published[asynchronous]",
     ),
     Mutation(
@@ -352,7 +352,7 @@ MUTATIONS = [
                 QUARRELS,
             ),
             # A former leader may have tried the heads of its plan, and may know as much as this look has found.
-            ("core/chain.py", "if fences is None else set(fences.heads)", "if fences is None else set()", QUARRELS),
+            ("core/chain.py", "if fences is None or each.position in fences.heads}", "if fences is None}", QUARRELS),
             ("core/chain.py", "if others and head not in self.fences.former:", "if others:", QUARRELS),
             # Others behind the fence void the attempts that knew of nothing there.
             ("core/chain.py", "self.unanswered.discard(head)", "pass", QUARRELS),

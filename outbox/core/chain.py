@@ -295,7 +295,7 @@ class Chain:
 
     @property
     def _fence(self) -> Fence | None:
-        return self.fences.heads.get(self.planned[0].position) if self.fences is not None else None
+        return self.fences.heads.get(self.planned[0].position) if self.fences is not None and self.planned else None
 
     @property
     def _fenced(self) -> bool:
@@ -540,6 +540,7 @@ class Chain:
     def _gone(self, settled: Sequence[Planned | Transaction]) -> None:
         """These are stored or dead: they are out of the plan."""
         self._count(settled, -1)
+        self.unsure = False
         if self.fences is not None:
             for each in settled:
                 self.fences.forget(each.position)

@@ -399,7 +399,7 @@ class Lane:
     def _forget_old(self, now: float) -> None:
         """What is known of subjects grows old while nothing is sent, and of the stream's end and settings too."""
         fences = self.chain.fences
-        if fences is not None and not self.chain.plan and now - self.sent > OLD_SECONDS:
+        if fences is not None and not self.chain.plan and now - max(self.sent, self._asked) > OLD_SECONDS:
             fences.known.clear()
 
     def _choose_mode(self) -> None:

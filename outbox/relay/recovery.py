@@ -144,7 +144,8 @@ async def settle_head(jetstream: JetStream, known: Remembered, head: Head, outbo
     await _nothing_gone(jetstream, known, head, info, sequence)
     await _nothing_unknown(jetstream, known, outbox_id, info)
     before = head.fence.sequence if head.fence is not None else 0
-    contradicted = head.told is not None and not head.open and sequence == before != head.told
+    told = head.told is not None and head.fence is not None and not head.open
+    contradicted = told and sequence == before != head.told
     return HeadSettlement(
         stored=0,
         base=known.base,
