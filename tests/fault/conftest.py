@@ -56,13 +56,23 @@ SHARED = (
 )
 
 
+# What of them is beside a foreign writer in the long run; the rest is run by hand, as it takes half an hour.
+SHARED_LONG = (
+    "test_killed_at[shared-after-ack-1]",
+    "test_killed_at[shared-in-the-mark-1]",
+    "test_frozen_at[shared-mid-batch]",
+    "test_batch_of_a_former_leader_arrives_late[shared-after]",
+    "test_nats_server_is_killed_five_times_under_load[shared]",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
         if "[shared" in item.nodeid and not item.nodeid.endswith(SHARED):
-            item.add_marker(pytest.mark.long)
+            item.add_marker(pytest.mark.long if item.nodeid.endswith(SHARED_LONG) else pytest.mark.by_hand)
         core = item.get_closest_marker("core") is not None
         if not core and any(sibling in item.nodeid for sibling in SIBLINGS):
             item.add_marker(pytest.mark.long)

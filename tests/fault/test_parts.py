@@ -59,7 +59,9 @@ def streams(broker: Broker, database: str) -> Iterator[Streams]:
 
 CORE = [("before-ack", 1), ("in-the-mark", 3)]
 KILLS = [
-    pytest.param(point, nth, marks=[] if (point, nth) in CORE else [pytest.mark.long])
+    pytest.param(
+        point, nth, marks=[] if (point, nth) in CORE else [pytest.mark.long if nth == 1 else pytest.mark.by_hand]
+    )
     for point in POINTS
     for nth in (1, 3)
 ]
