@@ -166,6 +166,20 @@ def frames(batch: Batch, outbox_id: str, reply: str) -> Frames:
     return Frames(pieces, sizes)
 
 
+def refenced(made: Frames, before: Batch, batch: Batch) -> Frames:
+    """The frames of `batch`, of those that were made `before` for one that has another sequence in its fence."""
+    number, old = _fence(before)
+    _, new = _fence(batch)
+    pieces, sizes = made
+    longer, place = len(new) - len(old), 3 * (number - 1)
+    command, _, headers = pieces[place].partition(END)
+    *words, head_size, size = command.split(b" ")
+    words += [b"%d" % (int(head_size) + longer), b"%d" % (int(size) + longer)]
+    pieces[place] = b" ".join(words) + END + headers.replace(old.encode(), new.encode(), 1)
+    sizes[number - 1] += longer
+    return made
+
+
 def _fence(batch: Batch) -> tuple[int, str]:
     """The number of the message that carries the fence, and the header."""
     if batch.fence is None:

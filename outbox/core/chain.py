@@ -85,6 +85,7 @@ class Chain:
     _unwritten: int = 0  # how many transactions at the end of the plan are not in the committed one, at that place
     unanswered: set[int] = field(default_factory=set)  # an attempt without an answer may store these, even late
     _alone: set[int] = field(default_factory=set)
+    _upcoming: Batch | None = None  # what comes next, as far as one can tell
     _careful: bool = False
     squeezed: bool = False  # the last refusal was of a pack: half of it may go out at once
     no_room: int = 0  # the position of a transaction that was refused alone just now, because the stream is full
@@ -278,15 +279,7 @@ class Chain:
             taken = take(self.ready, packing)
             if not taken:
                 break
-            attempt = next(ids)
-            batch = Batch(
-                id=attempt if self.fences is None else f"{attempt}-{sum(map(COUNT, taken))}",
-                stream=self.stream,
-                base=self.tip,
-                transactions=tuple(taken),
-                careful=self._careful or alone,
-                fence=self._fence,
-            )
+            batch = self._batch(ids, taken, careful=self._careful or alone)
             for _ in taken:
                 self.planned.popleft()
             self.in_flight.append(batch)
@@ -301,6 +294,30 @@ class Chain:
     def _fenced(self) -> bool:
         """True if the head has the fence that it needs, and this leader may use it."""
         return self.fences is None or (self._fence is not None and not self.fences.unconfirmed)
+
+    def upcoming(self, make_id: Iterable[str]) -> Batch | None:
+        """The batch that comes behind the one in flight, if that is stored: to be made ready meanwhile; once."""
+        if self.fences is None or not self.in_flight or self._upcoming is not None:
+            return None
+        if not (taken := take(self.ready, self._packing())):
+            return None
+        self._upcoming = self._batch(make_id, taken, careful=self._careful)
+        return self._upcoming
+
+    def _batch(self, make_id: Iterable[str], taken: Sequence[Transaction], *, careful: bool) -> Batch:
+        made, self._upcoming = self._upcoming, None
+        these = tuple(taken)
+        if self.fences is not None and made is not None and (made.transactions, made.careful) == (these, careful):
+            return replace(made, base=self.tip, fence=self._fence)
+        attempt = next(iter(make_id))
+        return Batch(
+            id=attempt if self.fences is None else f"{attempt}-{sum(map(COUNT, taken))}",
+            stream=self.stream,
+            base=self.tip,
+            transactions=these,
+            careful=careful,
+            fence=self._fence,
+        )
 
     def _planned_batches(self) -> float:
         """How many batches the plan makes that are not in flight, about."""

@@ -14,13 +14,13 @@ import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import nats.errors
 from nats.aio.msg import Msg
 
 from outbox.config import Settings
-from outbox.core.batch import Batch, frames
+from outbox.core.batch import Batch, Frames, frames, refenced
 from outbox.core.outcome import (
     MEANINGS,
     MESSAGE_NOT_FOUND,
@@ -80,6 +80,14 @@ class Sending:
         self._arrived = asyncio.get_running_loop().time()
 
 
+class _Made(NamedTuple):
+    """A batch that is to be sent later, and its frames."""
+
+    batch: Batch
+    token: str
+    frames: Frames
+
+
 class JetStream:
     """One connection to NATS. When it is lost, `lost` says why, and a new one must be made."""
 
@@ -98,6 +106,7 @@ class JetStream:
         self._deaf = ""
         self._settings: Settings
         self._servers: Servers
+        self._made: _Made | None = None
         self._limits_due = 0.0
         self._at_once = 1
 
@@ -392,11 +401,17 @@ class JetStream:
 
         Only the last message asks for a reply, but for a careful batch.
         """
-        token = str(next(self._tokens))
+        made = self._made if self._made is not None and self._made.batch.id == batch.id else None
+        token = made.token if made is not None else str(next(self._tokens))
         sending = self._awaited[token] = Sending(self._nc)
         sending.outcome.add_done_callback(lambda _: self._awaited.pop(token, None))
         self._outgoing.put_nowait((token, batch, outbox_id))
         return sending
+
+    def prepare(self, batch: Batch, outbox_id: str) -> None:
+        """Make the frames of a batch that is to be sent later; of one at a time."""
+        token = str(next(self._tokens))
+        self._made = _Made(batch, token, frames(batch, outbox_id, f"{self._prefix}.{token}"))
 
     async def sent(self, seconds: float = 1.0) -> bool:
         """Wait until all that was queued is on its way, at most so long; True if it is."""
@@ -413,7 +428,11 @@ class JetStream:
     async def _send(self, token: str, batch: Batch, outbox_id: str) -> None:
         if (sending := self._awaited.get(token)) is None:
             return  # given up before it went out
-        pieces, sizes = frames(batch, outbox_id, f"{self._prefix}.{token}")
+        if (made := self._made) is not None and made.token == token:
+            self._made = None
+            pieces, sizes = refenced(made.frames, made.batch, batch)
+        else:
+            pieces, sizes = frames(batch, outbox_id, f"{self._prefix}.{token}")
         if (largest := max(sizes)) > self.max_payload:
             # The server would close the connection for good, and tell nobody why.
             description = f"message of {largest} bytes is over max_payload, {self.max_payload}"

@@ -396,6 +396,11 @@ class Lane:
             room=self._info.room if self._info else Room(),
         )
 
+    def prepare(self, jetstream: JetStream, ids: Iterable[str]) -> None:
+        """Make the next batch ready while one is in flight, where only one may be."""
+        if (batch := self.chain.upcoming(ids)) is not None:
+            jetstream.prepare(batch, self._outbox_id)
+
     def _forget_old(self, now: float) -> None:
         """What is known of subjects grows old while nothing is sent, and of the stream's end and settings too."""
         fences = self.chain.fences

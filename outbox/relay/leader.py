@@ -214,6 +214,7 @@ class Leader:
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids)
+                lane.prepare(self._jetstream, self._batch_ids)
         return sent
 
     async def _secured(self) -> bool:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.core.batch import Batch, Packing, frames
+from outbox.core.batch import Batch, Packing, frames, refenced
 from outbox.core.chain import Chain
 from outbox.core.fence import Fence, Fences, Verge, attempt_at, covered, judge_attempt, numbered, removed
 from outbox.core.outcome import Duplicate, Outcome, Rejected, Stored, Unknown
@@ -233,9 +233,11 @@ class Play:
         self.send(leader)
 
     def send(self, leader: Leader) -> None:
-        for batch in leader.chain.launch(str(n) for n in self.model.ids):
+        ids = (str(n) for n in self.model.ids)
+        for batch in leader.chain.launch(ids):
             leader.pending.append(batch.id)
             self.model.frames.append((leader.epoch, batch))
+        leader.chain.upcoming(ids)
 
     def settle(self, leader: Leader) -> None:
         if leader.chain.fences is not None:
@@ -536,6 +538,22 @@ def test_dead_letter_is_no_head_any_more() -> None:
     chain.unanswered.clear()
     assert chain.condemn_spoiled()
     assert (chain.fences.heads, chain.unanswered) == ({}, set())
+
+
+@given(st.text(SUBJECTS, min_size=1, max_size=4), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 3))
+def test_frames_that_were_made_before_are_those_of_the_batch(subjects: str, old: int, new: int, which: int) -> None:
+    subject = subjects[which % len(subjects)]
+    before, batch = (
+        Batch(
+            id="b-1",
+            stream="S",
+            base=0,
+            transactions=(transaction(1, subjects), transaction(2, "ab")),
+            fence=Fence(position=1, subject=subject, sequence=sequence),
+        )
+        for sequence in (old, new)
+    )
+    assert refenced(frames(before, OUTBOX, "inbox"), before, batch) == frames(batch, OUTBOX, "inbox")
 
 
 def test_fence_is_on_the_first_message_with_its_subject() -> None:
