@@ -220,7 +220,7 @@ class RelayProcess:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "outbox", "relay", "--log", "json", *flags],
-                env=site.environment,
+                env=environment,
                 cwd=site.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -177,8 +177,10 @@ class Leader:
         await self._route(now)
         self._lanes.extend(held_back=self._held_back)
         moved |= await self._commit()
+        moved |= self._learn(self._clock())  # an ack that came meanwhile makes room at once
         moved |= await self._send()
         moved |= await self._read(now)
+        self._prepare()
         await self._housekeeper.check()
         await self._keep_alive(now)
         return moved
@@ -214,8 +216,13 @@ class Leader:
                 if self._caution.active:
                     await self._caution.note_head(lane.chain)
                 sent |= lane.send(self._jetstream, self._batch_ids)
-                lane.prepare(self._jetstream, self._batch_ids)
         return sent
+
+    def _prepare(self) -> None:
+        """Make ready what comes next. Not before what was sent last is on the wire."""
+        if self._jetstream is not None and not self._held_back:
+            for lane in self._lanes.values():
+                lane.prepare(self._jetstream, self._batch_ids)
 
     async def _secured(self) -> bool:
         """True if the standbys have what was planned last, where they must. They are waited for, and so said."""
