@@ -297,8 +297,9 @@ class Lane:
             self.chain.block(came.line)
         if isinstance(came, tuple) and fences is not None:
             self._asking.reset()
-            self.chain.unblock()
             sequences, info = came
+            if sequences:
+                self.chain.unblock()
             fences.learn(sequences)
             self.limit(info, jetstream)
             if not self.chain.plan and info is not None:
