@@ -270,8 +270,8 @@ def test_a_retried_part_follows_its_subjects(settings: Settings, streams: Stream
     add(streams, "orders", "payments", "stock", "payments")
     with ThreadRelay(settings):
         until(lambda: states(streams, 2) == ["sent", "open"])
-    asyncio.run(rebase.retire_stream(settings, streams.there))
     streams.subjects(streams.there, "nothing")
+    asyncio.run(rebase.retire_stream(settings, streams.there))
     streams.broker.create_stream(third, f"{streams.prefix}.payments")
     dead.retry(streams.database, "outbox", [2])
     with ThreadRelay(settings):
@@ -295,6 +295,8 @@ def test_a_stream_is_given_up(settings: Settings, streams: Streams, *, lost: boo
         until(lambda: states(streams, 2) == ["sent", "open"])
     if lost:
         streams.broker.api(f"STREAM.DELETE.{streams.there}")
+    else:
+        streams.subjects(streams.there, "nothing")
     asyncio.run(rebase.retire_stream(settings, streams.there))
     assert states(streams, 2) == ["sent", "dead"]
     assert str(value(streams.database, "SELECT dead_reason FROM outbox.dead")).startswith("stream-retired: part 2")
@@ -302,6 +304,7 @@ def test_a_stream_is_given_up(settings: Settings, streams: Streams, *, lost: boo
         streams.broker.create_stream(f"{streams.there}", f"{streams.prefix}.payments")
         asyncio.run(rebase.accept_stream(settings, streams.there))
     else:
+        streams.subjects(streams.there, "payments")
         asyncio.run(rebase.accept_stream(settings, streams.there))
         streams.change(streams.there, max_msgs=-1)
     dead.retry(streams.database, "outbox", [2])
