@@ -14,7 +14,6 @@ from tests.support.bed import rows
 from tests.support.foreign import Company
 
 SIBLINGS = (
-    "-3]",  # of test_killed_at: the third time at each stop point
     "test_killed_at[after-",
     "test_killed_at[in-recovery",
     "test_killed_at[at-takeover",
@@ -74,6 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "[shared" in item.nodeid and not item.nodeid.endswith(SHARED):
             item.add_marker(pytest.mark.long if item.nodeid.endswith(SHARED_LONG) else pytest.mark.by_hand)
         core = item.get_closest_marker("core") is not None
+        if not core and item.nodeid.endswith("-3]"):  # of test_killed_at: the third time at each stop point
+            item.add_marker(pytest.mark.by_hand)
         if not core and any(sibling in item.nodeid for sibling in SIBLINGS):
             item.add_marker(pytest.mark.long)
 

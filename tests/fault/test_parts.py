@@ -59,9 +59,7 @@ def streams(broker: Broker, database: str) -> Iterator[Streams]:
 
 CORE = [("before-ack", 1), ("in-the-mark", 3)]
 KILLS = [
-    pytest.param(
-        point, nth, marks=[] if (point, nth) in CORE else [pytest.mark.long if nth == 1 else pytest.mark.by_hand]
-    )
+    pytest.param(point, nth, marks=[] if (point, nth) in CORE else [pytest.mark.by_hand])
     for point in POINTS
     for nth in (1, 3)
 ]
@@ -85,7 +83,7 @@ def test_killed_at(
     assert value(streams.database, "SELECT count(DISTINCT position) FROM outbox.parts") > 0
 
 
-@pytest.mark.parametrize("transactions", [200, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("transactions", [200, pytest.param(2000, marks=pytest.mark.by_hand)])
 def test_rival_leaders(settings: Settings, streams: Streams, transactions: int) -> None:
     """Fault: the lock does not hold, two relays lead in turns, while one stream is full and emptied, over and over.
     Promise: in each stream every part, whole, once, in order."""
